@@ -1,0 +1,129 @@
+"""Time and peak memory of the cross-entropy candidates, forward and backward, each in a process.
+
+    python bench/cross_entropy.py --out cross_entropy.json
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+if not __package__:  # run as a file: import from the repository root, exactly as train.py does
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.loss import linear_cross_entropy
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def full(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy((x @ w.T).float(), y)
+
+
+def full_bf16(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(x @ w.T, y)
+
+
+def checkpointed(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    from torch.utils.checkpoint import checkpoint
+
+    def part(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy((x @ w.T).float(), y, reduction="sum")
+
+    parts = zip(x.split(256), y.split(256), strict=True)
+    return sum(checkpoint(part, *p, use_reentrant=False) for p in parts) / len(y)
+
+
+def torch_chunked(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    return F.linear_cross_entropy(x, w, y)
+
+
+def deepspeed_chunked(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
+
+    return chunked_cross_entropy(x @ w.T, y)
+
+
+CANDIDATES: dict[str, Loss] = {
+    "full_fp32_logits": full,
+    "full_bf16_logits": full_bf16,
+    "checkpointed_chunks": checkpointed,
+    "torch_linear_cross_entropy": torch_chunked,
+    "deepspeed_chunked": deepspeed_chunked,
+    "ours": linear_cross_entropy,
+}
+
+
+def measure(name: str, batch: int, seq_len: int, n_embd: int, repeats: int) -> dict[str, object]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    x = torch.randn(batch * seq_len, n_embd, device=device)
+    w = torch.randn(50304, n_embd, device=device) * 0.02
+    y = torch.randint(50257, (batch * seq_len,), device=device)
+    x, w = (t.bfloat16().requires_grad_() for t in (x, w))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    times = []
+    for _ in range(repeats + 1):
+        x.grad = w.grad = None
+        start = time.perf_counter()
+        loss = CANDIDATES[name](x, w, y)
+        loss.backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    peak_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    if device == "cuda":
+        peak_mib = torch.cuda.max_memory_allocated() / 2**20
+    return {
+        "candidate": name,
+        "loss": loss.item(),
+        "grad_norm_x": x.grad.float().norm().item(),
+        "grad_norm_w": w.grad.float().norm().item(),
+        "median_s": statistics.median(times[1:]),
+        "peak_mib": round(peak_mib),
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--candidate", choices=CANDIDATES, help="measure one, in this process")
+    parser.add_argument("--batch", type=int, default=4, help="sequences")
+    parser.add_argument("--seq_len", type=int, default=1024, help="tokens per sequence")
+    parser.add_argument("--n_embd", type=int, default=768)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="JSON file for all results")
+    args = parser.parse_args()
+    if args.candidate:
+        sizes = (args.batch, args.seq_len, args.n_embd, args.repeats)
+        print(json.dumps(measure(args.candidate, *sizes)))
+        return
+    rows = []
+    for name in CANDIDATES:  # a process each: peak memory is the process's
+        command = [sys.executable, __file__, "--candidate", name]
+        for flag in ("batch", "seq_len", "n_embd", "repeats"):
+            command += [f"--{flag}", str(getattr(args, flag))]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            print(f"{name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+            continue
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        print(rows[-1], file=sys.stderr)
+    if args.out:
+        args.out.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""This rank's batches, read ahead in a thread."""
+
+import queue
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.order import Order
+from data.shards import Tokens, TokenStream
+
+READ_AHEAD = 8  # micro-batches
+
+
+def read_windows(stream: TokenStream, windows: np.ndarray, seq_len: int) -> Tokens:
+    """Read windows of T + 1 tokens: (len(windows), T + 1)."""
+    return np.stack([stream.read(int(w) * seq_len, seq_len + 1) for w in windows])
+
+
+def split_windows(windows: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Send (B, T + 1) uint16 to the device and widen there: tokens and targets, (B, T) int64."""
+    on_device = windows.to(device, non_blocking=True).long()
+    return on_device[:, :-1].contiguous(), on_device[:, 1:].contiguous()
+
+
+def rank_samples(
+    first: int, micro_batch_size: int, grad_accum_steps: int, rank: int, world_size: int
+) -> Iterator[range]:
+    """Yield the sample numbers of each micro-batch of one rank in the batch that starts at `first`.
+
+    Micro-batch m of rank r is the m·world_size + r-th run of `micro_batch_size` samples, so the
+    micro-batches of all ranks, side by side, are the global batch in order.
+    """
+    for m in range(grad_accum_steps):
+        start = first + (m * world_size + rank) * micro_batch_size
+        yield range(start, start + micro_batch_size)
+
+
+class Loader:
+    """Iterate over this rank's micro-batches, (micro_batch_size, T + 1) uint16, for ever.
+
+    Args:
+        stream: Tokens of the split.
+        order: Order of their windows.
+        micro_batch_size: Sequences per forward.
+        grad_accum_steps: Micro-batches per rank and optimizer step.
+        rank: This process.
+        world_size: All processes.
+        samples: Samples consumed so far, by all ranks: the whole state.
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        order: Order,
+        micro_batch_size: int,
+        grad_accum_steps: int,
+        rank: int = 0,
+        world_size: int = 1,
+        samples: int = 0,
+    ) -> None:
+        self.stream, self.order = stream, order
+        self.batch = (micro_batch_size, grad_accum_steps, rank, world_size)
+        self.pin_memory = torch.cuda.is_available()
+        self._ahead: queue.Queue[Tensor | Exception] = queue.Queue(READ_AHEAD)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._read_ahead, args=(samples,), daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self
+
+    def __next__(self) -> Tensor:
+        item = self._ahead.get()
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def close(self) -> None:
+        """End the reading thread."""
+        self._closed.set()
+        self._thread.join()
+
+    def _read_ahead(self, samples: int) -> None:
+        micro_batch_size, grad_accum_steps, _, world_size = self.batch
+        while not self._closed.is_set():
+            for part in rank_samples(samples, *self.batch):
+                self._put(self._read(part))
+            samples += micro_batch_size * grad_accum_steps * world_size
+
+    def _read(self, samples: range) -> Tensor | Exception:
+        windows = self.order.windows(samples.start, len(samples))
+        try:
+            batch = torch.from_numpy(read_windows(self.stream, windows, self.order.seq_len))
+        except ValueError as error:  # a token out of range: raised where the batch is taken
+            return error
+        return batch.pin_memory() if self.pin_memory else batch
+
+    def _put(self, item: Tensor | Exception) -> None:
+        while not self._closed.is_set():
+            try:
+                self._ahead.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue

@@ -1,0 +1,190 @@
+"""Text files -> token shards: `<|endoftext|>` before every document, GPT-2's tokenizer.
+
+    python data/prepare.py speeches/*.txt --out_dir speeches_tokens --val_every 10
+
+A `.txt` file is one document; each line of a `.jsonl` file is one, under the key "text". By
+default the first shard is the validation split, as in build-nanogpt's FineWeb-Edu.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+if not __package__:  # run as a file: import from the repository root, exactly as train.py does
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+SHARD_TOKENS = 100_000_000  # build-nanogpt's shard
+SUFFIXES = (".txt", ".jsonl")
+
+
+def find_files(inputs: list[Path]) -> list[Path]:
+    """Return the text files of `inputs` in order; a folder gives its own, sorted.
+
+    Raises:
+        ValueError: An input does not exist, is of another kind, or there is none at all.
+    """
+    files: list[Path] = []
+    for path in inputs:
+        if path.is_dir():
+            files += sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
+        elif not path.is_file():
+            raise ValueError(f"{path}: no such file or folder")
+        elif path.suffix not in SUFFIXES:
+            raise ValueError(f"{path}: not one of {', '.join(SUFFIXES)}")
+        else:
+            files.append(path)
+    if not files:
+        raise ValueError(f"{', '.join(map(str, inputs))}: no {' or '.join(SUFFIXES)} file")
+    return files
+
+
+def read_documents(files: list[Path]) -> Iterator[str]:
+    """Yield the documents of the files in order, one in memory at a time.
+
+    Raises:
+        ValueError: Not UTF-8, not JSON, or a line without a string under "text"; names the line.
+    """
+    for path in files:
+        try:
+            if path.suffix == ".txt":
+                yield path.read_text(encoding="utf-8")
+                continue
+            with path.open(encoding="utf-8") as lines:
+                for number, line in enumerate(lines, 1):
+                    yield _document(line, f"{path}:{number}")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 text ({error})") from error
+
+
+def _document(line: str, where: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f'{where}: not a JSON object with a "text" ({error!r})') from error
+    if not isinstance(text, str):
+        raise ValueError(f'{where}: "text" is {type(text).__name__}, not a string')
+    return text
+
+
+def encode_document(text: str) -> bytes:
+    """Return `<|endoftext|>` and the tokens of `text`, as little-endian uint16 bytes."""
+    import numpy as np
+
+    from data.tokenizer import EOT_TOKEN, load_tokenizer
+
+    tokens = [EOT_TOKEN, *load_tokenizer().encode_ordinary(text)]
+    return np.array(tokens, dtype="<u2").tobytes()
+
+
+class ShardWriter:
+    """Cut the tokens of each split into shards, numbered over both splits.
+
+    Args:
+        out_dir: Folder of the shards.
+        prefix: Of the file names.
+        shard_tokens: Tokens per shard; the last one of a split holds the rest.
+        first_is_val: The first shard is the validation split, whatever `add` says.
+    """
+
+    def __init__(self, out_dir: Path, prefix: str, shard_tokens: int, first_is_val: bool) -> None:
+        self.out_dir, self.prefix = out_dir, prefix
+        self.shard_bytes = 2 * shard_tokens
+        self.first_is_val = first_is_val
+        self.held = {"train": bytearray(), "val": bytearray()}
+        self.tokens = {"train": 0, "val": 0}
+        self.shards = 0
+
+    def add(self, split: str, tokens: bytes) -> None:
+        """Append the tokens of one document (uint16 bytes); write the shards that they fill."""
+        self.held[split] += tokens
+        while len(self.held[split]) >= self.shard_bytes:
+            self._write(split)
+
+    def finish(self) -> None:
+        """Write the last, partial shards."""
+        for split, held in self.held.items():
+            if held:
+                self._write(split)
+
+    def _write(self, held_as: str) -> None:
+        import numpy as np
+
+        from data.shards import write_shard
+
+        tokens = np.frombuffer(bytes(self.held[held_as][: self.shard_bytes]), dtype="<u2")
+        del self.held[held_as][: self.shard_bytes]
+        split = "val" if self.first_is_val and self.shards == 0 else held_as
+        write_shard(self.out_dir / f"{self.prefix}_{split}_{self.shards:06d}.npy", tokens)
+        self.shards += 1
+        self.tokens[split] += len(tokens)
+
+
+def prepare(args: argparse.Namespace) -> dict[str, int]:
+    """Tokenise `args.inputs` into `args.out_dir`; return the tokens of each split.
+
+    Raises:
+        ValueError: Bad input, shards already there, or a split that would be empty.
+    """
+    from tqdm import tqdm
+
+    files = find_files(args.inputs)
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    if any(args.out_dir.glob("*.npy")):
+        raise ValueError(f"--out_dir {args.out_dir}: holds shards already; give an empty folder")
+    writer = ShardWriter(args.out_dir, args.prefix, args.shard_tokens, args.val_every == 0)
+    # spawn: forking a process that holds the tokenizer's threads can deadlock
+    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+        encoded = pool.imap(encode_document, read_documents(files), chunksize=args.chunk_documents)
+        for number, tokens in enumerate(tqdm(encoded, unit="doc", disable=args.quiet)):
+            is_val = args.val_every and number % args.val_every == 0
+            writer.add("val" if is_val else "train", tokens)
+    writer.finish()
+    if not writer.tokens["train"]:
+        raise ValueError(
+            f"{writer.tokens['val']} tokens fill no more than the validation shard; "
+            "give --val_every, or a smaller --shard_tokens"
+        )
+    return writer.tokens
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("inputs", nargs="+", type=Path, help=".txt or .jsonl files, or folders")
+    parser.add_argument("--out_dir", type=Path, required=True, help="folder for the shards")
+    parser.add_argument("--prefix", default="text", help="of the file names (default: text)")
+    parser.add_argument(
+        "--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--val_every", type=int, default=0,
+        help="every N-th document, from the first, is validation (default: 0, the first shard is)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count(), help="tokenising (default: every core)"
+    )
+    parser.add_argument("--chunk_documents", type=int, default=8, help="documents per task")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def main() -> int:
+    """Run the command line; return the exit status."""
+    args = build_parser().parse_args()
+    try:
+        tokens = prepare(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.out_dir}: {tokens['train']:,} train and {tokens['val']:,} val tokens", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""TrainConfig: everything about a run that the engine's JSON does not own, one flag per field."""
+
+import argparse
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from model import GPTConfig
+from model.presets import Preset, get_preset
+
+MAX_DERIVED_MICRO_BATCH = 16  # sequences: fits 124M on a 16 GiB card without being asked
+
+
+def _flag(default: object, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. A field that is None takes its value from the model's preset.
+
+    Counts are tokens or optimizer steps, as their names say; paths are relative to the working
+    folder.
+    """
+
+    model: str = _flag("gpt2", "preset: the model, its batch and its learning rate")
+    data_dir: Path = _flag(Path("edu_fineweb10B"), "folder of token shards")
+    run_dir: Path | None = _flag(None, "folder for everything the run writes (runs/MODEL)")
+    ds_config: Path = _flag(Path("ds_configs/zero1.json"), "the engine's JSON")
+    resume: str = _flag("auto", "auto: if there is a checkpoint; must; none: start anew")
+    init_from: str | None = _flag(None, "start from these weights: Hugging Face folder or hub name")
+    batch_tokens: int | None = _flag(None, "tokens per optimizer step, over all ranks (preset's)")
+    micro_batch_size: int | None = _flag(None, "sequences per forward and rank (at most 16)")
+    seq_len: int | None = _flag(None, "tokens per sequence (the model's block_size)")
+    max_steps: int | None = _flag(None, "optimizer steps (preset's tokens / batch_tokens)")
+    lr: float | None = _flag(None, "peak learning rate (preset's)")
+    warmup_steps: int | None = _flag(None, "steps of linear warm-up (preset's tokens)")
+    decay_steps: int | None = _flag(None, "step at which the cosine ends (preset's tokens)")
+    min_lr_ratio: float = _flag(0.1, "learning rate after decay_steps, as a fraction of lr")
+    beta1: float = _flag(0.9, "AdamW")
+    beta2: float = _flag(0.95, "AdamW")
+    eps: float = _flag(1e-8, "AdamW")
+    weight_decay: float = _flag(0.1, "AdamW, on tensors of two dimensions; 0 on the others")
+    grad_clip: float = _flag(1.0, "largest global gradient norm; 0 does not clip")
+    dropout: float = _flag(0.0, "probability, in embeddings, attention and residuals")
+    seed: int = _flag(1337, "of initial weights, data order, dropout and samples")
+    shuffle: bool = _flag(True, "permute the windows in each epoch; false: in stream order")
+    eval_every: int = _flag(250, "steps between validations and samples")
+    eval_tokens: int = _flag(10_485_760, "validation tokens, the first of the split")
+    sample_tokens: int = _flag(32, "tokens of each in-loop sample")
+    sample_prompt: str = _flag("Hello, I'm a language model,", "prompt of the in-loop samples")
+    checkpoint_every: int = _flag(5000, "steps between checkpoints")
+    log_every: int = _flag(1, "steps between log lines")
+    dist_timeout_s: int = _flag(1800, "seconds until a rank that waits for others gives up")
+    dry_run: bool = _flag(False, "print the resolved run and stop")
+
+    @property
+    def preset(self) -> Preset:
+        """The preset that `model` names."""
+        return get_preset(self.model)
+
+    @property
+    def gpt_config(self) -> GPTConfig:
+        """The shape of the model, with this run's dropout."""
+        return dataclasses.replace(self.preset.config, dropout=self.dropout)
+
+
+@dataclass(frozen=True)
+class BatchArithmetic:
+    """How one optimizer step is split over ranks and micro-batches."""
+
+    batch_sequences: int
+    micro_batch_size: int
+    grad_accum_steps: int
+    world_size: int
+
+
+def resolve_train_config(config: TrainConfig) -> TrainConfig:
+    """Fill every None from the preset and check each value.
+
+    Raises:
+        ValueError: A value out of range; names the flag and the limit.
+    """
+    preset = config.preset
+    batch_tokens = config.batch_tokens or preset.batch_tokens
+    steps = {
+        "max_steps": preset.max_tokens,
+        "warmup_steps": preset.warmup_tokens,
+        "decay_steps": preset.decay_tokens,
+    }
+    filled: dict[str, Any] = {
+        "run_dir": Path("runs") / config.model,
+        "batch_tokens": batch_tokens,
+        "seq_len": preset.config.block_size,
+        "lr": preset.lr,
+    } | {name: tokens // batch_tokens for name, tokens in steps.items()}
+    given = {k: v for k in filled if (v := getattr(config, k)) is not None}
+    config = dataclasses.replace(config, **(filled | given))
+    _check_ranges(config)
+    return config
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    positive = ("batch_tokens", "seq_len", "max_steps", "lr", "eps", "eval_every", "eval_tokens",
+                "sample_tokens", "checkpoint_every", "log_every", "dist_timeout_s")  # fmt: skip
+    for name in positive:
+        if getattr(config, name) <= 0:
+            raise ValueError(f"--{name} {getattr(config, name)}: must be positive")
+    for name in ("warmup_steps", "weight_decay", "grad_clip", "min_lr_ratio", "seed"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"--{name} {getattr(config, name)}: must not be negative")
+    for name in ("beta1", "beta2", "dropout"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"--{name} {getattr(config, name)}: must be in [0, 1)")
+    if config.resume not in ("auto", "must", "none"):
+        raise ValueError(f"--resume {config.resume}: must be auto, must or none")
+    if config.micro_batch_size is not None and config.micro_batch_size < 1:
+        raise ValueError(f"--micro_batch_size {config.micro_batch_size}: must be positive")
+    assert config.seq_len and config.decay_steps is not None and config.warmup_steps is not None
+    if config.seq_len > config.preset.config.block_size:
+        raise ValueError(
+            f"--seq_len {config.seq_len}: {config.model} has a block_size of "
+            f"{config.preset.config.block_size}"
+        )
+
+
+def resolve_batch(config: TrainConfig, world_size: int) -> BatchArithmetic:
+    """Split `batch_tokens` over `world_size` ranks; `config` is resolved.
+
+    Raises:
+        ValueError: It does not divide; the message suggests a value that does.
+    """
+    assert config.batch_tokens and config.seq_len
+    sequences, rest = divmod(config.batch_tokens, config.seq_len)
+    if rest or not sequences:
+        nearest = max(1, round(config.batch_tokens / config.seq_len)) * config.seq_len
+        raise ValueError(
+            f"--batch_tokens {config.batch_tokens} is not a multiple of --seq_len "
+            f"{config.seq_len}; try --batch_tokens {nearest}"
+        )
+    per_rank, rest = divmod(sequences, world_size)
+    if rest or not per_rank:
+        nearest = max(1, round(sequences / world_size)) * world_size * config.seq_len
+        raise ValueError(
+            f"--batch_tokens {config.batch_tokens}: {sequences} sequences do not divide among "
+            f"{world_size} ranks; try --batch_tokens {nearest}"
+        )
+    divisors = [m for m in range(1, per_rank + 1) if per_rank % m == 0]
+    micro = config.micro_batch_size or max(m for m in divisors if m <= MAX_DERIVED_MICRO_BATCH)
+    if micro not in divisors:
+        fitting = max((m for m in divisors if m <= micro), default=1)
+        raise ValueError(
+            f"--micro_batch_size {micro} does not divide the {per_rank} sequences of a rank and "
+            f"step; try --micro_batch_size {fitting}"
+        )
+    return BatchArithmetic(sequences, micro, per_rank // micro, world_size)
+
+
+def _parse_bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text}: must be true or false")
+    return text.lower() == "true"
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser with one flag per field of TrainConfig."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    hints = typing.get_type_hints(TrainConfig)
+    for f in dataclasses.fields(TrainConfig):
+        hint = hints[f.name]
+        if isinstance(hint, types.UnionType):  # X | None
+            hint = next(t for t in typing.get_args(hint) if t is not type(None))
+        text = f.metadata["help"]
+        if f.default is not None:
+            shown = str(f.default).lower() if hint is bool else f.default
+            text += f" (default: {shown})".replace("%", "%%")
+        options: dict[str, Any] = {"default": f.default, "help": text, "type": hint}
+        if hint is bool:
+            options |= {"type": _parse_bool, "nargs": "?", "const": True, "metavar": "true|false"}
+        parser.add_argument(f"--{f.name}", **options)
+    # The deepspeed launcher appends --local_rank; the environment's LOCAL_RANK is what counts.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def parse_train_config(argv: list[str], description: str) -> TrainConfig:
+    """Parse the command line into a TrainConfig that is not resolved yet."""
+    values = vars(build_parser(description).parse_args(argv))
+    values.pop("local_rank")
+    return TrainConfig(**values)
+
+
+def to_json(config: TrainConfig) -> dict[str, object]:
+    """Return the fields as JSON values."""
+    values = dataclasses.asdict(config)
+    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+
+
+def describe_run(config: TrainConfig, batch: BatchArithmetic, ds_config: dict[str, Any]) -> str:
+    """Return the resolved run for people: model, batch, schedule, config.json, ds_config.json."""
+    gpt = config.gpt_config
+    assert config.lr and config.seq_len and config.max_steps and config.batch_tokens
+    tokens = config.max_steps * config.batch_tokens
+    return "\n".join(
+        [
+            f"model     {config.model}: {gpt.n_params():,} parameters, "
+            f"{gpt.flops_per_token(config.seq_len):.4g} training FLOPs per token",
+            f"batch     {config.batch_tokens:,} tokens = {batch.micro_batch_size} sequences x "
+            f"{config.seq_len} tokens x {batch.grad_accum_steps} micro-batches x "
+            f"{batch.world_size} ranks",
+            f"schedule  {config.max_steps:,} steps = {tokens:,} tokens; lr {config.lr:g} after "
+            f"{config.warmup_steps:,} steps, {config.lr * config.min_lr_ratio:g} from step "
+            f"{config.decay_steps:,}",
+            f"config.json     {json.dumps(to_json(config))}",
+            f"ds_config.json  {json.dumps(ds_config)}",
+        ]
+    )

@@ -1,0 +1,145 @@
+"""The engine's JSON and a TrainConfig -> the dict for `deepspeed.initialize`.
+
+Each value has one owner. The JSON owns the engine; the keys that follow from the run are derived
+here and may only be absent or "auto" in the file.
+"""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from launch.config import BatchArithmetic, TrainConfig
+from model import GPTConfig
+
+ENGINE_KEYS = (
+    "zero_optimization", "bf16", "torch_autocast", "data_types", "communication_data_type",
+    "activation_checkpointing", "flops_profiler", "comms_logger", "wall_clock_breakdown",
+    "memory_breakdown", "timers", "aio",
+)  # fmt: skip
+# Keys that DeepSpeed wants and the run owns, with the flag that sets each.
+DERIVED_KEYS = {
+    "train_batch_size": "--batch_tokens",
+    "train_micro_batch_size_per_gpu": "--micro_batch_size",
+    "gradient_accumulation_steps": "--batch_tokens and --micro_batch_size",
+    "gradient_clipping": "--grad_clip",
+    "optimizer": "--lr, --beta1, --beta2, --eps and --weight_decay",
+    "steps_per_print": "--log_every",
+}
+MAX_BUCKET = 500_000_000  # elements: DeepSpeed's own default for reduce_bucket_size
+BLOCKS_PER_BUCKET = 4
+
+
+def load_ds_config(path: Path) -> dict[str, Any]:
+    """Read an engine JSON and check its top-level keys.
+
+    Raises:
+        ValueError: No such file, not JSON, a duplicate key, an unknown key (with the nearest
+            known one), or a derived key with a value of its own.
+    """
+
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f"{path}: duplicate key {key!r}; keep one")
+        return dict(pairs)
+
+    try:
+        raw = json.loads(path.read_text(), object_pairs_hook=refuse_duplicates)
+    except FileNotFoundError:
+        raise ValueError(f"--ds_config {path}: no such file") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: holds {type(raw).__name__}, not an object")
+    for key, value in raw.items():
+        if key in DERIVED_KEYS and value != "auto":
+            raise ValueError(f'{path}: {key} belongs to {DERIVED_KEYS[key]}; remove it or say "auto"')
+        if key not in ENGINE_KEYS and key not in DERIVED_KEYS:
+            nearest = difflib.get_close_matches(key, ENGINE_KEYS, 1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(ENGINE_KEYS)}"
+            raise ValueError(f"{path}: unknown key {key!r}; {hint}")
+    return raw
+
+
+def zero_stage(ds_config: dict[str, Any]) -> int:
+    """Return the ZeRO stage of a ds_config, 0 if it has none."""
+    return ds_config.get("zero_optimization", {}).get("stage", 0)
+
+
+def precision(ds_config: dict[str, Any]) -> str:
+    """Return "bf16" (weights), "autocast" (fp32 weights, bf16 products) or "fp32"."""
+    if ds_config.get("bf16", {}).get("enabled"):
+        return "bf16"
+    return "autocast" if ds_config.get("torch_autocast", {}).get("enabled") else "fp32"
+
+
+def uses_offload(ds_config: dict[str, Any]) -> bool:
+    """Say whether the optimizer runs on the CPU beside another device's model."""
+    offload = ds_config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none"
+
+
+def _auto_sizes(gpt: GPTConfig) -> dict[str, int]:
+    # In elements. Buckets hold a few blocks: large enough to fill a link, small beside the model
+    # (the defaults cost 1-2 GB even at 124M). Stage 3 prefetches one block and keeps vectors.
+    block = 12 * gpt.n_embd**2
+    bucket = min(MAX_BUCKET, BLOCKS_PER_BUCKET * block)
+    return {
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        "stage3_prefetch_bucket_size": min(MAX_BUCKET, block),
+        "stage3_param_persistence_threshold": 10 * gpt.n_embd,
+    }
+
+
+def resolve_ds_config(
+    raw: dict[str, Any], config: TrainConfig, batch: BatchArithmetic
+) -> dict[str, Any]:
+    """Return the complete dict for `deepspeed.initialize`; `config` is resolved.
+
+    Raises:
+        ValueError: Stage 0 with bf16, bf16 with autocast, a stage that is none, or an "auto"
+            that nothing derives; names the key.
+    """
+    name = f"--ds_config {config.ds_config}"
+    if zero_stage(raw) not in (0, 1, 2, 3):
+        raise ValueError(f"{name}: zero_optimization.stage is {zero_stage(raw)}, not 0, 1, 2 or 3")
+    if zero_stage(raw) == 0 and precision(raw) == "bf16":
+        raise ValueError(
+            f"{name}: ZeRO stage 0 with bf16 takes a step on zero gradients at its start and "
+            "trains a wrong curve; use torch_autocast (ds_configs/zero0.json) or stage 1"
+        )
+    if precision(raw) == "bf16" and raw.get("torch_autocast", {}).get("enabled"):
+        raise ValueError(f"{name}: bf16 and torch_autocast exclude each other; enable one")
+    zero = dict(raw.get("zero_optimization", {}))
+    sizes = _auto_sizes(config.gpt_config)
+    for key, value in zero.items():
+        if value == "auto":
+            if key not in sizes:
+                raise ValueError(f"{name}: zero_optimization.{key} cannot be \"auto\"; give a value")
+            zero[key] = sizes[key]
+    derived: dict[str, Any] = {
+        "train_batch_size": batch.batch_sequences,
+        "train_micro_batch_size_per_gpu": batch.micro_batch_size,
+        "gradient_accumulation_steps": batch.grad_accum_steps,
+        # At stage 0 launch/engine.py clips: it needs the norm, which DeepSpeed keeps to itself.
+        "gradient_clipping": config.grad_clip if zero_stage(raw) else 0.0,
+        "optimizer": _optimizer(config, uses_offload(raw)),
+        "steps_per_print": 2**62,  # never: launch/metrics.py prints the steps
+    }
+    resolved = {k: v for k, v in raw.items() if k not in DERIVED_KEYS}
+    return resolved | ({"zero_optimization": zero} if zero else {}) | derived
+
+
+def _optimizer(config: TrainConfig, offload: bool) -> dict[str, Any]:
+    params: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": [config.beta1, config.beta2],
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
+    if not offload:  # offload runs DeepSpeedCPUAdam, which is fused too
+        params |= {"torch_adam": True, "fused": True}
+    return {"type": "AdamW", "params": params}

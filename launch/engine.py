@@ -1,0 +1,203 @@
+"""From a TrainConfig to a DeepSpeed engine: process group, zero.Init, parameter groups."""
+
+import contextlib
+import datetime
+import functools
+import logging
+import os
+import socket
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+# DeepSpeed loads checkpoints with weights_only=False; PyTorch honours this one over that.
+os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from launch.config import TrainConfig
+from launch.ds_config import uses_offload, zero_stage
+from launch.ranks import Ranks, check_extension_locks
+from model.gpt import GPT
+
+def init_process_group(ranks: Ranks, timeout_s: int) -> torch.device:
+    """Join the process group (all ranks) and return this rank's device.
+
+    Raises:
+        ValueError: The GPU of this rank does not exist, or the accelerator is Apple's MPS.
+    """
+    if torch.backends.mps.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        raise ValueError("Apple's MPS is not supported; set DS_ACCELERATOR=cpu to train on the CPU")
+    use_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    if use_cuda and ranks.local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"--num_gpus: rank {ranks.rank} needs GPU {ranks.local_rank}, this machine has "
+            f"{torch.cuda.device_count()}"
+        )
+    if not use_cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guessed
+    if "RANK" not in os.environ:  # no launcher
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    # DeepSpeed's shared-memory all-reduce serves inference only; compiling it takes a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _allow_checkpoint_types()
+    if use_cuda:
+        torch.cuda.set_device(ranks.local_rank)
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32, as in the recipe
+    deepspeed.init_distributed(
+        "nccl" if use_cuda else "gloo",
+        timeout=datetime.timedelta(seconds=timeout_s),
+        verbose=False,
+    )
+    return torch.device("cuda", ranks.local_rank) if use_cuda else torch.device("cpu")
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _allow_checkpoint_types() -> None:
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])
+
+
+def build_model(config: TrainConfig, ds_config: dict[str, Any]) -> GPT:
+    """Build the model with its initial values, under zero.Init at stage 3 (all ranks)."""
+    import deepspeed
+
+    if zero_stage(ds_config) < 3:
+        return GPT(config.gpt_config, config.seed)
+    with deepspeed.zero.Init(config_dict_or_path=ds_config):
+        model = GPT(config.gpt_config, config.seed)
+    # The head reads wte outside wte's own forward: gather it for the whole of GPT.forward.
+    deepspeed.zero.register_external_parameter(model, model.wte.weight)
+    return model
+
+
+def load_weights(model: GPT, weights: Iterable[tuple[str, Tensor]], stage: int) -> None:
+    """Copy weights into the model, one at a time (all ranks; at stage 3 rank 0's count)."""
+    import deepspeed
+
+    params = dict(model.named_parameters())
+    for name, weight in weights:
+        param = params.pop(name)
+        with (
+            deepspeed.zero.GatheredParameters([param], modifier_rank=0, enabled=stage == 3),
+            torch.no_grad(),
+        ):
+            param.copy_(weight)
+    assert not params, f"weights without a value: {sorted(params)}"
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Split the parameters: decay for two dimensions and more, none for the rest.
+
+    Under zero.Init a parameter's own shape is (0,); `ds_shape` is the real one.
+    """
+    groups = [
+        {"params": [], "weight_decay": weight_decay},
+        {"params": [], "weight_decay": 0.0},
+    ]
+    for param in model.parameters():
+        groups[len(real_shape(param)) < 2]["params"].append(param)
+    return groups
+
+
+def real_shape(param: Tensor) -> torch.Size:
+    """Return the shape of the whole parameter, sharded by ZeRO-3 or not."""
+    return getattr(param, "ds_shape", param.shape)
+
+
+def describe_groups(groups: list[dict[str, Any]]) -> str:
+    """Count tensors and parameters (padded vocabulary) with and without weight decay."""
+    counts = []
+    for group, what in zip(groups, ("decayed", "undecayed"), strict=True):
+        n_params = sum(real_shape(p).numel() for p in group["params"])
+        counts.append(f"{what}: {len(group['params'])} tensors, {n_params:,} parameters")
+    return " | ".join(counts)
+
+
+def build_engine(
+    model: GPT, config: TrainConfig, ds_config: dict[str, Any], ranks: Ranks
+) -> tuple[Any, str]:
+    """Hand the model to DeepSpeed (all ranks); return the engine and a line about its groups."""
+    import deepspeed
+
+    if uses_offload(ds_config):
+        _build_cpu_adam(ranks)
+    if "activation_checkpointing" in ds_config:
+        for block in model.h:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    groups = decay_groups(model, config.weight_decay)
+    description = describe_groups(groups)
+    torch.manual_seed(config.seed + ranks.rank)  # dropout: each rank draws its own
+    with _quiet_stdout():
+        engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=groups, config=ds_config, dist_init_required=False
+        )
+    return engine, description
+
+
+def _build_cpu_adam(ranks: Ranks) -> None:
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    check_extension_locks(ranks)
+    if ranks.local_rank == 0:  # one rank builds, the others find it built
+        with _quiet_stdout():
+            CPUAdamBuilder().load(verbose=False)
+    dist.barrier()  # all ranks
+
+
+@contextlib.contextmanager
+def _quiet_stdout() -> Iterator[None]:
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def set_optimizer(engine: Any, config: TrainConfig, lr: float) -> None:
+    """Set what the run owns in every parameter group; a checkpoint brings its own back."""
+    decays = (config.weight_decay, 0.0)  # the order of decay_groups
+    for group, weight_decay in zip(engine.optimizer.param_groups, decays, strict=True):
+        group |= {"lr": lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+        group["weight_decay"] = weight_decay
+
+
+def optimizer_step(engine: Any, grad_clip: float) -> float:
+    """Update the weights at the accumulation boundary (all ranks); return the gradient norm.
+
+    The norm is global and taken before clipping. If it is not finite, no weight and no moment
+    changes.
+    """
+    if engine.zero_optimization_stage() > 0:
+        engine.step()
+        return float(engine.get_global_grad_norm())
+    params = list(engine.module.parameters())
+    norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    finite = bool(norm.isfinite())  # syncs CPU and GPU
+    if not finite:
+        engine.module.zero_grad(set_to_none=True)  # AdamW passes over parameters without one
+    elif grad_clip:
+        nn.utils.clip_grads_with_norm_(params, grad_clip, norm)
+    engine.step()
+    return norm.item()
+
+
+def sum_over_ranks(values: Sequence[float | Tensor], device: torch.device) -> list[float]:
+    """Sum each value over the ranks, in fp64 (all ranks)."""
+    sums = torch.tensor([float(v) for v in values], dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return sums.tolist()

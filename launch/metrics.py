@@ -1,0 +1,165 @@
+"""One line per step on the console, and the same numbers in log.txt, metrics.jsonl, TensorBoard.
+
+`k train` is the loss of update k counted from 0; `k val` comes after k updates.
+"""
+
+import json
+import math
+import os
+import resource
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launch.config import TrainConfig, to_json
+
+# Dense bf16 peaks in FLOP/s, from NVIDIA's data sheets, by a part of the device's name.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+
+Row = dict[str, Any]
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return the peak of one device in FLOP/s, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return the most memory held so far: of the GPU, or of this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
+    return rss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+class Metrics:
+    """Writes the numbers of a run; one object, on rank 0.
+
+    Args:
+        run_dir: Folder of the run.
+        resume_step: Updates done at the checkpoint resumed from, or None for a new run. Rows
+            beyond it are dropped: no gaps, no doubles.
+        config: The run, resolved.
+        world_size: Ranks, for MFU.
+        device: Of this rank.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        resume_step: int | None,
+        config: TrainConfig,
+        world_size: int,
+        device: torch.device,
+    ) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
+
+        self.config, self.device = config, device
+        peak = peak_flops(device)
+        self.peak_flops = peak * world_size if peak else None
+        rows: list[Row] = []
+        if resume_step is not None:
+            rows = _trim_jsonl(run_dir / "metrics.jsonl", resume_step)
+            _trim_log(run_dir / "log.txt", resume_step)
+        self.log = (run_dir / "log.txt").open("a")
+        self.jsonl = (run_dir / "metrics.jsonl").open("a")
+        self.board = SummaryWriter(str(run_dir), purge_step=resume_step)
+        values = {k: v for k, v in to_json(config).items() if v is not None}
+        for summary in hparams(values, {"val/loss": 0.0}):
+            self.board.file_writer.add_summary(summary)
+        for row in rows:  # purge_step takes these with it, though they stand before the checkpoint
+            if row["step"] == resume_step:
+                self._to_board(row)
+
+    def train(self, step: int, loss: float, lr: float, grad_norm: float, dt_s: float) -> None:
+        """Write update `step`: loss in nats, norm before clipping, wall time in seconds."""
+        config = self.config
+        assert config.batch_tokens and config.seq_len and config.max_steps
+        tokens_per_s = config.batch_tokens / dt_s
+        flops_per_s = tokens_per_s * config.gpt_config.flops_per_token(config.seq_len)
+        mfu = flops_per_s / self.peak_flops if self.peak_flops else None
+        left = timedelta(seconds=int((config.max_steps - step - 1) * dt_s))
+        _say(
+            f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {grad_norm:.4f} | "
+            f"dt: {dt_s * 1000:.2f}ms | tok/sec: {tokens_per_s:.2f} | "
+            f"mfu: {'n/a' if mfu is None else f'{mfu:.1%}'} | "
+            f"mem: {peak_memory_gib(self.device):.2f}GiB | left: {left}"
+        )
+        if not math.isfinite(grad_norm):
+            _say(f"step {step:5d} | skipped: the gradient is not finite")
+        row = {"step": step, "train/loss": loss, "train/lr": lr, "train/grad_norm": grad_norm}
+        row |= {"perf/tokens_per_s": tokens_per_s, "perf/mfu": mfu}
+        self._write(row, f"{step} train {loss:.6f}")
+
+    def evaluation(self, step: int, loss: float, samples: list[str]) -> None:
+        """Write what was evaluated after `step` updates: validation loss in nats, and texts."""
+        _say(f"step {step:5d} | validation loss: {loss:.4f}")
+        for text in samples:
+            _say(f"step {step:5d} | sample: {text!r}")
+        self._write({"step": step, "val/loss": loss, "samples": samples}, f"{step} val {loss:.4f}")
+
+    def close(self) -> None:
+        """Flush and close every file."""
+        for file in (self.log, self.jsonl, self.board):
+            file.close()
+
+    def _write(self, row: Row, log_line: str) -> None:
+        self.log.write(log_line + "\n")
+        self.jsonl.write(json.dumps(row) + "\n")
+        self._to_board(row)
+        for file in (self.log, self.jsonl, self.board):
+            file.flush()
+
+    def _to_board(self, row: Row) -> None:
+        for key, value in row.items():
+            if "/" in key and value is not None:
+                self.board.add_scalar(key, value, row["step"])
+        for i, text in enumerate(row.get("samples", [])):
+            self.board.add_text(f"samples/{i}", text, row["step"])
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _is_beyond(step: int, is_train: bool, resume_step: int) -> bool:
+    return step >= resume_step if is_train else step > resume_step
+
+
+def _rewrite(path: Path, keep: Callable[[str], bool]) -> list[str]:
+    """Keep the whole lines of a file that `keep` accepts; a torn last line goes."""
+    if not path.exists():
+        return []
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    kept = [line for line in lines if keep(line)]
+    partial = path.with_name(path.name + ".tmp")
+    with partial.open("w") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    return kept
+
+
+def _trim_log(path: Path, resume_step: int) -> None:
+    def keep(line: str) -> bool:
+        step, kind, *_ = line.split()
+        return not _is_beyond(int(step), kind == "train", resume_step)
+
+    _rewrite(path, keep)
+
+
+def _trim_jsonl(path: Path, resume_step: int) -> list[Row]:
+    def keep(line: str) -> bool:
+        row = json.loads(line)
+        return not _is_beyond(row["step"], "train/loss" in row, resume_step)
+
+    return [json.loads(line) for line in _rewrite(path, keep)]

@@ -1,0 +1,15 @@
+"""What is trained: the shape, the presets and the network, in pure PyTorch."""
+
+from model.config import GPTConfig
+from model.presets import PRESETS, Preset
+
+__all__ = ["GPT", "PRESETS", "GPTConfig", "Preset"]
+
+
+def __getattr__(name: str) -> object:
+    # GPT comes lazily, so that shapes and presets cost no torch import (--help, --dry_run).
+    if name == "GPT":
+        from model.gpt import GPT
+
+        return GPT
+    raise AttributeError(f"module 'model' has no attribute {name!r}")

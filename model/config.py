@@ -1,0 +1,46 @@
+"""The shape of one GPT (Radford et al. 2019; Brown et al. 2020, Table 2.1)."""
+
+from dataclasses import dataclass
+
+VOCAB_ALIGNMENT = 128  # rows of wte: whole tiles of every matrix unit
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Shape of a GPT: everything that a weight's size depends on, and dropout.
+
+    Raises:
+        ValueError: A size is not positive, the heads do not divide the width, or dropout is
+            outside [0, 1).
+    """
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    block_size: int = 1024
+    vocab_size: int = 50257
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout = {self.dropout}: must be in [0, 1)")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of `wte`: `vocab_size` rounded up to a multiple of 128."""
+        return -(-self.vocab_size // VOCAB_ALIGNMENT) * VOCAB_ALIGNMENT
+
+    def n_params(self) -> int:
+        """Count the parameters at `vocab_size`, tied head counted once, padding not at all."""
+        d = self.n_embd
+        block = 12 * d * d + 13 * d  # qkv 3d²+3d, proj d²+d, MLP 8d²+5d, two LayerNorms 4d
+        return (self.vocab_size + self.block_size) * d + self.n_layer * block + 2 * d
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Count training FLOPs per token, forward and backward: 6N + 12·L·d·T (PaLM, App. B)."""
+        return 6 * self.n_params() + 12 * self.n_layer * self.n_embd * seq_len

@@ -1,0 +1,101 @@
+"""Sampling from a GPT with a key/value cache."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from model.config import GPTConfig
+
+
+class LayerCache:
+    """Keys and values of one layer, (B, H, capacity, D) each, allocated at the first append."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.length = 0
+        self.k: Tensor
+        self.v: Tensor
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append T keys and values, (B, H, T, D) each; return all S so far, (B, H, S, D)."""
+        B, H, T, D = k.shape
+        if self.length == 0:
+            self.k, self.v = (x.new_empty(B, H, self.capacity, D) for x in (k, v))
+        start, self.length = self.length, self.length + T
+        self.k[:, :, start : self.length] = k
+        self.v[:, :, start : self.length] = v
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+
+class KVCache:
+    """One LayerCache per layer, for sequences of up to `capacity` tokens."""
+
+    def __init__(self, n_layer: int, capacity: int) -> None:
+        self.layers = [LayerCache(capacity) for _ in range(n_layer)]
+
+    @property
+    def length(self) -> int:
+        """Number of tokens cached."""
+        return self.layers[0].length
+
+
+def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """Set to -inf all but the `top_k` best and the smallest set of mass `top_p`; (B, V)."""
+    if top_k is not None:
+        kth_best = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < kth_best, -torch.inf)
+    if top_p is not None:
+        ranked, order = logits.sort(descending=True)  # (B, V)
+        mass_before = ranked.softmax(-1).cumsum(-1) - ranked.softmax(-1)
+        outside = (mass_before >= top_p).scatter(-1, order, mass_before >= top_p)
+        logits = logits.masked_fill(outside, -torch.inf)
+    return logits
+
+
+@torch.no_grad()
+def generate(
+    model: Callable[..., Tensor],
+    tokens: Tensor,
+    max_new_tokens: int,
+    config: GPTConfig,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 42,
+    use_cache: bool = True,
+) -> Iterator[Tensor]:
+    """Yield `max_new_tokens` sampled tokens, one (B,) tensor at a time.
+
+    The number of forwards depends on nothing that is drawn, so ranks stay in step. Past
+    `block_size` tokens the model sees the last `block_size` only, without a cache.
+
+    Args:
+        model: `model(tokens, positions=…, cache=…) -> logits (N, V)`: a GPT or an engine of one.
+        tokens: (B, T) prompt, T at least 1.
+        max_new_tokens: How many tokens to draw.
+        config: The model's shape: layers to cache, `block_size` to stay within.
+        temperature: Divides the logits; 0 takes the best token.
+        top_k: Draw from the k best only.
+        top_p: Draw from the smallest set of best tokens whose probabilities sum to p or more.
+        seed: Seed of a generator of its own; the global one is left alone.
+        use_cache: False computes every context anew.
+    """
+    generator = torch.Generator(tokens.device).manual_seed(seed)
+    cache = KVCache(config.n_layer, config.block_size)
+    for _ in range(max_new_tokens):
+        if use_cache and tokens.shape[1] <= config.block_size:
+            context = tokens[:, cache.length :]
+        else:
+            context, cache = tokens[:, -config.block_size :], None
+        B, T = context.shape
+        last = torch.arange(1, B + 1, device=tokens.device) * T - 1  # (B,) flat positions
+        logits = model(context, positions=last, cache=cache).float()  # (B, V)
+        if temperature == 0:
+            drawn = logits.argmax(-1)  # (B,)
+        else:
+            logits = filter_logits(logits / temperature, top_k, top_p)
+            drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]  # (B,)
+        tokens = torch.cat([tokens, drawn[:, None]], dim=1)  # (B, T + 1)
+        yield drawn

@@ -1,0 +1,146 @@
+"""GPT-2 (Radford et al. 2019), weight for weight: names, shapes and initial values."""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.config import GPTConfig
+from model.generate import KVCache, LayerCache
+from model.loss import linear_cross_entropy
+
+INIT_STD = 0.02  # GPT-2's N(0, 0.02) for Linear and Embedding weights
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        B, T, C = x.shape
+        H, D = self.n_head, C // self.n_head
+        q, k, v = self.c_attn(x).split(C, dim=2)
+        q = q.view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
+        k = k.view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
+        v = v.view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, H, S, D), S = cached + T
+        S = k.shape[2]
+        mask = None
+        if 1 < T < S:  # new tokens after cached ones: token t sees the first S - T + t + 1 keys
+            mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=T == S > 1
+        )
+        y = y.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C)
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT with a tied head; the head reads `wte`, so there is no second weight.
+
+    Args:
+        config: The shape.
+        seed: Seed of the initial values; they do not depend on the global generator.
+    """
+
+    def __init__(self, config: GPTConfig, seed: int = 1337) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        self._initialise(seed)
+
+    def _initialise(self, seed: int) -> None:
+        # Through Module.apply, the one path on which zero.Init gathers the weights, and in
+        # float32 from a generator of our own: the same values at every ZeRO stage and dtype.
+        device = self.ln_f.weight.device
+        generator = torch.Generator(device).manual_seed(seed)
+        residual_std = INIT_STD * (2 * self.config.n_layer) ** -0.5
+        residual = {m for block in self.h for m in (block.attn.c_proj, block.mlp.c_proj)}
+
+        def init(module: nn.Module) -> None:
+            if isinstance(module, nn.Linear | nn.Embedding):
+                std = residual_std if module in residual else INIT_STD
+                values = torch.empty(module.weight.shape, device=device)
+                with torch.no_grad():
+                    module.weight.copy_(values.normal_(0.0, std, generator=generator))
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+        self.apply(init)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Compute the loss, or logits over the `vocab_size` real tokens.
+
+        Args:
+            tokens: (B, T) token ids.
+            targets: (B, T) ids to predict; -100 is ignored. In training mode the softmax runs
+                over all padded columns, otherwise over `vocab_size`.
+            positions: (N,) indices into the flattened B·T positions: logits are computed there
+                only.
+            cache: Keys and values of the tokens before these; extended in place.
+
+        Returns:
+            Mean cross-entropy in nats (scalar, fp32) with targets; else logits (B, T, V), or
+            (N, V) with positions.
+
+        Raises:
+            ValueError: More tokens than `block_size`.
+        """
+        B, T = tokens.shape
+        past = 0 if cache is None else cache.length
+        if past + T > self.config.block_size:
+            raise ValueError(f"{past + T} tokens: the model's block_size is {self.config.block_size}")
+        position_ids = torch.arange(past, past + T, device=tokens.device)
+        x = self.wte(tokens) + self.wpe(position_ids)  # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for i, block in enumerate(self.h):
+            x = block(x, None if cache is None else cache.layers[i])
+        x = self.ln_f(x).flatten(0, 1)  # (B·T, C)
+        if targets is not None:
+            columns = None if self.training else self.config.vocab_size
+            return linear_cross_entropy(x, self.wte.weight[:columns], targets.flatten())
+        head = self.wte.weight[: self.config.vocab_size]  # (V, C)
+        if positions is not None:
+            return F.linear(x[positions], head)  # (N, V)
+        return F.linear(x, head).view(B, T, -1)  # (B, T, V)

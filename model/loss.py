@@ -1,0 +1,67 @@
+"""Next-token cross-entropy that never holds fp32 logits for the whole batch.
+
+The rows go through the head in chunks: matrix products in the dtype of the activations,
+log-softmax in fp32, gradients formed at once in the forward pass, so that a chunk's logits are
+computed once and freed. docs/LOG.md holds the measurements against the alternatives.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORE_INDEX = -100  # PyTorch's convention for targets that do not count
+CHUNK_LOGITS = 2**25  # fp32 logits held at a time: 128 MiB
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, with_grad: bool) -> Tensor:
+        N, V = x.shape[0], weight.shape[0]
+        dtype = _matmul_dtype(x)
+        head = weight.to(dtype)  # (V, C)
+        counts = targets != IGNORE_INDEX  # (N,)
+        scale = counts / counts.sum().clamp(min=1)  # (N,) weight of each row in the mean
+        rows = max(1, CHUNK_LOGITS // V)
+        loss = torch.zeros((), device=x.device)
+        dx = torch.empty_like(x) if with_grad else None
+        dw = torch.zeros(weight.shape, device=x.device) if with_grad else None
+        for start in range(0, N, rows):
+            part = slice(start, start + rows)
+            x_part = x[part].to(dtype)  # (n, C)
+            target = targets[part].clamp(min=0)[:, None]  # (n, 1); an ignored row weighs 0
+            log_probs = (x_part @ head.T).log_softmax(1, dtype=torch.float32)  # (n, V)
+            loss -= (log_probs.gather(1, target)[:, 0] * scale[part]).sum()
+            if dx is not None and dw is not None:
+                dlogits = log_probs.exp_()  # (n, V): probabilities, less 1 at the target
+                dlogits.scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
+                dlogits, row_scale = dlogits.to(dtype), scale[part, None]
+                dx[part] = (dlogits @ head * row_scale).to(x.dtype)
+                dw += dlogits.T @ (x_part * row_scale).to(dtype)
+        if with_grad:
+            ctx.save_for_backward(dx, dw)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        dx, dw = ctx.saved_tensors
+        return dx * grad, dw * grad, None, None
+
+
+def _matmul_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy of `x @ weight.T` against `targets`, in nats (fp32 scalar).
+
+    Args:
+        x: (N, C) final hidden states.
+        weight: (V, C) head.
+        targets: (N,) token ids; -100 does not count. With no target at all the loss is 0.
+    """
+    with_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return _ChunkedCrossEntropy.apply(x, weight, targets, with_grad)

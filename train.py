@@ -1,0 +1,251 @@
+"""Train a GPT-2 or GPT-3 with DeepSpeed.
+
+    python train.py --model debug --data_dir DIR
+    deepspeed --num_gpus 8 train.py --ds_config ds_configs/zero2.json --model gpt2 --data_dir DIR
+    torchrun --nproc_per_node 8 train.py --model gpt2 --data_dir DIR
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.config import (
+    BatchArithmetic,
+    TrainConfig,
+    describe_run,
+    parse_train_config,
+    resolve_batch,
+    resolve_train_config,
+    to_json,
+)
+from launch.ds_config import load_ds_config, precision, resolve_ds_config, zero_stage
+from launch.ranks import Ranks, check_extension_locks, read_ranks
+from launch.schedule import lr_at
+
+if TYPE_CHECKING:
+    import torch
+
+    from checkpoint.manifest import Manifest
+    from data.shards import TokenStream
+
+N_SAMPLES, TOP_K = 4, 50  # of the in-loop samples, as in build-nanogpt
+
+
+@dataclass(frozen=True)
+class Run:
+    """One resolved run on these ranks."""
+
+    config: TrainConfig
+    batch: BatchArithmetic
+    ds_config: dict[str, Any]
+    ranks: Ranks
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder for everything the run writes."""
+        assert self.config.run_dir  # resolved
+        return self.config.run_dir
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads: data, and the weights that it starts from, if they are not fresh."""
+
+    train_stream: TokenStream
+    val_stream: TokenStream
+    init_folder: Path | None
+    checkpoint: tuple[Path, Manifest] | None
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line; return the exit status."""
+    ranks = read_ranks()
+    try:
+        config = resolve_train_config(parse_train_config(argv, __doc__ or ""))
+        batch = resolve_batch(config, ranks.world_size)
+        ds_config = resolve_ds_config(load_ds_config(config.ds_config), config, batch)
+        if config.dry_run:
+            print(describe_run(config, batch, ds_config))
+            return 0
+        train(Run(config, batch, ds_config, ranks))
+    except ValueError as error:
+        if ranks.is_main:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def open_inputs(run: Run) -> Inputs:
+    """Open and check everything that the run reads, before any process group exists.
+
+    Raises:
+        ValueError: Whatever cannot be trained on or started from; names the file or flag.
+    """
+    from checkpoint.resuming import check_layout, find_checkpoint
+    from data.order import Order
+    from data.shards import TokenStream
+    from eval.val_loss import count_windows
+    from model.weights import load_hf_config, locate_hf_folder
+
+    config, gpt = run.config, run.config.gpt_config
+    assert config.seq_len and config.max_steps  # resolved
+    check_extension_locks(run.ranks)
+    train_stream = TokenStream(config.data_dir, "train", gpt.vocab_size)
+    val_stream = TokenStream(config.data_dir, "val", gpt.vocab_size)
+    Order(len(train_stream), config.seq_len)
+    count_windows(len(val_stream), config.seq_len, config.eval_tokens)
+    if folder := find_checkpoint(run.run_dir, config.resume):
+        manifest = check_layout(
+            folder,
+            world_size=run.ranks.world_size,
+            zero_stage=zero_stage(run.ds_config),
+            precision=precision(run.ds_config),
+            model=gpt,
+        )
+        if manifest.step > config.max_steps:
+            raise ValueError(f"--max_steps {config.max_steps}: {folder} is beyond it")
+        return Inputs(train_stream, val_stream, None, (folder, manifest))
+    if not config.init_from:
+        return Inputs(train_stream, val_stream, None, None)
+    init_folder = locate_hf_folder(config.init_from)
+    found = replace(load_hf_config(init_folder), dropout=config.dropout)
+    if found != gpt:
+        raise ValueError(f"--init_from {config.init_from} is {found}, --model {config.model} is {gpt}")
+    return Inputs(train_stream, val_stream, init_folder, None)
+
+
+def start_engine(run: Run, inputs: Inputs) -> Any:
+    """Build the engine, with fresh, given or resumed weights (all ranks)."""
+    from checkpoint.resuming import load_checkpoint
+    from launch.engine import build_engine, build_model, load_weights
+    from model.weights import load_hf_weights
+
+    model = build_model(run.config, run.ds_config)
+    if inputs.init_folder:
+        weights = load_hf_weights(inputs.init_folder, run.config.gpt_config)
+        load_weights(model, weights, zero_stage(run.ds_config))
+    engine, groups = build_engine(model, run.config, run.ds_config, run.ranks)
+    if inputs.checkpoint:
+        load_checkpoint(engine, *inputs.checkpoint)
+    if run.ranks.is_main:
+        print(describe_run(run.config, run.batch, run.ds_config), file=sys.stderr)
+        print(groups, file=sys.stderr)
+    return engine
+
+
+def write_configs(run: Run) -> None:
+    """Write the resolved configuration into the run folder."""
+    run.run_dir.mkdir(parents=True, exist_ok=True)
+    for name, values in (("config", to_json(run.config)), ("ds_config", run.ds_config)):
+        (run.run_dir / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n")
+
+
+def evaluate_and_sample(
+    engine: Any, run: Run, val_stream: TokenStream, device: torch.device
+) -> tuple[float, list[str]]:
+    """Return the validation loss in nats per token, and sampled texts (all ranks, in step)."""
+    from eval.sample import sample_texts
+    from eval.val_loss import evaluate
+    from launch.engine import sum_over_ranks
+
+    config = run.config
+    assert config.seq_len
+    engine.eval()
+    sums = evaluate(
+        engine,
+        val_stream,
+        seq_len=config.seq_len,
+        eval_tokens=config.eval_tokens,
+        batch_size=run.batch.micro_batch_size,
+        device=device,
+        rank=run.ranks.rank,
+        world_size=run.ranks.world_size,
+    )
+    loss, n_tokens = sum_over_ranks(sums, device)
+    texts = sample_texts(
+        engine,
+        config.gpt_config,
+        config.sample_prompt,
+        n_samples=N_SAMPLES,
+        max_new_tokens=config.sample_tokens,
+        top_k=TOP_K,
+        seed=config.seed,
+        device=device,
+    )
+    engine.train()
+    return loss / n_tokens, texts
+
+
+def train(run: Run) -> None:
+    """Train until `max_steps`, then leave a consolidated folder (all ranks).
+
+    Raises:
+        ValueError: Bad data, checkpoint or initial weights; names the file or flag.
+    """
+    import torch
+
+    from checkpoint.consolidate import consolidate_engine
+    from checkpoint.saving import save_checkpoint
+    from data.loader import Loader, split_windows
+    from data.order import Order
+    from launch.engine import init_process_group, optimizer_step, set_optimizer, sum_over_ranks
+    from launch.metrics import Metrics
+
+    inputs = open_inputs(run)
+    config, batch, ranks = run.config, run.batch, run.ranks
+    device = init_process_group(ranks, config.dist_timeout_s)
+    engine = start_engine(run, inputs)
+    resumed = inputs.checkpoint[1].step if inputs.checkpoint else None
+    step = resumed or 0
+    if ranks.is_main:
+        write_configs(run)
+        metrics = Metrics(run.run_dir, resumed, config, ranks.world_size, device)
+    order = Order(len(inputs.train_stream), config.seq_len, config.seed, config.shuffle)
+    samples = step * batch.batch_sequences
+    loader = Loader(inputs.train_stream, order, batch.micro_batch_size, batch.grad_accum_steps,
+                    ranks.rank, ranks.world_size, samples)  # fmt: skip
+    engine.train()
+    while True:
+        is_last = step == config.max_steps
+        if step != resumed and (is_last or step % config.eval_every == 0):
+            val_loss, texts = evaluate_and_sample(engine, run, inputs.val_stream, device)
+            if ranks.is_main:
+                metrics.evaluation(step, val_loss, texts)
+        if 0 < step != resumed and (is_last or step % config.checkpoint_every == 0):
+            save_checkpoint(engine, run.run_dir / "checkpoints", step=step, samples=samples,
+                            precision=precision(run.ds_config))  # fmt: skip
+        if is_last:
+            break
+        started = time.perf_counter()
+        lr = lr_at(step, config.lr, config.warmup_steps, config.decay_steps, config.min_lr_ratio)
+        set_optimizer(engine, config, lr)
+        loss_sum = torch.zeros((), device=device)
+        for micro_step in range(batch.grad_accum_steps):
+            tokens, targets = split_windows(next(loader), device)  # (B, T) each
+            loss = engine(tokens, targets)
+            engine.backward(loss)  # divides by grad_accum_steps
+            loss_sum += loss.detach()
+            if micro_step + 1 < batch.grad_accum_steps:
+                engine.step()  # counts the micro-step; the weights stay
+        grad_norm = optimizer_step(engine, config.grad_clip)
+        if step % config.log_every == 0:
+            n_losses = batch.grad_accum_steps * ranks.world_size
+            loss = sum_over_ranks([loss_sum], device)[0] / n_losses
+            if ranks.is_main:
+                metrics.train(step, loss, lr, grad_norm, time.perf_counter() - started)
+        step += 1
+        samples += batch.batch_sequences
+    loader.close()
+    consolidate_engine(engine, run.run_dir, step)
+    if ranks.is_main:
+        metrics.close()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
