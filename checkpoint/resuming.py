@@ -1,6 +1,7 @@
 """Step folder -> engine, at the same layout."""
 
 import contextlib
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -83,9 +84,24 @@ def load_checkpoint(engine: Any, folder: Path, manifest: Manifest) -> None:
     dist.all_gather_object(problems, problem)  # all ranks
     if any(problems):
         raise ValueError(next(p for p in problems if p))
+    allow_deepspeed_types()
     with contextlib.redirect_stdout(sys.stderr):
         engine.load_checkpoint(str(folder.parent), tag=folder.name)
     states = torch.load(folder / rng_file(rank), weights_only=True)
     torch.set_rng_state(states["cpu"])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def allow_deepspeed_types() -> None:
+    """Let `torch.load` take what DeepSpeed puts into its files, and nothing else, from here on.
+
+    DeepSpeed itself asks for weights_only=False, which runs any code; PyTorch puts this variable
+    above what a caller asks for.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])

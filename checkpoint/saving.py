@@ -19,7 +19,7 @@ from checkpoint.manifest import (
     step_name,
 )
 
-RECOVERY_SCRIPT = "zero_to_fp32.py"  # DeepSpeed copies executable code beside its files
+RECOVERY_SCRIPTS = "zero_to_*.py"  # DeepSpeed copies executable code beside its files
 
 
 def rng_file(rank: int) -> str:
@@ -64,7 +64,8 @@ def save_checkpoint(
     failure: list[str | None] = [None]
     if rank == 0:
         try:
-            (checkpoints / RECOVERY_SCRIPT).unlink(missing_ok=True)
+            for script in checkpoints.glob(RECOVERY_SCRIPTS):
+                script.unlink()
             shutil.rmtree(checkpoints / step_name(step), ignore_errors=True)
             publish(partial, manifest)
         except OSError as error:

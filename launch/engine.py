@@ -6,12 +6,9 @@ import functools
 import logging
 import os
 import socket
-import sys
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
-
-# DeepSpeed loads checkpoints with weights_only=False; PyTorch honours this one over that.
-os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 
 import torch
 import torch.distributed as dist
@@ -49,7 +46,6 @@ def init_process_group(ranks: Ranks, timeout_s: int) -> torch.device:
     logger.setLevel(logging.WARNING)
     # DeepSpeed's shared-memory all-reduce serves inference only; compiling it takes a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    _allow_checkpoint_types()
     if use_cuda:
         torch.cuda.set_device(ranks.local_rank)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32, as in the recipe
@@ -65,14 +61,6 @@ def _free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
-
-
-def _allow_checkpoint_types() -> None:
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])
 
 
 def build_model(config: TrainConfig, ds_config: dict[str, Any]) -> GPT:
@@ -164,7 +152,7 @@ def _build_cpu_adam(ranks: Ranks) -> None:
 
 @contextlib.contextmanager
 def _quiet_stdout() -> Iterator[None]:
-    with contextlib.redirect_stdout(sys.stderr):
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
 
 

@@ -7,7 +7,7 @@ of a block as Conv1D, which is transposed; its vocabulary is not padded.
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -149,7 +149,10 @@ def load_hf_folder(folder: Path) -> GPT:
 
 
 def save_hf_folder(
-    folder: Path, config: GPTConfig, weights: Iterable[tuple[str, Tensor]]
+    folder: Path,
+    config: GPTConfig,
+    weights: Iterable[tuple[str, Tensor]],
+    save_tokenizer: Callable[[Path], None],
 ) -> None:
     """Write a Hugging Face folder; it appears whole or not at all.
 
@@ -158,6 +161,7 @@ def save_hf_folder(
         config: Shape of the model.
         weights: Every weight in our name and layout; taken one at a time, so that at most one
             file's worth (5 GB) is held.
+        save_tokenizer: Writes the tokenizer's files into a folder.
     """
     partial = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
@@ -183,6 +187,7 @@ def save_hf_folder(
         n_bytes, total_bytes = n_bytes + weight.nbytes, total_bytes + weight.nbytes
     write_shard()
     _name_shards(partial, shards, total_bytes)
+    save_tokenizer(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
