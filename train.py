@@ -244,7 +244,6 @@ def train(run: Run) -> None:
     consolidate_engine(engine, run.run_dir, step)
     if ranks.is_main:
         metrics.close()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

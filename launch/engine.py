@@ -1,5 +1,6 @@
 """From a TrainConfig to a DeepSpeed engine: process group, zero.Init, parameter groups."""
 
+import atexit
 import contextlib
 import datetime
 import functools
@@ -49,11 +50,10 @@ def init_process_group(ranks: Ranks, timeout_s: int) -> torch.device:
     if use_cuda:
         torch.cuda.set_device(ranks.local_rank)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32, as in the recipe
-    deepspeed.init_distributed(
-        "nccl" if use_cuda else "gloo",
-        timeout=datetime.timedelta(seconds=timeout_s),
-        verbose=False,
-    )
+    if not dist.is_initialized():
+        backend, timeout = "nccl" if use_cuda else "gloo", datetime.timedelta(seconds=timeout_s)
+        deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
+        atexit.register(dist.destroy_process_group)
     return torch.device("cuda", ranks.local_rank) if use_cuda else torch.device("cpu")
 
 

@@ -1,0 +1,66 @@
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data.shards import TokenStream
+from eval.val_loss import count_windows, evaluate, unigram_entropy
+from model import GPT, GPTConfig
+
+CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=64)
+
+
+@pytest.fixture
+def model() -> GPT:
+    return GPT(CONFIG).eval()
+
+
+def test_loss_is_the_mean_over_all_tokens_of_the_windows(model: GPT, data_dir: Path) -> None:
+    stream = TokenStream(data_dir, "val", 50257)
+    total, n_tokens = evaluate(model, stream, seq_len=64, eval_tokens=10**7, batch_size=7)
+    tokens = torch.from_numpy(stream.read(0, 46 * 64 + 1).astype(np.int64))
+    logits = model(tokens[:-1].view(46, 64)).flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="sum").item()
+    assert n_tokens == 46 * 64
+    assert total == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(("batch_size", "world_size"), [(1, 1), (5, 1), (64, 1), (2, 3), (7, 4)])
+def test_result_does_not_depend_on_batches_or_ranks(
+    model: GPT, data_dir: Path, batch_size: int, world_size: int
+) -> None:
+    stream = TokenStream(data_dir, "val", 50257)
+    forwards = []
+
+    def counting(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        forwards[-1] += 1
+        return model(tokens, targets)
+
+    sums = []
+    for rank in range(world_size):
+        forwards.append(0)
+        sums.append(
+            evaluate(
+                counting, stream, seq_len=64, eval_tokens=2000, batch_size=batch_size,
+                rank=rank, world_size=world_size,
+            )
+        )  # fmt: skip
+    assert len(set(forwards)) == 1  # in lock-step
+    total, n_tokens = map(sum, zip(*sums, strict=True))
+    alone, n_alone = evaluate(model, stream, seq_len=64, eval_tokens=2000, batch_size=31)
+    assert n_tokens == n_alone == 31 * 64
+    assert total / n_tokens == pytest.approx(alone / n_alone, abs=1e-5)
+
+
+def test_unigram_entropy_is_that_of_the_counts(tmp_path: Path) -> None:
+    np.save(tmp_path / "text_val_000000.npy", np.array([9, 1, 1, 2, 3], np.uint16))
+    stream = TokenStream(tmp_path, "val", 50257)
+    assert unigram_entropy(stream, 4) == pytest.approx(1.5 * math.log(2))  # 1/2, 1/4, 1/4
+
+
+def test_too_few_tokens_are_refused() -> None:
+    assert count_windows(129, 64, 1000) == 2
+    with pytest.raises(ValueError, match="--eval_tokens 1000, 64 in the validation split"):
+        count_windows(64, 64, 1000)

@@ -1,0 +1,151 @@
+"""The engine at every stage, on one rank; several ranks are in tests/test_train.py."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launch.config import TrainConfig, resolve_batch, resolve_train_config
+from launch.ds_config import load_ds_config, resolve_ds_config, zero_stage
+from launch.engine import (
+    build_engine,
+    build_model,
+    decay_groups,
+    describe_groups,
+    load_weights,
+    optimizer_step,
+    set_optimizer,
+)
+from launch.ranks import Ranks
+from model import GPT
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = resolve_train_config(TrainConfig(model="debug", batch_tokens=4 * 64, micro_batch_size=4))
+STAGES = [0, 1, 2, 3]
+
+
+def ds_config(stage: int, fp32: bool = True, **more: Any) -> dict[str, Any]:
+    raw = load_ds_config(ROOT / "ds_configs" / f"zero{stage}.json")
+    if fp32:
+        raw.pop("bf16", None)
+        raw.pop("torch_autocast", None)
+    return resolve_ds_config(raw | more, CONFIG, resolve_batch(CONFIG, 1))
+
+
+def engine_of(ranks: Ranks, stage: int, fp32: bool = True, **more: Any) -> Any:
+    resolved = ds_config(stage, fp32, **more)
+    engine, _ = build_engine(build_model(CONFIG, resolved), CONFIG, resolved, ranks)
+    return engine
+
+
+def weights_of(engine: Any) -> dict[str, torch.Tensor]:
+    from checkpoint.consolidate import engine_weights
+
+    return {name: weight.float().clone() for name, weight in engine_weights(engine)}
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    rows = torch.randint(50, (4, 65), generator=torch.Generator().manual_seed(3))
+    return rows[:, :-1], rows[:, 1:]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("fp32", [True, False])
+def test_initial_weights_are_the_plain_models(one_rank: Ranks, stage: int, fp32: bool) -> None:
+    engine = engine_of(one_rank, stage, fp32)
+    plain = dict(GPT(CONFIG.gpt_config, CONFIG.seed).named_parameters())
+    rounded = stage > 0 and not fp32
+    for name, weight in weights_of(engine).items():
+        expected = plain[name].bfloat16().float() if rounded else plain[name]
+        assert torch.equal(weight, expected), name
+
+
+def test_stage_3_has_the_same_deviation_of_each_kind_of_weight(one_rank: Ranks) -> None:
+    stds = [
+        {k: w.std().item() for k, w in weights_of(engine_of(one_rank, s)).items() if w.dim() > 1}
+        for s in (0, 3)
+    ]
+    assert stds[0] == pytest.approx(stds[1])
+    assert stds[1]["h.0.attn.c_proj.weight"] == pytest.approx(0.02 / 2, rel=0.05)  # (2·2)^-0.5
+    assert stds[1]["h.0.mlp.c_fc.weight"] == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_decay_groups_go_by_the_whole_shape(one_rank: Ranks, stage: int) -> None:
+    groups = decay_groups(build_model(CONFIG, ds_config(stage)), 0.1)
+    # wte, wpe and 4 matrices per block; 4 LayerNorms and 4 biases per block, 2 of ln_f
+    n_decayed = (50304 + 64) * 64 + 2 * 12 * 64**2
+    n_rest = 2 * 13 * 64 + 2 * 64
+    assert describe_groups(groups) == (
+        f"decayed: 10 tensors, {n_decayed:,} parameters | "
+        f"undecayed: 18 tensors, {n_rest:,} parameters"
+    )
+    assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("fp32", [True, False])
+def test_norm_is_taken_before_clipping(one_rank: Ranks, stage: int, fp32: bool) -> None:
+    model = GPT(CONFIG.gpt_config, CONFIG.seed)
+    model(*batch()).backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    expected = torch.nn.utils.get_total_norm(grads).item()
+    engine = engine_of(one_rank, stage, fp32)
+    engine.backward(engine(*batch()))
+    norm = optimizer_step(engine, grad_clip=1.0)
+    assert expected > 1.2  # clipping would show
+    assert norm == pytest.approx(expected, rel=1e-4 if fp32 else 2e-2)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("fp32", [True, False])
+def test_a_gradient_that_is_not_finite_changes_no_weight(
+    one_rank: Ranks, stage: int, fp32: bool
+) -> None:
+    engine = engine_of(one_rank, stage, fp32)
+    for bad in (False, True, False):
+        before = weights_of(engine)
+        set_optimizer(engine, CONFIG, lr=1e-3)
+        loss = engine(*batch())
+        engine.backward(loss * float("nan") if bad else loss)
+        norm = optimizer_step(engine, grad_clip=1.0)
+        assert torch.isfinite(torch.tensor(norm)) == (not bad)
+        changed = [k for k, w in weights_of(engine).items() if not torch.equal(w, before[k])]
+        assert bool(changed) == (not bad), changed
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_activation_checkpointing_changes_no_gradient(one_rank: Ranks, stage: int) -> None:
+    norms, losses = [], []
+    for more in ({}, {"activation_checkpointing": {}}):
+        engine = engine_of(one_rank, stage, **more)
+        saved: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: saved.append(t.numel()) or t, lambda t: t
+        ):
+            loss = engine(*batch())
+        losses.append((loss.item(), sum(saved)))
+        engine.backward(loss)
+        norms.append(optimizer_step(engine, grad_clip=1.0))
+    assert losses[0][0] == losses[1][0]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+    assert losses[1][1] < losses[0][1]  # fewer numbers are kept for the backward pass
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_given_weights_reach_every_stage(one_rank: Ranks, stage: int) -> None:
+    given = GPT(CONFIG.gpt_config, seed=99)
+    resolved = ds_config(stage)
+    model = build_model(CONFIG, resolved)
+    load_weights(model, ((n, p.detach()) for n, p in given.named_parameters()), stage)
+    engine, _ = build_engine(model, CONFIG, resolved, one_rank)
+    expected = dict(given.named_parameters())
+    assert all(torch.equal(w, expected[name]) for name, w in weights_of(engine).items())
+
+
+def test_stage_3_shards_every_matrix(one_rank: Ranks) -> None:
+    resolved = ds_config(3)
+    assert zero_stage(resolved) == 3
+    model = build_model(CONFIG, resolved)
+    assert all(p.numel() == 0 for p in model.parameters() if len(p.ds_shape) > 1)  # pyright: ignore[reportAttributeAccessIssue]  # zero.Init adds it

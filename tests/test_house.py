@@ -1,0 +1,89 @@
+"""The rooms, their doors and their sizes (CONTRIBUTING.md)."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("model", "data", "checkpoint", "eval", "launch")
+FILES = sorted(p for room in (*ROOMS, "bench") for p in (ROOT / room).glob("*.py"))
+FILES.append(ROOT / "train.py")
+ALLOWED = {
+    "model": {"model"},
+    "data": {"data"},
+    "checkpoint": {"checkpoint", "model"},
+    "eval": {"eval", "model", "data", "checkpoint.reader"},
+    "launch": {"launch", "model"},
+}
+# A Hugging Face folder is weights and tokenizer: whoever writes one needs both.
+EXCEPTIONS = {("checkpoint/consolidate.py", "data.tokenizer")}
+ENTRY_POINTS = ["train.py", "data/prepare.py", "eval/val_loss.py", "eval/sample.py",
+                "eval/report.py", "checkpoint/consolidate.py"]  # fmt: skip
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_rooms_import_only_through_their_doors(path: Path) -> None:
+    room = path.parent.name
+    for name in imports(path):
+        if room in ALLOWED and name.split(".")[0] in (*ROOMS, "train", "bench"):
+            allowed = any(name == a or name.startswith(a + ".") for a in ALLOWED[room])
+            assert allowed or (f"{room}/{path.name}", name) in EXCEPTIONS, name
+        if room in ("model", "data", "eval"):
+            assert name.split(".")[0] != "deepspeed"
+            assert not name.startswith("torch.distributed")
+    if room in ("model", "data", "eval"):
+        assert "environ" not in path.read_text()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_functions_stay_small(path: Path) -> None:
+    assert path.read_text().count("\n") <= 300
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno is not None
+            limit = 80 if (path.name, node.name) == ("train.py", "train") else 50
+            assert node.end_lineno - node.lineno < limit, node.name
+    assert path.stem not in sys.stdlib_module_names
+    assert path.stem not in ("utils", "common", "helpers", "misc", "base", "manager")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_is_unpickled_or_passed_to_a_shell(path: Path) -> None:
+    text = path.read_text()
+    for banned in ("shell=True", "trust_remote_code", "os.system", "pickle.load", "allow_pickle=True"):
+        assert banned not in text
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+            assert any(
+                k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords
+            )
+
+
+@pytest.mark.parametrize("entry", ENTRY_POINTS)
+def test_help_is_fast_and_imports_no_torch(entry: str) -> None:
+    command = [sys.executable, "-X", "importtime", entry, "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=10)
+    assert " torch\n" not in done.stderr
+    assert "usage:" in done.stdout
+    fastest_s = min(_time_help(entry) for _ in range(3))
+    assert fastest_s < 0.5
+
+
+def _time_help(entry: str) -> float:
+    started = time.perf_counter()
+    subprocess.run([sys.executable, entry, "--help"], cwd=ROOT, capture_output=True, check=True)
+    return time.perf_counter() - started

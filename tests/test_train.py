@@ -1,0 +1,167 @@
+"""`train.py` as people run it; one rank in this process, several through the launchers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+
+from bench import parity
+from checkpoint.manifest import complete_steps
+from checkpoint.reader import load_model
+from eval.val_loss import build_parser, run
+from model.weights import load_hf_folder
+from train import main
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ["--model", "debug", "--micro_batch_size", "4", "--sample_tokens", "2"]
+
+
+def arguments(data_dir: Path, run_dir: Path, stage: int | str, *more: object) -> list[str]:
+    paths = ["--data_dir", data_dir, "--run_dir", run_dir]
+    ds_config = ROOT / "ds_configs" / f"zero{stage}.json"
+    return [*SMALL, *map(str, [*paths, "--ds_config", ds_config, *more])]
+
+
+def without_ranks() -> dict[str, str]:
+    """This process's environment less what says that it is rank 0 of a group."""
+    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+
+
+def rows(run_dir: Path, key: str) -> dict[int, float]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    found = [(r["step"], r[key]) for r in map(json.loads, lines) if key in r]
+    assert len(found) == len(dict(found)), "a step stands twice"
+    return dict(found)
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_resumed_run_has_the_same_bits(data_dir: Path, tmp_path: Path, stage: int) -> None:
+    options = ["--max_steps", 20, "--eval_every", 5, "--dropout", "0.1", "--checkpoint_every", 10]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(arguments(data_dir, whole, stage, *options)) == 0
+    first = [*options, "--max_steps", 10, "--decay_steps", 20]
+    assert main(arguments(data_dir, parts, stage, *first)) == 0
+    torch.manual_seed(12345)  # what was saved counts, not what is left from before
+    assert main(arguments(data_dir, parts, stage, *options, "--resume", "must")) == 0
+    for key in ("train/loss", "train/grad_norm", "train/lr", "val/loss"):
+        assert rows(parts, key) == rows(whole, key), key
+    assert (parts / "log.txt").read_text() == (whole / "log.txt").read_text()
+    a, b = (load_model(str(r))[0].state_dict() for r in (whole, parts))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert [p.name for p in complete_steps(parts / "checkpoints")] == ["step_000010", "step_000020"]
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("stage", [0, 1, 2, 3, "3_offload"])
+def test_consolidated_folder_is_the_model_that_was_trained(
+    data_dir: Path, tmp_path: Path, stage: int | str
+) -> None:
+    run_dir = tmp_path / "run"
+    assert main(arguments(data_dir, run_dir, stage, "--max_steps", 3)) == 0
+    live = run_dir / "consolidated" / "step_000003"
+    hf = AutoModelForCausalLM.from_pretrained(live)
+    assert isinstance(hf, GPT2LMHeadModel)
+    from_step, _ = load_model(str(run_dir))
+    from_live = load_hf_folder(live)
+    tokens = torch.randint(50257, (2, 64))
+    torch.testing.assert_close(from_live(tokens), hf.eval()(tokens).logits, rtol=1e-5, atol=1e-5)
+    assert torch.equal(from_live(tokens), from_step(tokens))
+    args = build_parser().parse_args(["--ckpt", str(live), "--data_dir", str(data_dir)])
+    assert run(args)["val_loss"] == pytest.approx(rows(run_dir, "val/loss")[3], abs=1e-3)
+    out = subprocess.run(
+        [sys.executable, "checkpoint/consolidate.py", "--ckpt", run_dir, "--out_dir", tmp_path / "x"],
+        cwd=ROOT, check=True, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert out.stdout.strip() == str(tmp_path / "x")
+    files = ("model.safetensors", "config.json", "vocab.json")
+    assert all((tmp_path / "x" / f).read_bytes() == (live / f).read_bytes() for f in files)
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage", "n_ranks"),
+    [("fp32", 1, 2), ("fp32", 3, 2), ("bf16", 2, 2), ("bf16", 1, 4)],
+)
+def test_parity_with_plain_pytorch(
+    tmp_path: Path, precision: str, stage: int, n_ranks: int
+) -> None:
+    parity.write_inputs(tmp_path, n_tokens=30 * 8 * 64 + 1)
+    kind = parity.reference_precision(stage, precision)
+    expected = parity.reference_losses(tmp_path, kind, 30)
+    got = parity.engine_losses(tmp_path, stage, n_ranks, precision, 30)
+    assert expected[0] - expected[-1] > 2  # it learns
+    assert parity.largest_difference(got, expected) < parity.TOLERANCE[precision]
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_zero0_is_the_seeds_own_arithmetic(tmp_path: Path) -> None:
+    parity.write_inputs(tmp_path, n_tokens=50 * 8 * 64 + 1)
+    expected = parity.reference_losses(tmp_path, "autocast", 50)
+    options = ["--init_from", tmp_path / "init", "--shuffle", "false", "--max_steps", 50,
+               "--warmup_steps", 5, "--decay_steps", 50, "--eval_tokens", 64]  # fmt: skip
+    assert main(arguments(tmp_path / "data", tmp_path / "run", 0, *options)) == 0
+    got = list(rows(tmp_path / "run", "train/loss").values())
+    assert parity.largest_difference(got, expected) < 2e-3
+
+
+def test_torchrun_and_three_ranks_evaluate_in_step(data_dir: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "3", "train.py"]
+    options = ["--max_steps", 2, "--batch_tokens", 6 * 64, "--micro_batch_size", 2]
+    done = subprocess.run(
+        [*command, *arguments(data_dir, tmp_path / "three", 3, *options)],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    alone = subprocess.run(
+        [sys.executable, "train.py", *arguments(data_dir, tmp_path / "one", 3, *options)],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=100, env=without_ranks(),
+    )  # fmt: skip
+    assert alone.returncode == 0, alone.stderr
+    # 46 windows of 64 tokens over 3 ranks of 2: the last round is two thirds empty
+    three, one = (rows(tmp_path / n, "val/loss") for n in ("three", "one"))
+    assert three[0] == pytest.approx(one[0], abs=1e-5)
+    assert three[2] == pytest.approx(one[2], abs=2e-3)
+
+
+@pytest.mark.parametrize("model", ["gpt2", "gpt3-175b"])
+def test_dry_run_prints_the_resolved_run_without_building_it(model: str) -> None:
+    command = [sys.executable, "-X", "importtime", "train.py", "--dry_run", "--model", model]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=10)
+    assert " torch\n" not in done.stderr
+    assert " deepspeed\n" not in done.stderr
+    for part in ("parameters", "micro-batches", "schedule", '"batch_tokens"', '"bf16"'):
+        assert part in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "gpt9"], "error: --model gpt9: unknown"),
+        (["--data_dir", "nowhere"], "error: --data_dir nowhere: no shard"),
+        (["--ds_config", "nowhere.json"], "error: --ds_config nowhere.json: no such file"),
+        (["--micro_batch_size", "3"], "error: --micro_batch_size 3 does not divide"),
+        (["--resume", "must"], "error: --resume must: "),
+        (["--init_from", "nowhere"], "error: nowhere: no such folder"),
+        (["--model", "quickstart", "--init_from", "INIT"], "error: --init_from "),
+        (["--eval_tokens", "5"], "error: --eval_tokens 5"),
+    ],
+)
+def test_mistakes_cost_one_line_and_status_2(
+    data_dir: Path, tmp_path: Path, options: list[str], message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    if "INIT" in options:
+        parity.write_inputs(tmp_path, n_tokens=600)
+        options = [str(tmp_path / "init") if o == "INIT" else o for o in options]
+    capsys.readouterr()
+    assert main(arguments(data_dir, tmp_path / "run", 1, *options)) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(message)
+    assert not (tmp_path / "run").exists()
