@@ -2,8 +2,8 @@
 
     python bench/parity.py --out runs/parity.json
 
-Each cell is one run of `deepspeed --num_gpus N train.py`; the reference shares no code with it: a
-Hugging Face GPT-2, its own batches, schedule and AdamW. Resumable: cells in --out are not run again.
+Each cell is one run of `deepspeed --num_gpus N train.py`; the reference shares no code with it: its
+own GPT-2, batches, schedule and loop. Resumable: cells in --out are not run again.
 """
 
 import argparse
@@ -25,11 +25,13 @@ if not __package__:  # run as a file: import from the repository root, exactly a
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 ROOT = Path(__file__).resolve().parents[1]
-SEQ_LEN, N_SEQUENCES, GRAD_ACCUM = 64, 8, 2  # of --model debug: 8 sequences divide among 4 ranks
+N_LAYER, N_HEAD, N_EMBD = 2, 2, 64  # --model debug
+SEQ_LEN, N_SEQUENCES, GRAD_ACCUM = 64, 8, 2  # 8 sequences divide among 4 ranks
 VOCAB_SIZE, PADDED_VOCAB_SIZE = 50257, 50304
 LR, WARMUP, WEIGHT_DECAY, CLIP = 1e-3, 5, 0.1, 1.0
 TOLERANCE = {"fp32": 2e-6, "bf16": 2e-3}
@@ -44,23 +46,38 @@ def write_inputs(folder: Path, n_tokens: int) -> None:
     np.save(folder / "data" / "text_train_000001.npy", tokens)
     np.save(folder / "data" / "text_val_000000.npy", tokens[: 4 * SEQ_LEN + 1])
     torch.manual_seed(11)
-    config = GPT2Config(n_layer=2, n_head=2, n_embd=64, n_positions=SEQ_LEN)
+    config = GPT2Config(
+        n_layer=N_LAYER, n_head=N_HEAD, n_embd=N_EMBD, n_positions=SEQ_LEN
+    )
     GPT2LMHeadModel(config).save_pretrained(folder / "init")
 
 
-def reference_model(folder: Path) -> GPT2LMHeadModel:
+def reference_weights(folder: Path) -> dict[str, Tensor]:
     """Load the random GPT-2 and pad its vocabulary with the mean row, as training does."""
-    small = GPT2LMHeadModel.from_pretrained(folder / "init").state_dict()
-    wte = small["transformer.wte.weight"]
+    weights = load_file(folder / "init" / "model.safetensors")
+    weights = {name.removeprefix("transformer."): w for name, w in weights.items()}
+    wte = weights["wte.weight"]
     padding = wte.mean(0, keepdim=True).expand(PADDED_VOCAB_SIZE - VOCAB_SIZE, -1)
-    small["transformer.wte.weight"] = small["lm_head.weight"] = torch.cat([wte, padding])
-    config = GPT2Config(
-        n_layer=2, n_head=2, n_embd=64, n_positions=SEQ_LEN, vocab_size=PADDED_VOCAB_SIZE,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-    )  # fmt: skip
-    model = GPT2LMHeadModel(config)
-    model.load_state_dict(small)
-    return model.train()
+    return weights | {"wte.weight": torch.cat([wte, padding])}
+
+
+def reference_logits(w: dict[str, Tensor], tokens: Tensor) -> Tensor:
+    """Run GPT-2, written out: (B, T) token ids -> (B, T, V) logits; matrices in Conv1D layout."""
+    B, T = tokens.shape
+    x = w["wte.weight"][tokens] + w["wpe.weight"][:T]  # (B, T, C)
+    C = x.shape[-1]
+    for i in range(N_LAYER):
+        p = {k.removeprefix(f"h.{i}."): v for k, v in w.items() if k.startswith(f"h.{i}.")}
+        y = F.layer_norm(x, (C,), p["ln_1.weight"], p["ln_1.bias"])
+        y = F.linear(y, p["attn.c_attn.weight"].T, p["attn.c_attn.bias"])  # (B, T, 3C)
+        q, k, v = y.view(B, T, 3, N_HEAD, C // N_HEAD).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        x = x + F.linear(y, p["attn.c_proj.weight"].T, p["attn.c_proj.bias"])
+        y = F.layer_norm(x, (C,), p["ln_2.weight"], p["ln_2.bias"])
+        y = F.gelu(F.linear(y, p["mlp.c_fc.weight"].T, p["mlp.c_fc.bias"]), approximate="tanh")
+        x = x + F.linear(y, p["mlp.c_proj.weight"].T, p["mlp.c_proj.bias"])
+    return F.linear(F.layer_norm(x, (C,), w["ln_f.weight"], w["ln_f.bias"]), w["wte.weight"])
 
 
 def _batches(folder: Path, step: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -89,10 +106,9 @@ def reference_losses(folder: Path, precision: str, steps: int) -> list[float]:
             masters, fp32 accumulation.
         steps: Optimizer steps.
     """
-    model = reference_model(folder)
-    if precision == "bf16":
-        model = model.bfloat16()
-    weights = list(model.parameters())
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    named = {n: w.to(dtype).requires_grad_() for n, w in reference_weights(folder).items()}
+    weights = list(named.values())
     masters = [w.detach().float().clone().requires_grad_() for w in weights]
     groups = [
         {"params": [m for m in masters if m.dim() >= 2], "weight_decay": WEIGHT_DECAY},
@@ -105,7 +121,7 @@ def reference_losses(folder: Path, precision: str, steps: int) -> list[float]:
         sums = [torch.zeros_like(m) for m in masters]
         for tokens, targets in _batches(folder, step):
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
-                logits = model(tokens).logits  # (B, T, V)
+                logits = reference_logits(named, tokens)  # (B, T, V)
             loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
             (loss / GRAD_ACCUM).backward()
             total += loss.item() / GRAD_ACCUM
@@ -115,7 +131,8 @@ def reference_losses(folder: Path, precision: str, steps: int) -> list[float]:
                 weight.grad = None
         for master, gradient in zip(masters, sums, strict=True):
             master.grad = gradient
-        torch.nn.utils.clip_grad_norm_(masters, CLIP)
+        norm = torch.stack([g.double().norm() for g in sums]).norm()  # fp32 sums are off by 1e-6
+        torch.nn.utils.clip_grads_with_norm_(masters, CLIP, norm.float())
         for group in optimizer.param_groups:
             group["lr"] = _lr_at(step, steps)
         optimizer.step()

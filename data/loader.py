@@ -20,9 +20,12 @@ def read_windows(stream: TokenStream, windows: np.ndarray, seq_len: int) -> Toke
 
 
 def split_windows(windows: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Send (B, T + 1) uint16 to the device and widen there: tokens and targets, (B, T) int64."""
+    """Send (B, T + 1) uint16 to the device and widen there: tokens and targets, (B, T) int64.
+
+    The two are views of one tensor: replace values with `where`, never in place.
+    """
     on_device = windows.to(device, non_blocking=True).long()
-    return on_device[:, :-1].contiguous(), on_device[:, 1:].contiguous()
+    return on_device[:, :-1], on_device[:, 1:]
 
 
 def rank_samples(

@@ -78,7 +78,7 @@ def evaluate(
         real = windows < n_windows  # the rest keeps this rank in step and does not count
         batch = torch.from_numpy(read_windows(stream, np.where(real, windows, 0), seq_len))
         tokens, targets = split_windows(batch, device)  # (B, T) each
-        targets[torch.from_numpy(~real).to(device)] = -100
+        targets = targets.where(torch.from_numpy(real).to(device)[:, None], -100)
         with torch.no_grad():
             loss = model(tokens, targets).item()
         counted = int(real.sum()) * seq_len

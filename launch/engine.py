@@ -174,7 +174,7 @@ def optimizer_step(engine: Any, grad_clip: float) -> float:
         engine.step()
         return float(engine.get_global_grad_norm())
     params = list(engine.module.parameters())
-    norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    norm = global_norm([p.grad for p in params if p.grad is not None])
     finite = bool(norm.isfinite())  # syncs CPU and GPU
     if not finite:
         engine.module.zero_grad(set_to_none=True)  # AdamW passes over parameters without one
@@ -182,6 +182,12 @@ def optimizer_step(engine: Any, grad_clip: float) -> float:
         nn.utils.clip_grads_with_norm_(params, grad_clip, norm)
     engine.step()
     return norm.item()
+
+
+def global_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the 2-norm of all elements, summed in fp64 as DeepSpeed does, as an fp32 scalar."""
+    norms = [torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors]
+    return torch.linalg.vector_norm(torch.stack(norms)).float()
 
 
 def sum_over_ranks(values: Sequence[float | Tensor], device: torch.device) -> list[float]:

@@ -94,7 +94,7 @@ def test_parity_with_plain_pytorch(
     kind = parity.reference_precision(stage, precision)
     expected = parity.reference_losses(tmp_path, kind, 30)
     got = parity.engine_losses(tmp_path, stage, n_ranks, precision, 30)
-    assert expected[0] - expected[-1] > 2  # it learns
+    assert expected[0] - expected[-1] > 1.5  # it learns
     assert parity.largest_difference(got, expected) < parity.TOLERANCE[precision]
 
 
