@@ -1,8 +1,8 @@
 """Train a GPT-2 or GPT-3 with DeepSpeed.
 
-    python train.py --model debug --data_dir DIR
-    deepspeed --num_gpus 8 train.py --ds_config ds_configs/zero2.json --model gpt2 --data_dir DIR
-    torchrun --nproc_per_node 8 train.py --model gpt2 --data_dir DIR
+python train.py --model debug --data_dir DIR
+deepspeed --num_gpus 8 train.py --ds_config ds_configs/zero2.json --model gpt2 --data_dir DIR
+torchrun --nproc_per_node 8 train.py --model gpt2 --data_dir DIR
 """
 
 from __future__ import annotations
@@ -45,12 +45,6 @@ class Run:
     ds_config: dict[str, Any]
     ranks: Ranks
 
-    @property
-    def run_dir(self) -> Path:
-        """Folder for everything the run writes."""
-        assert self.config.run_dir  # resolved
-        return self.config.run_dir
-
 
 @dataclass(frozen=True)
 class Inputs:
@@ -72,10 +66,16 @@ def main(argv: list[str]) -> int:
         if config.dry_run:
             print(describe_run(config, batch, ds_config))
             return 0
-        train(Run(config, batch, ds_config, ranks))
-    except ValueError as error:
+        run = Run(config, batch, ds_config, ranks)
+        inputs = open_inputs(run)
+    except ValueError as error:  # every rank finds the same: one speaks
         if ranks.is_main:
             print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        train(run, inputs)
+    except ValueError as error:  # found by this rank in its own share
+        print(f"error: rank {ranks.rank}: {error}", file=sys.stderr)
         return 2
     return 0
 
@@ -93,13 +93,12 @@ def open_inputs(run: Run) -> Inputs:
     from model.weights import load_hf_config, locate_hf_folder
 
     config, gpt = run.config, run.config.gpt_config
-    assert config.seq_len and config.max_steps  # resolved
     check_extension_locks(run.ranks)
     train_stream = TokenStream(config.data_dir, "train", gpt.vocab_size)
     val_stream = TokenStream(config.data_dir, "val", gpt.vocab_size)
     Order(len(train_stream), config.seq_len)
     count_windows(len(val_stream), config.seq_len, config.eval_tokens)
-    if folder := find_checkpoint(run.run_dir, config.resume):
+    if folder := find_checkpoint(run.config.run_dir, config.resume):
         manifest = check_layout(
             folder,
             world_size=run.ranks.world_size,
@@ -115,7 +114,9 @@ def open_inputs(run: Run) -> Inputs:
     init_folder = locate_hf_folder(config.init_from)
     found = replace(load_hf_config(init_folder), dropout=config.dropout)
     if found != gpt:
-        raise ValueError(f"--init_from {config.init_from} is {found}, --model {config.model} is {gpt}")
+        raise ValueError(
+            f"--init_from {config.init_from} is {found}, --model {config.model} is {gpt}"
+        )
     return Inputs(train_stream, val_stream, init_folder, None)
 
 
@@ -140,9 +141,9 @@ def start_engine(run: Run, inputs: Inputs) -> Any:
 
 def write_configs(run: Run) -> None:
     """Write the resolved configuration into the run folder."""
-    run.run_dir.mkdir(parents=True, exist_ok=True)
+    run.config.run_dir.mkdir(parents=True, exist_ok=True)
     for name, values in (("config", to_json(run.config)), ("ds_config", run.ds_config)):
-        (run.run_dir / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n")
+        (run.config.run_dir / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
 def evaluate_and_sample(
@@ -154,7 +155,6 @@ def evaluate_and_sample(
     from launch.engine import sum_over_ranks
 
     config = run.config
-    assert config.seq_len
     engine.eval()
     sums = evaluate(
         engine,
@@ -181,11 +181,11 @@ def evaluate_and_sample(
     return loss / n_tokens, texts
 
 
-def train(run: Run) -> None:
+def train(run: Run, inputs: Inputs) -> None:
     """Train until `max_steps`, then leave a consolidated folder (all ranks).
 
     Raises:
-        ValueError: Bad data, checkpoint or initial weights; names the file or flag.
+        ValueError: Damaged data, checkpoint or initial weights; names the file.
     """
     import torch
 
@@ -196,17 +196,16 @@ def train(run: Run) -> None:
     from launch.engine import init_process_group, optimizer_step, set_optimizer, sum_over_ranks
     from launch.metrics import Metrics
 
-    inputs = open_inputs(run)
     config, batch, ranks = run.config, run.batch, run.ranks
     device = init_process_group(ranks, config.dist_timeout_s)
     engine = start_engine(run, inputs)
-    resumed = inputs.checkpoint[1].step if inputs.checkpoint else None
-    step = resumed or 0
+    manifest = inputs.checkpoint[1] if inputs.checkpoint else None
+    resumed = manifest.step if manifest else None
+    step, samples = (manifest.step, manifest.samples) if manifest else (0, 0)
     if ranks.is_main:
         write_configs(run)
-        metrics = Metrics(run.run_dir, resumed, config, ranks.world_size, device)
+    metrics = Metrics(config, resumed, ranks.world_size, device) if ranks.is_main else None
     order = Order(len(inputs.train_stream), config.seq_len, config.seed, config.shuffle)
-    samples = step * batch.batch_sequences
     loader = Loader(inputs.train_stream, order, batch.micro_batch_size, batch.grad_accum_steps,
                     ranks.rank, ranks.world_size, samples)  # fmt: skip
     engine.train()
@@ -214,10 +213,10 @@ def train(run: Run) -> None:
         is_last = step == config.max_steps
         if step != resumed and (is_last or step % config.eval_every == 0):
             val_loss, texts = evaluate_and_sample(engine, run, inputs.val_stream, device)
-            if ranks.is_main:
+            if metrics:
                 metrics.evaluation(step, val_loss, texts)
         if 0 < step != resumed and (is_last or step % config.checkpoint_every == 0):
-            save_checkpoint(engine, run.run_dir / "checkpoints", step=step, samples=samples,
+            save_checkpoint(engine, run.config.run_dir / "checkpoints", step=step, samples=samples,
                             precision=precision(run.ds_config))  # fmt: skip
         if is_last:
             break
@@ -236,13 +235,13 @@ def train(run: Run) -> None:
         if step % config.log_every == 0:
             n_losses = batch.grad_accum_steps * ranks.world_size
             loss = sum_over_ranks([loss_sum], device)[0] / n_losses
-            if ranks.is_main:
+            if metrics:
                 metrics.train(step, loss, lr, grad_norm, time.perf_counter() - started)
         step += 1
         samples += batch.batch_sequences
     loader.close()
-    consolidate_engine(engine, run.run_dir, step)
-    if ranks.is_main:
+    consolidate_engine(engine, run.config.run_dir, step)
+    if metrics:
         metrics.close()
 
 

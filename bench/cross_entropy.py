@@ -1,6 +1,6 @@
 """Time and peak memory of the cross-entropy candidates, forward and backward, each in a process.
 
-    python bench/cross_entropy.py --out cross_entropy.json
+python bench/cross_entropy.py --out cross_entropy.json
 """
 
 import argparse
@@ -41,7 +41,8 @@ def checkpointed(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy((x @ w.T).float(), y, reduction="sum")
 
     parts = zip(x.split(256), y.split(256), strict=True)
-    return sum(checkpoint(part, *p, use_reentrant=False) for p in parts) / len(y)
+    losses = [checkpoint(part, *p, use_reentrant=False) for p in parts]
+    return torch.stack(losses).sum() / len(y)
 
 
 def torch_chunked(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
@@ -72,7 +73,8 @@ def measure(name: str, batch: int, seq_len: int, n_embd: int, repeats: int) -> d
     y = torch.randint(50257, (batch * seq_len,), device=device)
     x, w = (t.bfloat16().requires_grad_() for t in (x, w))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    times = []
+    times: list[float] = []
+    loss = torch.tensor(0.0)
     for _ in range(repeats + 1):
         x.grad = w.grad = None
         start = time.perf_counter()
@@ -84,6 +86,8 @@ def measure(name: str, batch: int, seq_len: int, n_embd: int, repeats: int) -> d
     peak_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     if device == "cuda":
         peak_mib = torch.cuda.max_memory_allocated() / 2**20
+    assert x.grad is not None
+    assert w.grad is not None
     return {
         "candidate": name,
         "loss": loss.item(),

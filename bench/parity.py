@@ -46,9 +46,7 @@ def write_inputs(folder: Path, n_tokens: int) -> None:
     np.save(folder / "data" / "text_train_000001.npy", tokens)
     np.save(folder / "data" / "text_val_000000.npy", tokens[: 4 * SEQ_LEN + 1])
     torch.manual_seed(11)
-    config = GPT2Config(
-        n_layer=N_LAYER, n_head=N_HEAD, n_embd=N_EMBD, n_positions=SEQ_LEN
-    )
+    config = GPT2Config(n_layer=N_LAYER, n_head=N_HEAD, n_embd=N_EMBD, n_positions=SEQ_LEN)
     GPT2LMHeadModel(config).save_pretrained(folder / "init")
 
 
@@ -217,9 +215,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/parity.json"), help="JSON")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    result = json.loads(args.out.read_text()) if args.out.exists() else {"cells": {}}
-    result |= {"torch": torch.__version__, "cpu": platform.processor() or platform.machine()}
-    cells = result["cells"]
+    cells = json.loads(args.out.read_text())["cells"] if args.out.exists() else {}
+    result = {"torch": torch.__version__, "machine": platform.machine(), "cells": cells}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_inputs(folder, n_tokens=args.steps * N_SEQUENCES * SEQ_LEN + 1)

@@ -30,7 +30,9 @@ def engine_weights(engine: Any) -> Iterator[tuple[str, Tensor]]:
 
     sharded = engine.zero_optimization_stage() > 0
     for name, param in engine.module.named_parameters():
-        yield name, safe_get_full_fp32_param(param) if sharded else param.detach()
+        weight = safe_get_full_fp32_param(param) if sharded else param.detach()
+        assert weight is not None, name
+        yield name, weight
 
 
 def consolidate_engine(engine: Any, run_dir: Path, step: int) -> None:
@@ -52,7 +54,9 @@ def save_consolidated(
     from data.tokenizer import save_hf_tokenizer
     from model.weights import save_hf_folder
 
-    save_hf_folder(folder, config, weights, lambda partial: save_hf_tokenizer(partial, config.block_size))
+    save_hf_folder(
+        folder, config, weights, lambda partial: save_hf_tokenizer(partial, config.block_size)
+    )
 
 
 def step_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -78,7 +82,9 @@ def step_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
             states = folder / "zero_pp_rank_0_mp_rank_00_model_states.pt"
             yield from _merge_stage3(shards, _param_shapes(states))
     except (KeyError, StopIteration, RuntimeError) as error:
-        raise ValueError(f"{folder}: not a checkpoint that this version wrote ({error!r})") from error
+        raise ValueError(
+            f"{folder}: not a checkpoint that this version wrote ({error!r})"
+        ) from error
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A checkpoint exists if and only if its manifest does.
 
-    checkpoints/step_000250/   the engine's files + manifest.json, written last
-    checkpoints/latest         the name of the newest complete one, replaced atomically
+checkpoints/step_000250/   the engine's files + manifest.json, written last
+checkpoints/latest         the name of the newest complete one, replaced atomically
 """
 
 import dataclasses
@@ -96,7 +96,9 @@ def verify_files(folder: Path, manifest: Manifest, rank: int = 0, world_size: in
         if not path.is_file():
             raise ValueError(f"{path}: missing; delete {folder} to go back one checkpoint")
         if record_file(path) != manifest.files[name]:
-            raise ValueError(f"{path}: damaged (SHA-256); delete {folder} to go back one checkpoint")
+            raise ValueError(
+                f"{path}: damaged (SHA-256); delete {folder} to go back one checkpoint"
+            )
 
 
 def complete_steps(checkpoints: Path) -> list[Path]:

@@ -1,6 +1,5 @@
 """--ckpt -> model: a run, step or consolidated folder, a Hugging Face folder or hub name."""
 
-import contextlib
 from pathlib import Path
 
 import torch
@@ -21,7 +20,9 @@ def newest_step(path: Path) -> Path:
         return path
     steps = complete_steps(path / "checkpoints")
     if not steps:
-        raise ValueError(f"--ckpt {path}: neither a step folder nor a run with a complete checkpoint")
+        raise ValueError(
+            f"--ckpt {path}: neither a step folder nor a run with a complete checkpoint"
+        )
     return steps[-1]
 
 
@@ -55,6 +56,6 @@ def _load_step(folder: Path) -> GPT:
     return model.eval()
 
 
-def precision_context(precision: str, device: str) -> contextlib.AbstractContextManager[None]:
+def precision_context(precision: str, device: str) -> torch.autocast:
     """Return the autocast that a run's precision means; "bf16" weights need none."""
     return torch.autocast(device, torch.bfloat16, enabled=precision == "autocast")

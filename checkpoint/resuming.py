@@ -72,7 +72,8 @@ def load_checkpoint(engine: Any, folder: Path, manifest: Manifest) -> None:
     """Load weights, optimizer and random states of every rank (all ranks).
 
     Raises:
-        ValueError: A file is missing or altered; raised on every rank.
+        ValueError: A file of this rank's share is missing or altered; names it.
+        SystemExit: Another rank found such a file, and says so.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     problem = ""
@@ -82,8 +83,10 @@ def load_checkpoint(engine: Any, folder: Path, manifest: Manifest) -> None:
         problem = str(error)
     problems = [""] * world_size
     dist.all_gather_object(problems, problem)  # all ranks
+    if problem:
+        raise ValueError(problem)
     if any(problems):
-        raise ValueError(next(p for p in problems if p))
+        raise SystemExit(2)
     allow_deepspeed_types()
     with contextlib.redirect_stdout(sys.stderr):
         engine.load_checkpoint(str(folder.parent), tag=folder.name)

@@ -182,7 +182,10 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{args.out_dir}: {tokens['train']:,} train and {tokens['val']:,} val tokens", file=sys.stderr)
+    print(
+        f"{args.out_dir}: {tokens['train']:,} train and {tokens['val']:,} val tokens",
+        file=sys.stderr,
+    )
     return 0
 
 

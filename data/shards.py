@@ -80,7 +80,7 @@ class TokenStream:
         Raises:
             ValueError: A token is out of range; the message names the shard.
         """
-        assert 0 <= start and start + length <= len(self)
+        assert 0 <= start <= start + length <= len(self)
         parts = []
         i = int(np.searchsorted(self.ends, start, side="right"))
         while length > 0:

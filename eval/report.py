@@ -1,6 +1,6 @@
 """The loss curves of one or more runs, as a picture.
 
-    python eval/report.py runs/a runs/b --out report
+python eval/report.py runs/a runs/b --out report
 """
 
 import argparse
@@ -43,9 +43,10 @@ def plot_losses(runs: dict[str, dict[str, Curve]], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(8, 5))
     for name, curves in runs.items():
-        for kind, style in (("train", {"alpha": 0.5}), ("val", {"marker": "o"})):
+        for kind, marker in (("train", ""), ("val", "o")):
             if kind in curves:
-                axes.plot(*zip(*curves[kind], strict=True), label=f"{name} {kind}", **style)
+                steps, losses = zip(*curves[kind], strict=True)
+                axes.plot(steps, losses, label=f"{name} {kind}", marker=marker, alpha=0.7)
     axes.set(xlabel="step", ylabel="loss (nats per token)", yscale="log")
     axes.yaxis.set_major_formatter("{x:.1f}")
     axes.yaxis.set_minor_formatter("{x:.1f}")

@@ -1,6 +1,6 @@
 """Text from a prompt.
 
-    python eval/sample.py --ckpt runs/x --prompt "Hello, I'm a language model," --top_k 50
+python eval/sample.py --ckpt runs/x --prompt "Hello, I'm a language model," --top_k 50
 """
 
 from __future__ import annotations
@@ -109,13 +109,22 @@ def main() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         model, _ = load_model(args.ckpt)
-        options = vars(args) | {"device": device}
-        ckpt, prompt = options.pop("ckpt"), options.pop("prompt")
-        texts = sample_texts(model.to(device), model.config, prompt, **options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps({"ckpt": ckpt, "samples": list(until_end_of_text(texts))}))
+    texts = sample_texts(
+        model.to(device),
+        model.config,
+        args.prompt,
+        n_samples=args.n_samples,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        device=device,
+    )
+    print(json.dumps({"ckpt": args.ckpt, "samples": list(until_end_of_text(texts))}))
     return 0
 
 

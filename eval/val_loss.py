@@ -1,6 +1,6 @@
 """Mean cross-entropy in nats per token over the first tokens of the validation split.
 
-    python eval/val_loss.py --ckpt runs/x --data_dir edu_fineweb10B
+python eval/val_loss.py --ckpt runs/x --data_dir edu_fineweb10B
 """
 
 from __future__ import annotations

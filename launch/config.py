@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,25 +20,26 @@ def _flag(default: object, text: str) -> Any:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run. A field that is None takes its value from the model's preset.
+    """One training run.
 
+    A field whose default is None is None until `resolve_train_config` takes it from the preset.
     Counts are tokens or optimizer steps, as their names say; paths are relative to the working
     folder.
     """
 
     model: str = _flag("gpt2", "preset: the model, its batch and its learning rate")
     data_dir: Path = _flag(Path("edu_fineweb10B"), "folder of token shards")
-    run_dir: Path | None = _flag(None, "folder for everything the run writes (runs/MODEL)")
+    run_dir: Path = _flag(None, "folder for everything the run writes (runs/MODEL)")
     ds_config: Path = _flag(Path("ds_configs/zero1.json"), "the engine's JSON")
     resume: str = _flag("auto", "auto: if there is a checkpoint; must; none: start anew")
-    init_from: str | None = _flag(None, "start from these weights: Hugging Face folder or hub name")
-    batch_tokens: int | None = _flag(None, "tokens per optimizer step, over all ranks (preset's)")
-    micro_batch_size: int | None = _flag(None, "sequences per forward and rank (at most 16)")
-    seq_len: int | None = _flag(None, "tokens per sequence (the model's block_size)")
-    max_steps: int | None = _flag(None, "optimizer steps (preset's tokens / batch_tokens)")
-    lr: float | None = _flag(None, "peak learning rate (preset's)")
-    warmup_steps: int | None = _flag(None, "steps of linear warm-up (preset's tokens)")
-    decay_steps: int | None = _flag(None, "step at which the cosine ends (preset's tokens)")
+    init_from: str = _flag("", "start from these weights: Hugging Face folder or hub name")
+    batch_tokens: int = _flag(None, "tokens per optimizer step, over all ranks (preset's)")
+    micro_batch_size: int = _flag(None, "sequences per forward and rank (at most 16)")
+    seq_len: int = _flag(None, "tokens per sequence (the model's block_size)")
+    max_steps: int = _flag(None, "optimizer steps (preset's tokens / batch_tokens)")
+    lr: float = _flag(None, "peak learning rate (preset's)")
+    warmup_steps: int = _flag(None, "steps of linear warm-up (preset's tokens)")
+    decay_steps: int = _flag(None, "step at which the cosine ends (preset's tokens)")
     min_lr_ratio: float = _flag(0.1, "learning rate after decay_steps, as a fraction of lr")
     beta1: float = _flag(0.9, "AdamW")
     beta2: float = _flag(0.95, "AdamW")
@@ -120,7 +120,6 @@ def _check_ranges(config: TrainConfig) -> None:
         raise ValueError(f"--resume {config.resume}: must be auto, must or none")
     if config.micro_batch_size is not None and config.micro_batch_size < 1:
         raise ValueError(f"--micro_batch_size {config.micro_batch_size}: must be positive")
-    assert config.seq_len and config.decay_steps is not None and config.warmup_steps is not None
     if config.seq_len > config.preset.config.block_size:
         raise ValueError(
             f"--seq_len {config.seq_len}: {config.model} has a block_size of "
@@ -134,7 +133,6 @@ def resolve_batch(config: TrainConfig, world_size: int) -> BatchArithmetic:
     Raises:
         ValueError: It does not divide; the message suggests a value that does.
     """
-    assert config.batch_tokens and config.seq_len
     sequences, rest = divmod(config.batch_tokens, config.seq_len)
     if rest or not sequences:
         nearest = max(1, round(config.batch_tokens / config.seq_len)) * config.seq_len
@@ -174,8 +172,6 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     hints = typing.get_type_hints(TrainConfig)
     for f in dataclasses.fields(TrainConfig):
         hint = hints[f.name]
-        if isinstance(hint, types.UnionType):  # X | None
-            hint = next(t for t in typing.get_args(hint) if t is not type(None))
         text = f.metadata["help"]
         if f.default is not None:
             shown = str(f.default).lower() if hint is bool else f.default
@@ -205,7 +201,6 @@ def to_json(config: TrainConfig) -> dict[str, object]:
 def describe_run(config: TrainConfig, batch: BatchArithmetic, ds_config: dict[str, Any]) -> str:
     """Return the resolved run for people: model, batch, schedule, config.json, ds_config.json."""
     gpt = config.gpt_config
-    assert config.lr and config.seq_len and config.max_steps and config.batch_tokens
     tokens = config.max_steps * config.batch_tokens
     return "\n".join(
         [

@@ -55,10 +55,14 @@ def load_ds_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: holds {type(raw).__name__}, not an object")
     for key, value in raw.items():
         if key in DERIVED_KEYS and value != "auto":
-            raise ValueError(f'{path}: {key} belongs to {DERIVED_KEYS[key]}; remove it or say "auto"')
+            raise ValueError(
+                f'{path}: {key} belongs to {DERIVED_KEYS[key]}; remove it or say "auto"'
+            )
         if key not in ENGINE_KEYS and key not in DERIVED_KEYS:
             nearest = difflib.get_close_matches(key, ENGINE_KEYS, 1)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(ENGINE_KEYS)}"
+            hint = (
+                f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(ENGINE_KEYS)}"
+            )
             raise ValueError(f"{path}: unknown key {key!r}; {hint}")
     return raw
 
@@ -118,7 +122,7 @@ def resolve_ds_config(
     for key, value in zero.items():
         if value == "auto":
             if key not in sizes:
-                raise ValueError(f"{name}: zero_optimization.{key} cannot be \"auto\"; give a value")
+                raise ValueError(f'{name}: zero_optimization.{key} cannot be "auto"; give a value')
             zero[key] = sizes[key]
     derived: dict[str, Any] = {
         "train_batch_size": batch.batch_sequences,

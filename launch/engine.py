@@ -21,6 +21,7 @@ from launch.ds_config import uses_offload, zero_stage
 from launch.ranks import Ranks, check_extension_locks
 from model.gpt import GPT
 
+
 def init_process_group(ranks: Ranks, timeout_s: int) -> torch.device:
     """Join the process group (all ranks) and return this rank's device.
 
@@ -135,18 +136,21 @@ def build_engine(
     torch.manual_seed(config.seed + ranks.rank)  # dropout: each rank draws its own
     with _quiet_stdout():
         engine, *_ = deepspeed.initialize(
-            model=model, model_parameters=groups, config=ds_config, dist_init_required=False
+            model=model,
+            model_parameters=groups,  # pyright: ignore[reportArgumentType]  # annotated too narrowly
+            config=ds_config,
+            dist_init_required=False,
         )
     return engine, description
 
 
 def _build_cpu_adam(ranks: Ranks) -> None:
-    from deepspeed.ops.op_builder import CPUAdamBuilder
+    from deepspeed.accelerator import get_accelerator
 
     check_extension_locks(ranks)
     if ranks.local_rank == 0:  # one rank builds, the others find it built
         with _quiet_stdout():
-            CPUAdamBuilder().load(verbose=False)
+            get_accelerator().create_op_builder("CPUAdamBuilder").load(verbose=False)
     dist.barrier()  # all ranks
 
 

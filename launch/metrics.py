@@ -43,38 +43,37 @@ class Metrics:
     """Writes the numbers of a run; one object, on rank 0.
 
     Args:
-        run_dir: Folder of the run.
+        config: The run, resolved.
         resume_step: Updates done at the checkpoint resumed from, or None for a new run. Rows
             beyond it are dropped: no gaps, no doubles.
-        config: The run, resolved.
         world_size: Ranks, for MFU.
         device: Of this rank.
     """
 
     def __init__(
         self,
-        run_dir: Path,
-        resume_step: int | None,
         config: TrainConfig,
+        resume_step: int | None,
         world_size: int,
         device: torch.device,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
-        self.config, self.device = config, device
+        self.config, self.device, run_dir = config, device, config.run_dir
         peak = peak_flops(device)
         self.peak_flops = peak * world_size if peak else None
         rows: list[Row] = []
         if resume_step is not None:
             rows = _trim_jsonl(run_dir / "metrics.jsonl", resume_step)
             _trim_log(run_dir / "log.txt", resume_step)
-        self.log = (run_dir / "log.txt").open("a")
-        self.jsonl = (run_dir / "metrics.jsonl").open("a")
-        self.board = SummaryWriter(str(run_dir), purge_step=resume_step)
+        mode = "w" if resume_step is None else "a"  # without a checkpoint a run starts over
+        self.log = (run_dir / "log.txt").open(mode)
+        self.jsonl = (run_dir / "metrics.jsonl").open(mode)
+        self.board = SummaryWriter(str(run_dir), purge_step=resume_step or 0)
         values = {k: v for k, v in to_json(config).items() if v is not None}
         for summary in hparams(values, {"val/loss": 0.0}):
-            self.board.file_writer.add_summary(summary)
+            self.board._get_file_writer().add_summary(summary)
         for row in rows:  # purge_step takes these with it, though they stand before the checkpoint
             if row["step"] == resume_step:
                 self._to_board(row)
@@ -82,7 +81,6 @@ class Metrics:
     def train(self, step: int, loss: float, lr: float, grad_norm: float, dt_s: float) -> None:
         """Write update `step`: loss in nats, norm before clipping, wall time in seconds."""
         config = self.config
-        assert config.batch_tokens and config.seq_len and config.max_steps
         tokens_per_s = config.batch_tokens / dt_s
         flops_per_s = tokens_per_s * config.gpt_config.flops_per_token(config.seq_len)
         mfu = flops_per_s / self.peak_flops if self.peak_flops else None

@@ -1,7 +1,12 @@
 """What is trained: the shape, the presets and the network, in pure PyTorch."""
 
+from typing import TYPE_CHECKING
+
 from model.config import GPTConfig
 from model.presets import PRESETS, Preset
+
+if TYPE_CHECKING:
+    from model.gpt import GPT
 
 __all__ = ["GPT", "PRESETS", "GPTConfig", "Preset"]
 

@@ -83,12 +83,11 @@ def generate(
         use_cache: False computes every context anew.
     """
     generator = torch.Generator(tokens.device).manual_seed(seed)
-    cache = KVCache(config.n_layer, config.block_size)
+    cache = KVCache(config.n_layer, config.block_size) if use_cache else None
     for _ in range(max_new_tokens):
-        if use_cache and tokens.shape[1] <= config.block_size:
-            context = tokens[:, cache.length :]
-        else:
-            context, cache = tokens[:, -config.block_size :], None
+        if tokens.shape[1] > config.block_size:
+            cache = None
+        context = tokens[:, cache.length :] if cache else tokens[:, -config.block_size :]
         B, T = context.shape
         last = torch.arange(1, B + 1, device=tokens.device) * T - 1  # (B,) flat positions
         logits = model(context, positions=last, cache=cache).float()  # (B, V)

@@ -89,7 +89,7 @@ class GPT(nn.Module):
         device = self.ln_f.weight.device
         generator = torch.Generator(device).manual_seed(seed)
         residual_std = INIT_STD * (2 * self.config.n_layer) ** -0.5
-        residual = {m for block in self.h for m in (block.attn.c_proj, block.mlp.c_proj)}
+        residual = {m for name, m in self.named_modules() if name.endswith(".c_proj")}
 
         def init(module: nn.Module) -> None:
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -130,7 +130,9 @@ class GPT(nn.Module):
         B, T = tokens.shape
         past = 0 if cache is None else cache.length
         if past + T > self.config.block_size:
-            raise ValueError(f"{past + T} tokens: the model's block_size is {self.config.block_size}")
+            raise ValueError(
+                f"{past + T} tokens: the model's block_size is {self.config.block_size}"
+            )
         position_ids = torch.arange(past, past + T, device=tokens.device)
         x = self.wte(tokens) + self.wpe(position_ids)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)

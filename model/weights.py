@@ -218,7 +218,9 @@ def locate_hf_folder(name: str) -> Path:
         return Path(name)
     repo = f"openai-community/{name}" if name in HUB_NAMES else name
     if repo.count("/") != 1 or repo.startswith((".", "/")):
-        raise ValueError(f"{name}: no such folder; hub names are {', '.join(HUB_NAMES)}, owner/name")
+        raise ValueError(
+            f"{name}: no such folder; hub names are {', '.join(HUB_NAMES)}, owner/name"
+        )
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -232,5 +234,7 @@ def locate_hf_folder(name: str) -> Path:
                 file.unlink()
                 raise ValueError(f"{repo}: {file.name} does not have the hub's SHA-256; try again")
     except (OSError, HfHubHTTPError) as error:
-        raise ValueError(f"{name}: neither a folder nor to be had from the hub ({error})") from error
+        raise ValueError(
+            f"{name}: neither a folder nor to be had from the hub ({error})"
+        ) from error
     return folder

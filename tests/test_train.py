@@ -42,7 +42,8 @@ def rows(run_dir: Path, key: str) -> dict[int, float]:
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_resumed_run_has_the_same_bits(data_dir: Path, tmp_path: Path, stage: int) -> None:
-    options = ["--max_steps", 20, "--eval_every", 5, "--dropout", "0.1", "--checkpoint_every", 10]
+    options = ["--max_steps", 20, "--eval_every", 5, "--checkpoint_every", 10, "--dropout", 0.1,
+               "--batch_tokens", 256, "--micro_batch_size", 2, "--eval_tokens", 256]  # fmt: skip
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(arguments(data_dir, whole, stage, *options)) == 0
     first = [*options, "--max_steps", 10, "--decay_steps", 20]
@@ -75,7 +76,8 @@ def test_consolidated_folder_is_the_model_that_was_trained(
     args = build_parser().parse_args(["--ckpt", str(live), "--data_dir", str(data_dir)])
     assert run(args)["val_loss"] == pytest.approx(rows(run_dir, "val/loss")[3], abs=1e-3)
     out = subprocess.run(
-        [sys.executable, "checkpoint/consolidate.py", "--ckpt", run_dir, "--out_dir", tmp_path / "x"],
+        [sys.executable, "checkpoint/consolidate.py", "--ckpt", run_dir,
+         "--out_dir", tmp_path / "x"],
         cwd=ROOT, check=True, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert out.stdout.strip() == str(tmp_path / "x")
@@ -85,7 +87,7 @@ def test_consolidated_folder_is_the_model_that_was_trained(
 
 @pytest.mark.parametrize(
     ("precision", "stage", "n_ranks"),
-    [("fp32", 1, 2), ("fp32", 3, 2), ("bf16", 2, 2), ("bf16", 1, 4)],
+    [("fp32", 1, 2), ("bf16", 3, 2)],  # the rest of the matrix: make parity
 )
 def test_parity_with_plain_pytorch(
     tmp_path: Path, precision: str, stage: int, n_ranks: int

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,7 +86,7 @@ def test_auto_starts_anew_only_where_there_is_no_checkpoint(tmp_path: Path) -> N
     assert find_checkpoint(tmp_path, "auto") is None  # a first save that was killed
     with pytest.raises(ValueError, match="is not empty; give another --run_dir"):
         find_checkpoint(tmp_path, "none")
-    with pytest.raises(ValueError, match="--resume must: .* no complete checkpoint"):
+    with pytest.raises(ValueError, match=r"--resume must: .* no complete checkpoint"):
         find_checkpoint(tmp_path, "must")
     (tmp_path / "checkpoints" / "step_000005").mkdir()
     with pytest.raises(ValueError, match=r"step_000005: no manifest\.json"):
@@ -94,10 +95,10 @@ def test_auto_starts_anew_only_where_there_is_no_checkpoint(tmp_path: Path) -> N
 
 def test_another_layout_is_refused_key_by_key(tmp_path: Path) -> None:
     folder = save(tmp_path, 3)
-    same = {"world_size": 2, "zero_stage": 1, "precision": "bf16", "model": MODEL}
+    same: dict[str, Any] = {"world_size": 2, "zero_stage": 1, "precision": "bf16", "model": MODEL}
     assert check_layout(folder, **same).step == 3
-    assert check_layout(folder, **same | {"model": GPTConfig(2, 2, 64, 64, dropout=0.1)})
+    assert check_layout(folder, **dict(same, model=GPTConfig(2, 2, 64, 64, dropout=0.1)))
     with pytest.raises(ValueError, match=r"world_size: 2 -> 4, zero_stage: 1 -> 3"):
-        check_layout(folder, **same | {"world_size": 4, "zero_stage": 3})
+        check_layout(folder, **dict(same, world_size=4, zero_stage=3))
     with pytest.raises(ValueError, match=r"n_layer: 2 -> 3"):
-        check_layout(folder, **same | {"model": GPTConfig(3, 2, 64, 64)})
+        check_layout(folder, **dict(same, model=GPTConfig(3, 2, 64, 64)))

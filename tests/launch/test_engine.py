@@ -115,17 +115,25 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(
         assert bool(changed) == (not bad), changed
 
 
+def loss_and_saved_numbers(engine: Any) -> tuple[torch.Tensor, int]:
+    saved: list[int] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = engine(*batch())
+    return loss, sum(saved)
+
+
 @pytest.mark.parametrize("stage", [0, 3])
 def test_activation_checkpointing_changes_no_gradient(one_rank: Ranks, stage: int) -> None:
     norms, losses = [], []
     for more in ({}, {"activation_checkpointing": {}}):
-        engine = engine_of(one_rank, stage, **more)
-        saved: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: saved.append(t.numel()) or t, lambda t: t
-        ):
-            loss = engine(*batch())
-        losses.append((loss.item(), sum(saved)))
+        engine = engine_of(one_rank, stage, True, **more)
+        loss, n_saved = loss_and_saved_numbers(engine)
+        losses.append((loss.item(), n_saved))
         engine.backward(loss)
         norms.append(optimizer_step(engine, grad_clip=1.0))
     assert losses[0][0] == losses[1][0]

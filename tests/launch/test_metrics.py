@@ -8,12 +8,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from launch.config import TrainConfig, resolve_train_config
 from launch.metrics import Metrics, peak_flops
 
-CONFIG = resolve_train_config(TrainConfig(model="debug", max_steps=10))
+
+def config_of(run_dir: Path) -> TrainConfig:
+    return resolve_train_config(TrainConfig(model="debug", max_steps=10, run_dir=run_dir))
 
 
 def write_steps(run_dir: Path, resume_step: int | None, first: int, last: int, sign: int) -> None:
     """Write what a run with an evaluation at every second step writes."""
-    metrics = Metrics(run_dir, resume_step, CONFIG, 1, torch.device("cpu"))
+    metrics = Metrics(config_of(run_dir), resume_step, 1, torch.device("cpu"))
     for step in range(first, last):
         if step % 2 == 0 and step != resume_step:
             metrics.evaluation(step, sign * step + 0.5, [f"text {sign * step}"])
@@ -72,7 +74,7 @@ def test_tensorboard_reads_back_every_step_once(tmp_path: Path) -> None:
 def test_console_line_has_all_that_people_watch(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    metrics = Metrics(tmp_path, None, CONFIG, 1, torch.device("cpu"))
+    metrics = Metrics(config_of(tmp_path), None, 1, torch.device("cpu"))
     metrics.train(3, 2.5, 1e-3, 0.25, dt_s=0.5)
     metrics.train(4, 2.5, 1e-3, float("inf"), dt_s=600.0)
     metrics.close()

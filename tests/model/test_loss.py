@@ -66,7 +66,7 @@ def test_no_fp32_tensor_holds_the_logits_of_the_whole_batch(
     sizes: list[int] = []
 
     class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN202
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             if isinstance(out, Tensor) and out.dtype == torch.float32:
                 sizes.append(out.numel())
