@@ -11,7 +11,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -117,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(args: argparse.Namespace) -> dict[str, object]:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluate the checkpoint and return the result.
 
     Raises:
@@ -162,6 +162,11 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    print(
+        "validation loss {val_loss:.4f}, unigram entropy of the same {tokens:,} tokens "
+        "{unigram_entropy:.4f} (nats per token)".format(**result),
+        file=sys.stderr,
+    )
     print(json.dumps(result))
     return 0
 

@@ -145,12 +145,12 @@ def build_engine(
 
 
 def _build_cpu_adam(ranks: Ranks) -> None:
-    from deepspeed.accelerator import get_accelerator
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     check_extension_locks(ranks)
-    if ranks.local_rank == 0:  # one rank builds, the others find it built
+    if ranks.local_rank == 0:  # its constructor compiles it; the others find it built
         with _quiet_stdout():
-            get_accelerator().create_op_builder("CPUAdamBuilder").load(verbose=False)
+            DeepSpeedCPUAdam([nn.Parameter(torch.zeros(1))])
     dist.barrier()  # all ranks
 
 

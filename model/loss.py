@@ -45,7 +45,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, Tensor, None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides names
+        ctx: Any, *grad_outputs: Any
+    ) -> tuple[Tensor, Tensor, None, None]:
         (grad,) = grad_outputs
         dx, dw = ctx.saved_tensors
         return dx * grad, dw * grad, None, None
