@@ -22,10 +22,10 @@ class Hub(BaseHTTPRequestHandler):
     folder: Path
     wrong_checksum = False
 
-    def do_HEAD(self) -> None:  # noqa: N802  # the base class's name
+    def do_HEAD(self) -> None:  # the base class's name
         self.answer(with_body=False)
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         self.answer(with_body=True)
 
     def answer(self, with_body: bool) -> None:
@@ -49,7 +49,7 @@ class Hub(BaseHTTPRequestHandler):
         if with_body:
             self.wfile.write(body)
 
-    def log_message(self, *args: object) -> None:
+    def log_message(self, format: str, *args: object) -> None:
         pass
 
 
