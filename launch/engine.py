@@ -51,6 +51,8 @@ def init_process_group(ranks: Ranks, timeout_s: int) -> torch.device:
     if use_cuda:
         torch.cuda.set_device(ranks.local_rank)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32, as in the recipe
+    elif "OMP_NUM_THREADS" not in os.environ:  # ranks that all take every core starve each other
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world_size))
     if not dist.is_initialized():
         backend, timeout = "nccl" if use_cuda else "gloo", datetime.timedelta(seconds=timeout_s)
         deepspeed.init_distributed(backend, timeout=timeout, verbose=False)

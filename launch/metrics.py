@@ -111,7 +111,10 @@ class Metrics:
 
     def _write(self, row: Row, log_line: str) -> None:
         self.log.write(log_line + "\n")
-        self.jsonl.write(json.dumps(row) + "\n")
+        finite = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+        }
+        self.jsonl.write(json.dumps(finite, allow_nan=False) + "\n")
         self._to_board(row)
         for file in (self.log, self.jsonl, self.board):
             file.flush()

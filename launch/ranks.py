@@ -28,11 +28,12 @@ class Ranks:
 def read_ranks() -> Ranks:
     """Read what the launcher (deepspeed, torchrun or none) put into the environment."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
+    local_size = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size))
     return Ranks(
         rank=int(os.environ.get("RANK", 0)),
         local_rank=int(os.environ.get("LOCAL_RANK", 0)),
         world_size=world_size,
-        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+        local_world_size=int(local_size),
     )
 
 

@@ -22,7 +22,8 @@ ALLOWED = {
 # A Hugging Face folder is weights and tokenizer: whoever writes one needs both.
 EXCEPTIONS = {("checkpoint/consolidate.py", "data.tokenizer")}
 ENTRY_POINTS = ["train.py", "data/prepare.py", "eval/val_loss.py", "eval/sample.py",
-                "eval/report.py", "checkpoint/consolidate.py"]  # fmt: skip
+                "eval/report.py", "checkpoint/consolidate.py", "bench/parity.py",
+                "bench/cross_entropy.py"]  # fmt: skip
 
 
 def imports(path: Path) -> set[str]:

@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
-from bench import parity
+from bench import parity, reference
 from checkpoint.manifest import complete_steps
 from checkpoint.reader import load_model
 from eval.val_loss import build_parser, run
+from model import PRESETS
 from model.weights import load_hf_folder
 from train import main
 
@@ -92,9 +93,9 @@ def test_consolidated_folder_is_the_model_that_was_trained(
 def test_parity_with_plain_pytorch(
     tmp_path: Path, precision: str, stage: int, n_ranks: int
 ) -> None:
-    parity.write_inputs(tmp_path, n_tokens=30 * 8 * 64 + 1)
+    reference.write_inputs(tmp_path, n_tokens=30 * 8 * 64 + 1)
     kind = parity.reference_precision(stage, precision)
-    expected = parity.reference_losses(tmp_path, kind, 30)
+    expected = reference.reference_losses(tmp_path, kind, 30)
     got = parity.engine_losses(tmp_path, stage, n_ranks, precision, 30)
     assert expected[0] - expected[-1] > 1.5  # it learns
     assert parity.largest_difference(got, expected) < parity.TOLERANCE[precision]
@@ -102,8 +103,8 @@ def test_parity_with_plain_pytorch(
 
 @pytest.mark.usefixtures("one_rank")
 def test_zero0_is_the_seeds_own_arithmetic(tmp_path: Path) -> None:
-    parity.write_inputs(tmp_path, n_tokens=50 * 8 * 64 + 1)
-    expected = parity.reference_losses(tmp_path, "autocast", 50)
+    reference.write_inputs(tmp_path, n_tokens=50 * 8 * 64 + 1)
+    expected = reference.reference_losses(tmp_path, "autocast", 50)
     options = ["--init_from", tmp_path / "init", "--shuffle", "false", "--max_steps", 50,
                "--warmup_steps", 5, "--decay_steps", 50, "--eval_tokens", 64]  # fmt: skip
     assert main(arguments(tmp_path / "data", tmp_path / "run", 0, *options)) == 0
@@ -131,14 +132,21 @@ def test_torchrun_and_three_ranks_evaluate_in_step(data_dir: Path, tmp_path: Pat
     assert three[2] == pytest.approx(one[2], abs=2e-3)
 
 
-@pytest.mark.parametrize("model", ["gpt2", "gpt3-175b"])
-def test_dry_run_prints_the_resolved_run_without_building_it(model: str) -> None:
-    command = [sys.executable, "-X", "importtime", "train.py", "--dry_run", "--model", model]
+@pytest.mark.parametrize("model", PRESETS)
+def test_dry_run_prints_the_resolved_run(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    ds_config = str(ROOT / "ds_configs" / "zero3.json")
+    assert main(["--dry_run", "--model", model, "--ds_config", ds_config]) == 0
+    printed = capsys.readouterr().out
+    assert f"{PRESETS[model].config.n_params():,} parameters" in printed
+    for part in ("micro-batches", "schedule", '"batch_tokens"', '"bf16"', '"stage": 3'):
+        assert part in printed
+
+
+def test_dry_run_of_175b_imports_neither_torch_nor_deepspeed() -> None:
+    command = [sys.executable, "-X", "importtime", "train.py", "--dry_run", "--model", "gpt3-175b"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=10)
     assert " torch\n" not in done.stderr
     assert " deepspeed\n" not in done.stderr
-    for part in ("parameters", "micro-batches", "schedule", '"batch_tokens"', '"bf16"'):
-        assert part in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -159,7 +167,7 @@ def test_mistakes_cost_one_line_and_status_2(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     if "INIT" in options:
-        parity.write_inputs(tmp_path, n_tokens=600)
+        reference.write_inputs(tmp_path, n_tokens=600)
         options = [str(tmp_path / "init") if o == "INIT" else o for o in options]
     capsys.readouterr()
     assert main(arguments(data_dir, tmp_path / "run", 1, *options)) == 2

@@ -76,8 +76,10 @@ def test_console_line_has_all_that_people_watch(
 ) -> None:
     metrics = Metrics(config_of(tmp_path), None, 1, torch.device("cpu"))
     metrics.train(3, 2.5, 1e-3, 0.25, dt_s=0.5)
-    metrics.train(4, 2.5, 1e-3, float("inf"), dt_s=600.0)
+    metrics.train(4, float("nan"), 1e-3, float("inf"), dt_s=600.0)
     metrics.close()
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["train/loss"] is last["train/grad_norm"] is None  # NaN is not JSON
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith(
         "step     3 | loss: 2.500000 | lr 1.0000e-03 | norm: 0.2500 | dt: 500.00ms | "

@@ -35,7 +35,7 @@ def test_on_a_shared_folder_a_young_lock_may_be_another_machines(lock: Path) -> 
 
 
 def test_ranks_come_from_the_launchers_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert read_ranks() == Ranks(0, 0, 1, 1)
     monkeypatch.setenv("RANK", "5")
@@ -43,3 +43,7 @@ def test_ranks_come_from_the_launchers_environment(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert read_ranks() == Ranks(5, 1, 8, 8)
     assert not read_ranks().is_main
+    monkeypatch.setenv("LOCAL_SIZE", "4")  # deepspeed's name
+    assert read_ranks().local_world_size == 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # torchrun's
+    assert read_ranks().local_world_size == 2
