@@ -47,7 +47,7 @@ def _small(config: GPTConfig, batch_tokens: int, lr: float, steps: int, warmup: 
 
 PRESETS: dict[str, Preset] = {
     "debug": _small(GPTConfig(2, 2, 64, 64), 512, 1e-3, steps=20, warmup=5),
-    "quickstart": _small(GPTConfig(4, 4, 256, 256), 2048, 3e-3, steps=150, warmup=15),
+    "quickstart": _small(GPTConfig(4, 4, 256, 256), 2048, 2e-3, steps=150, warmup=20),
     "gpt2": _gpt2(12, 12, 768, HALF_M, 6.0e-4),
     "gpt2-medium": _gpt2(24, 16, 1024, HALF_M, 3.0e-4),
     "gpt2-large": _gpt2(36, 20, 1280, HALF_M, 2.5e-4),
