@@ -120,13 +120,13 @@ def open_inputs(run: Run) -> Inputs:
     return Inputs(train_stream, val_stream, init_folder, None)
 
 
-def start_engine(run: Run, inputs: Inputs) -> Any:
+def start_engine(run: Run, inputs: Inputs, device: torch.device) -> Any:
     """Build the engine, with fresh, given or resumed weights (all ranks)."""
     from checkpoint.resuming import load_checkpoint
     from launch.engine import build_engine, build_model, load_weights
     from model.weights import load_hf_weights
 
-    model = build_model(run.config, run.ds_config)
+    model = build_model(run.config, run.ds_config, device)
     if inputs.init_folder:
         weights = load_hf_weights(inputs.init_folder, run.config.gpt_config)
         load_weights(model, weights, zero_stage(run.ds_config))
@@ -198,7 +198,7 @@ def train(run: Run, inputs: Inputs) -> None:
 
     config, batch, ranks = run.config, run.batch, run.ranks
     device = init_process_group(ranks, config.dist_timeout_s)
-    engine = start_engine(run, inputs)
+    engine = start_engine(run, inputs, device)
     manifest = inputs.checkpoint[1] if inputs.checkpoint else None
     resumed = manifest.step if manifest else None
     step, samples = (manifest.step, manifest.samples) if manifest else (0, 0)

@@ -18,6 +18,8 @@ if not __package__:  # run as a file: import from the repository root, exactly a
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 SHARD_TOKENS = 100_000_000  # build-nanogpt's shard
+CHUNK_DOCUMENTS = 8  # per task of a tokenising process
+PREFIX = "text"  # of the file names
 SUFFIXES = (".txt", ".jsonl")
 
 
@@ -85,13 +87,12 @@ class ShardWriter:
 
     Args:
         out_dir: Folder of the shards.
-        prefix: Of the file names.
         shard_tokens: Tokens per shard; the last one of a split holds the rest.
         first_is_val: The first shard is the validation split, whatever `add` says.
     """
 
-    def __init__(self, out_dir: Path, prefix: str, shard_tokens: int, first_is_val: bool) -> None:
-        self.out_dir, self.prefix = out_dir, prefix
+    def __init__(self, out_dir: Path, shard_tokens: int, first_is_val: bool) -> None:
+        self.out_dir = out_dir
         self.shard_bytes = 2 * shard_tokens
         self.first_is_val = first_is_val
         self.held = {"train": bytearray(), "val": bytearray()}
@@ -118,7 +119,7 @@ class ShardWriter:
         tokens = np.frombuffer(bytes(self.held[held_as][: self.shard_bytes]), dtype="<u2")
         del self.held[held_as][: self.shard_bytes]
         split = "val" if self.first_is_val and self.shards == 0 else held_as
-        write_shard(self.out_dir / f"{self.prefix}_{split}_{self.shards:06d}.npy", tokens)
+        write_shard(self.out_dir / f"{PREFIX}_{split}_{self.shards:06d}.npy", tokens)
         self.shards += 1
         self.tokens[split] += len(tokens)
 
@@ -135,10 +136,10 @@ def prepare(args: argparse.Namespace) -> dict[str, int]:
     args.out_dir.mkdir(parents=True, exist_ok=True)
     if any(args.out_dir.glob("*.npy")):
         raise ValueError(f"--out_dir {args.out_dir}: holds shards already; give an empty folder")
-    writer = ShardWriter(args.out_dir, args.prefix, args.shard_tokens, args.val_every == 0)
+    writer = ShardWriter(args.out_dir, args.shard_tokens, args.val_every == 0)
     # spawn: forking a process that holds the tokenizer's threads can deadlock
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
-        encoded = pool.imap(encode_document, read_documents(files), chunksize=args.chunk_documents)
+        encoded = pool.imap(encode_document, read_documents(files), chunksize=CHUNK_DOCUMENTS)
         for number, tokens in enumerate(tqdm(encoded, unit="doc", disable=args.quiet)):
             is_val = args.val_every and number % args.val_every == 0
             writer.add("val" if is_val else "train", tokens)
@@ -158,7 +159,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("inputs", nargs="+", type=Path, help=".txt or .jsonl files, or folders")
     parser.add_argument("--out_dir", type=Path, required=True, help="folder for the shards")
-    parser.add_argument("--prefix", default="text", help="of the file names (default: text)")
     parser.add_argument(
         "--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens (default: %(default)s)"
     )
@@ -169,7 +169,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--processes", type=int, default=os.cpu_count(), help="tokenising (default: every core)"
     )
-    parser.add_argument("--chunk_documents", type=int, default=8, help="documents per task")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 

@@ -66,12 +66,13 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
-def build_model(config: TrainConfig, ds_config: dict[str, Any]) -> GPT:
+def build_model(config: TrainConfig, ds_config: dict[str, Any], device: torch.device) -> GPT:
     """Build the model with its initial values, under zero.Init at stage 3 (all ranks)."""
     import deepspeed
 
     if zero_stage(ds_config) < 3:
-        return GPT(config.gpt_config, config.seed)
+        with device:  # where zero.Init builds too: the same generator, the same values
+            return GPT(config.gpt_config, config.seed)
     with deepspeed.zero.Init(config_dict_or_path=ds_config):
         model = GPT(config.gpt_config, config.seed)
     # The head reads wte outside wte's own forward: gather it for the whole of GPT.forward.

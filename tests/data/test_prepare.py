@@ -30,7 +30,7 @@ def expected_tokens(documents: list[str], tokenizer: tiktoken.Encoding) -> list[
 
 
 def run(*arguments: object) -> dict[str, int]:
-    common = ["--quiet", "--processes", "2", "--chunk_documents", "1"]
+    common = ["--quiet", "--processes", "2"]
     return prepare(build_parser().parse_args([*map(str, arguments), *common]))
 
 

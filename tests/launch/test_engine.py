@@ -23,6 +23,7 @@ from model import GPT
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = resolve_train_config(TrainConfig(model="debug", batch_tokens=4 * 64, micro_batch_size=4))
 STAGES = [0, 1, 2, 3]
+CPU = torch.device("cpu")
 
 
 def ds_config(stage: int, fp32: bool = True, **more: Any) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def ds_config(stage: int, fp32: bool = True, **more: Any) -> dict[str, Any]:
 
 def engine_of(ranks: Ranks, stage: int, fp32: bool = True, **more: Any) -> Any:
     resolved = ds_config(stage, fp32, **more)
-    engine, _ = build_engine(build_model(CONFIG, resolved), CONFIG, resolved, ranks)
+    engine, _ = build_engine(build_model(CONFIG, resolved, CPU), CONFIG, resolved, ranks)
     return engine
 
 
@@ -73,7 +74,7 @@ def test_stage_3_has_the_same_deviation_of_each_kind_of_weight(one_rank: Ranks) 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_decay_groups_go_by_the_whole_shape(one_rank: Ranks, stage: int) -> None:
-    groups = decay_groups(build_model(CONFIG, ds_config(stage)), 0.1)
+    groups = decay_groups(build_model(CONFIG, ds_config(stage), CPU), 0.1)
     # wte, wpe and 4 matrices per block; 4 LayerNorms and 4 biases per block, 2 of ln_f
     n_decayed = (50304 + 64) * 64 + 2 * 12 * 64**2
     n_rest = 2 * 13 * 64 + 2 * 64
@@ -145,7 +146,7 @@ def test_activation_checkpointing_changes_no_gradient(one_rank: Ranks, stage: in
 def test_given_weights_reach_every_stage(one_rank: Ranks, stage: int) -> None:
     given = GPT(CONFIG.gpt_config, seed=99)
     resolved = ds_config(stage)
-    model = build_model(CONFIG, resolved)
+    model = build_model(CONFIG, resolved, CPU)
     load_weights(model, ((n, p.detach()) for n, p in given.named_parameters()), stage)
     engine, _ = build_engine(model, CONFIG, resolved, one_rank)
     expected = dict(given.named_parameters())
@@ -155,5 +156,5 @@ def test_given_weights_reach_every_stage(one_rank: Ranks, stage: int) -> None:
 def test_stage_3_shards_every_matrix(one_rank: Ranks) -> None:
     resolved = ds_config(3)
     assert zero_stage(resolved) == 3
-    model = build_model(CONFIG, resolved)
+    model = build_model(CONFIG, resolved, CPU)
     assert all(p.numel() == 0 for p in model.parameters() if len(p.ds_shape) > 1)  # pyright: ignore[reportAttributeAccessIssue]  # zero.Init adds it
