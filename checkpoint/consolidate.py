@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from checkpoint.manifest import read_manifest, step_name, verify_files
+from checkpoint.manifest import newest_step, read_manifest, step_name, verify_files
 from model import GPTConfig
 
 if TYPE_CHECKING:
@@ -152,8 +152,6 @@ def main() -> int:
     parser.add_argument("--ckpt", type=Path, required=True, help="run or step folder")
     parser.add_argument("--out_dir", type=Path, help="default: consolidated/step_… of the run")
     args = parser.parse_args()
-    from checkpoint.reader import newest_step
-
     try:
         folder = newest_step(args.ckpt)
         out_dir = args.out_dir or folder.parents[1] / "consolidated" / folder.name

@@ -108,6 +108,22 @@ def complete_steps(checkpoints: Path) -> list[Path]:
     return sorted(complete, key=lambda p: int(p.name.removeprefix("step_")))
 
 
+def newest_step(path: Path) -> Path:
+    """Return the step folder that `path` is, or the newest complete one of the run that it is.
+
+    Raises:
+        ValueError: Neither.
+    """
+    if (path / MANIFEST).is_file():
+        return path
+    steps = complete_steps(path / "checkpoints")
+    if not steps:
+        raise ValueError(
+            f"--ckpt {path}: neither a step folder nor a run with a complete checkpoint"
+        )
+    return steps[-1]
+
+
 def incomplete_steps(checkpoints: Path) -> list[Path]:
     """Return the step folders without a manifest, unfinished saves (.tmp) left out."""
     folders = [p for p in checkpoints.glob("step_*") if STEP_NAME.fullmatch(p.name)]

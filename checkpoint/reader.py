@@ -5,25 +5,9 @@ from pathlib import Path
 import torch
 
 from checkpoint.consolidate import step_weights
-from checkpoint.manifest import MANIFEST, complete_steps, read_manifest
+from checkpoint.manifest import MANIFEST, newest_step, read_manifest
 from model import GPT, GPTConfig
 from model.weights import load_hf_folder, locate_hf_folder
-
-
-def newest_step(path: Path) -> Path:
-    """Return the step folder that `path` is, or the newest complete one of the run that it is.
-
-    Raises:
-        ValueError: Neither.
-    """
-    if (path / MANIFEST).is_file():
-        return path
-    steps = complete_steps(path / "checkpoints")
-    if not steps:
-        raise ValueError(
-            f"--ckpt {path}: neither a step folder nor a run with a complete checkpoint"
-        )
-    return steps[-1]
 
 
 def load_model(ckpt: str) -> tuple[GPT, str]:
