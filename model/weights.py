@@ -74,7 +74,7 @@ def load_hf_config(folder: Path) -> GPTConfig:
         return GPTConfig(**shape, block_size=raw["n_positions"])
     except FileNotFoundError:
         raise ValueError(f"{folder}: no config.json; give a Hugging Face GPT-2 folder") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a GPT-2 configuration ({error})") from error
 
 
@@ -221,20 +221,21 @@ def locate_hf_folder(name: str) -> Path:
         raise ValueError(
             f"{name}: no such folder; hub names are {', '.join(HUB_NAMES)}, owner/name"
         )
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         folder = Path(snapshot_download(repo, allow_patterns=["config.json", "*.safetensors"]))
-        for file in folder.glob("*.safetensors"):
-            url = hf_hub_url(repo, file.name, revision=folder.name)
-            with file.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            if digest != get_hf_file_metadata(url).etag:
-                file.unlink()
-                raise ValueError(f"{repo}: {file.name} does not have the hub's SHA-256; try again")
     except (OSError, HfHubHTTPError) as error:
         raise ValueError(
             f"{name}: neither a folder nor to be had from the hub ({error})"
         ) from error
+    for file in folder.glob("*.safetensors"):
+        blob = file.resolve()  # the hub's cache names a large file by the SHA-256 that it states
+        with blob.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if digest != blob.name:
+            file.unlink()
+            blob.unlink()
+            raise ValueError(f"{repo}: {file.name} does not have the hub's SHA-256; try again")
     return folder
