@@ -139,10 +139,11 @@ class GPT(nn.Module):
         for i, block in enumerate(self.h):
             x = block(x, None if cache is None else cache.layers[i])
         x = self.ln_f(x).flatten(0, 1)  # (B·T, C)
-        if targets is not None:
-            columns = None if self.training else self.config.vocab_size
-            return linear_cross_entropy(x, self.wte.weight[:columns], targets.flatten())
+        if targets is not None and self.training:
+            return linear_cross_entropy(x, self.wte.weight, targets.flatten())
         head = self.wte.weight[: self.config.vocab_size]  # (V, C)
+        if targets is not None:
+            return linear_cross_entropy(x, head, targets.flatten())
         if positions is not None:
             return F.linear(x[positions], head)  # (N, V)
         return F.linear(x, head).view(B, T, -1)  # (B, T, V)
