@@ -62,6 +62,7 @@ def main(argv: list[str]) -> int:
     try:
         config = resolve_train_config(parse_train_config(argv, __doc__ or ""))
         batch = resolve_batch(config, ranks.world_size)
+        config = replace(config, micro_batch_size=batch.micro_batch_size)
         ds_config = resolve_ds_config(load_ds_config(config.ds_config), config, batch)
         if config.dry_run:
             print(describe_run(config, batch, ds_config))
@@ -71,6 +72,8 @@ def main(argv: list[str]) -> int:
     except ValueError as error:  # every rank of a machine finds the same: one speaks
         if ranks.local_rank == 0:
             print(f"error: {error}", file=sys.stderr)
+        else:
+            time.sleep(2)  # launchers end all ranks when one ends: the one that speaks goes first
         return 2
     try:
         train(run, inputs)
@@ -94,6 +97,8 @@ def open_inputs(run: Run) -> Inputs:
 
     config, gpt = run.config, run.config.gpt_config
     check_extension_locks(run.ranks)
+    if config.run_dir.exists() and not config.run_dir.is_dir():
+        raise ValueError(f"--run_dir {config.run_dir}: is a file; give a folder")
     train_stream = TokenStream(config.data_dir, "train", gpt.vocab_size)
     val_stream = TokenStream(config.data_dir, "val", gpt.vocab_size)
     Order(len(train_stream), config.seq_len)

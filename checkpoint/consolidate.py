@@ -144,6 +144,16 @@ class _Cursor:
         return self.flats[0].narrow(0, self.start - n, n)
 
 
+def check_empty(out_dir: Path) -> None:
+    """Refuse to write over anything.
+
+    Raises:
+        ValueError: `out_dir` is a file, or a folder that holds something.
+    """
+    if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
+        raise ValueError(f"--out_dir {out_dir}: exists and is not an empty folder; give another")
+
+
 def main() -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(
@@ -153,7 +163,9 @@ def main() -> int:
     parser.add_argument("--out_dir", type=Path, help="default: consolidated/step_… of the run")
     args = parser.parse_args()
     try:
-        folder = newest_step(args.ckpt)
+        folder = newest_step(args.ckpt.resolve())
+        if args.out_dir:
+            check_empty(args.out_dir)
         out_dir = args.out_dir or folder.parents[1] / "consolidated" / folder.name
         save_consolidated(out_dir, GPTConfig(**read_manifest(folder).model), step_weights(folder))
     except ValueError as error:

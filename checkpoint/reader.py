@@ -23,7 +23,7 @@ def load_model(ckpt: str) -> tuple[GPT, str]:
     if (path / MANIFEST).is_file() or (path / "checkpoints").is_dir():
         step = newest_step(path)
         return _load_step(step), read_manifest(step).precision
-    folder = locate_hf_folder(ckpt)
+    folder = locate_hf_folder(ckpt).resolve()
     step = folder.parents[1] / "checkpoints" / folder.name  # where a run's own folder is from
     is_ours = (step / MANIFEST).is_file()
     return load_hf_folder(folder), read_manifest(step).precision if is_ours else "fp32"

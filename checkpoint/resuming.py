@@ -92,7 +92,7 @@ def load_checkpoint(engine: Any, folder: Path, manifest: Manifest) -> None:
         engine.load_checkpoint(str(folder.parent), tag=folder.name)
     states = torch.load(folder / rng_file(rank), weights_only=True)
     torch.set_rng_state(states["cpu"])
-    if torch.cuda.is_available():
+    if engine.device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
 
 
@@ -102,6 +102,8 @@ def allow_deepspeed_types() -> None:
     DeepSpeed itself asks for weights_only=False, which runs any code; PyTorch puts this variable
     above what a caller asks for.
     """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guessed
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

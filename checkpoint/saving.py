@@ -33,7 +33,7 @@ def save_checkpoint(
     """Write `checkpoints/step_…`; it becomes visible only when it is complete (all ranks).
 
     Raises:
-        OSError: The disk refused; raised on every rank with rank 0's or the rank's own message.
+        OSError: The disk refused. Rank 0's own refusal is raised on every rank.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     partial = checkpoints / (step_name(step) + PARTIAL_SUFFIX)
@@ -43,7 +43,7 @@ def save_checkpoint(
     with contextlib.redirect_stdout(sys.stderr):
         engine.save_checkpoint(str(checkpoints), tag=partial.name, save_latest=False)
     states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if engine.device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state()
     torch.save(states, partial / rng_file(rank))
     dist.barrier()  # all ranks: every file is written

@@ -66,7 +66,7 @@ class Loader:
     ) -> None:
         self.stream, self.order = stream, order
         self.batch = (micro_batch_size, grad_accum_steps, rank, world_size)
-        self.pin_memory = torch.cuda.is_available()
+        self.pin_memory = torch.cuda.is_initialized()
         self._ahead: queue.Queue[Tensor | Exception] = queue.Queue(READ_AHEAD)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._read_ahead, args=(samples,), daemon=True)
@@ -94,12 +94,12 @@ class Loader:
             samples += micro_batch_size * grad_accum_steps * world_size
 
     def _read(self, samples: range) -> Tensor | Exception:
-        windows = self.order.windows(samples.start, len(samples))
         try:
+            windows = self.order.windows(samples.start, len(samples))
             batch = torch.from_numpy(read_windows(self.stream, windows, self.order.seq_len))
-        except ValueError as error:  # a token out of range: raised where the batch is taken
+            return batch.pin_memory() if self.pin_memory else batch
+        except Exception as error:  # raised where the batch is taken: else the loop would wait
             return error
-        return batch.pin_memory() if self.pin_memory else batch
 
     def _put(self, item: Tensor | Exception) -> None:
         while not self._closed.is_set():

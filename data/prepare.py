@@ -57,7 +57,8 @@ def read_documents(files: list[Path]) -> Iterator[str]:
                 continue
             with path.open(encoding="utf-8") as lines:
                 for number, line in enumerate(lines, 1):
-                    yield _document(line, f"{path}:{number}")
+                    if line.strip():
+                        yield _document(line, f"{path}:{number}")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 text ({error})") from error
 
@@ -97,7 +98,7 @@ class ShardWriter:
         self.first_is_val = first_is_val
         self.held = {"train": bytearray(), "val": bytearray()}
         self.tokens = {"train": 0, "val": 0}
-        self.shards = 0
+        self.written: list[Path] = []
 
     def add(self, split: str, tokens: bytes) -> None:
         """Append the tokens of one document (uint16 bytes); write the shards that they fill."""
@@ -118,9 +119,11 @@ class ShardWriter:
 
         tokens = np.frombuffer(bytes(self.held[held_as][: self.shard_bytes]), dtype="<u2")
         del self.held[held_as][: self.shard_bytes]
-        split = "val" if self.first_is_val and self.shards == 0 else held_as
-        write_shard(self.out_dir / f"{PREFIX}_{split}_{self.shards:06d}.npy", tokens)
-        self.shards += 1
+        number = len(self.written)
+        split = "val" if self.first_is_val and number == 0 else held_as
+        path = self.out_dir / f"{PREFIX}_{split}_{number:06d}.npy"
+        write_shard(path, tokens)
+        self.written.append(path)
         self.tokens[split] += len(tokens)
 
 
@@ -130,13 +133,40 @@ def prepare(args: argparse.Namespace) -> dict[str, int]:
     Raises:
         ValueError: Bad input, shards already there, or a split that would be empty.
     """
-    from tqdm import tqdm
-
+    _check_options(args)
     files = find_files(args.inputs)
     args.out_dir.mkdir(parents=True, exist_ok=True)
+    writer = ShardWriter(args.out_dir, args.shard_tokens, args.val_every == 0)
+    try:
+        _tokenise(args, files, writer)
+        for split, n_tokens in writer.tokens.items():
+            if not n_tokens:
+                raise ValueError(
+                    f"{', '.join(map(str, args.inputs))}: no tokens for the {split} split; "
+                    "give --val_every N with N from 2 to the number of documents"
+                )
+    except BaseException:  # Ctrl-C too: half a set of shards would look like a whole one
+        for path in writer.written:
+            path.unlink()
+        raise
+    return writer.tokens
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    for name in ("shard_tokens", "processes"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
+    if args.val_every < 0 or args.val_every == 1:
+        raise ValueError(f"--val_every {args.val_every}: must be 0, or 2 and more")
+    if args.out_dir.exists() and not args.out_dir.is_dir():
+        raise ValueError(f"--out_dir {args.out_dir}: is a file; give a folder")
     if any(args.out_dir.glob("*.npy")):
         raise ValueError(f"--out_dir {args.out_dir}: holds shards already; give an empty folder")
-    writer = ShardWriter(args.out_dir, args.shard_tokens, args.val_every == 0)
+
+
+def _tokenise(args: argparse.Namespace, files: list[Path], writer: ShardWriter) -> None:
+    from tqdm import tqdm
+
     # spawn: forking a process that holds the tokenizer's threads can deadlock
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
         encoded = pool.imap(encode_document, read_documents(files), chunksize=CHUNK_DOCUMENTS)
@@ -144,12 +174,6 @@ def prepare(args: argparse.Namespace) -> dict[str, int]:
             is_val = args.val_every and number % args.val_every == 0
             writer.add("val" if is_val else "train", tokens)
     writer.finish()
-    if not writer.tokens["train"]:
-        raise ValueError(
-            f"{writer.tokens['val']} tokens fill no more than the validation shard; "
-            "give --val_every, or a smaller --shard_tokens"
-        )
-    return writer.tokens
 
 
 def build_parser() -> argparse.ArgumentParser:

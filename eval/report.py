@@ -65,11 +65,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder for loss.png (default: the first run)")
     args = parser.parse_args()
     try:
-        runs = {run.name: read_log(run / "log.txt") for run in args.runs}
+        runs = {str(run): read_log(run / "log.txt") for run in args.runs}
+        out = args.out or args.runs[0]
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"--out {out}: is a file; give a folder")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    out = args.out or args.runs[0]
     out.mkdir(parents=True, exist_ok=True)
     plot_losses(runs, out / "loss.png")
     lowest = {

@@ -99,6 +99,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse values that nothing can be drawn with.
+
+    Raises:
+        ValueError: A value out of range; names the flag.
+    """
+    for name in ("n_samples", "max_new_tokens", "top_k"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"--{name} {value}: must be at least 1")
+    if args.temperature < 0:
+        raise ValueError(f"--temperature {args.temperature}: must not be negative")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise ValueError(f"--top_p {args.top_p}: must be above 0 and at most 1")
+
+
 def main() -> int:
     """Run the command line; return the exit status."""
     args = build_parser().parse_args()
@@ -108,22 +123,23 @@ def main() -> int:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        check_options(args)
         model, _ = load_model(args.ckpt)
+        texts = sample_texts(
+            model.to(device),
+            model.config,
+            args.prompt,
+            n_samples=args.n_samples,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seed=args.seed,
+            device=device,
+        )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    texts = sample_texts(
-        model.to(device),
-        model.config,
-        args.prompt,
-        n_samples=args.n_samples,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-        device=device,
-    )
     print(json.dumps({"ckpt": args.ckpt, "samples": list(until_end_of_text(texts))}))
     return 0
 

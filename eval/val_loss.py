@@ -128,9 +128,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from checkpoint.reader import load_model, precision_context
     from data.shards import TokenStream
 
+    for name in ("eval_tokens", "seq_len", "batch_size"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"--{name} {value}: must be at least 1")
     model, run_precision = load_model(args.ckpt)
     precision = args.dtype or run_precision
     seq_len = args.seq_len or model.config.block_size
+    if seq_len > model.config.block_size:
+        raise ValueError(f"--seq_len {seq_len}: block_size is {model.config.block_size}")
     stream = TokenStream(args.data_dir, "val", model.config.vocab_size)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device, torch.bfloat16 if precision == "bf16" else torch.float32)

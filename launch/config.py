@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,7 +87,9 @@ def resolve_train_config(config: TrainConfig) -> TrainConfig:
         ValueError: A value out of range; names the flag and the limit.
     """
     preset = config.preset
-    batch_tokens = config.batch_tokens or preset.batch_tokens
+    batch_tokens = preset.batch_tokens if config.batch_tokens is None else config.batch_tokens
+    if batch_tokens < 1:
+        raise ValueError(f"--batch_tokens {batch_tokens}: must be positive")
     steps = {
         "max_steps": preset.max_tokens,
         "warmup_steps": preset.warmup_tokens,
@@ -97,7 +100,7 @@ def resolve_train_config(config: TrainConfig) -> TrainConfig:
         "batch_tokens": batch_tokens,
         "seq_len": preset.config.block_size,
         "lr": preset.lr,
-    } | {name: tokens // batch_tokens for name, tokens in steps.items()}
+    } | {name: max(1, tokens // batch_tokens) for name, tokens in steps.items()}
     given = {k: v for k in filled if (v := getattr(config, k)) is not None}
     config = dataclasses.replace(config, **(filled | given))
     _check_ranges(config)
@@ -110,7 +113,19 @@ def _check_ranges(config: TrainConfig) -> None:
     for name in positive:
         if getattr(config, name) <= 0:
             raise ValueError(f"--{name} {getattr(config, name)}: must be positive")
-    for name in ("warmup_steps", "weight_decay", "grad_clip", "min_lr_ratio", "seed"):
+    for name in ("lr", "eps", "weight_decay", "grad_clip", "min_lr_ratio"):
+        if not math.isfinite(getattr(config, name)):
+            raise ValueError(f"--{name} {getattr(config, name)}: must be finite")
+    if config.seed >= 2**32:
+        raise ValueError(f"--seed {config.seed}: must be below 2^32")
+    for name in (
+        "warmup_steps",
+        "decay_steps",
+        "weight_decay",
+        "grad_clip",
+        "min_lr_ratio",
+        "seed",
+    ):
         if getattr(config, name) < 0:
             raise ValueError(f"--{name} {getattr(config, name)}: must not be negative")
     for name in ("beta1", "beta2", "dropout"):

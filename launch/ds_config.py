@@ -17,6 +17,7 @@ ENGINE_KEYS = (
     "activation_checkpointing", "flops_profiler", "comms_logger", "wall_clock_breakdown",
     "memory_breakdown", "timers", "aio",
 )  # fmt: skip
+BLOCKS = ("zero_optimization", "bf16", "torch_autocast", "activation_checkpointing")
 # Keys that DeepSpeed wants and the run owns, with the flag that sets each.
 DERIVED_KEYS = {
     "train_batch_size": "--batch_tokens",
@@ -49,11 +50,17 @@ def load_ds_config(path: Path) -> dict[str, Any]:
         raw = json.loads(path.read_text(), object_pairs_hook=refuse_duplicates)
     except FileNotFoundError:
         raise ValueError(f"--ds_config {path}: no such file") from None
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise ValueError(f"--ds_config {path}: cannot be read ({error.strerror})") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: holds {type(raw).__name__}, not an object")
     for key, value in raw.items():
+        if key in BLOCKS and not isinstance(value, dict):
+            raise ValueError(f"{path}: {key} is {value!r}, not a block in braces")
+        if key in BLOCKS and not isinstance(value.get("enabled", True), bool):
+            raise ValueError(f"{path}: {key}.enabled is {value['enabled']!r}, not true or false")
         if key in DERIVED_KEYS and value != "auto":
             raise ValueError(
                 f'{path}: {key} belongs to {DERIVED_KEYS[key]}; remove it or say "auto"'
@@ -109,7 +116,9 @@ def resolve_ds_config(
     """
     name = f"--ds_config {config.ds_config}"
     if zero_stage(raw) not in (0, 1, 2, 3):
-        raise ValueError(f"{name}: zero_optimization.stage is {zero_stage(raw)}, not 0, 1, 2 or 3")
+        raise ValueError(
+            f"{name}: zero_optimization.stage is {zero_stage(raw)!r}, not 0, 1, 2 or 3"
+        )
     if zero_stage(raw) == 0 and precision(raw) == "bf16":
         raise ValueError(
             f"{name}: ZeRO stage 0 with bf16 takes a step on zero gradients at its start and "

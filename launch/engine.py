@@ -151,6 +151,7 @@ def _build_cpu_adam(ranks: Ranks) -> None:
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     check_extension_locks(ranks)
+    dist.barrier()  # all ranks: nobody mistakes the build for one that was killed
     if ranks.local_rank == 0:  # its constructor compiles it; the others find it built
         with _quiet_stdout():
             DeepSpeedCPUAdam([nn.Parameter(torch.zeros(1))])

@@ -3,6 +3,7 @@
 `k train` is the loss of update k counted from 0; `k val` comes after k updates.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -18,7 +19,13 @@ import torch
 from launch.config import TrainConfig, to_json
 
 # Dense bf16 peaks in FLOP/s, from NVIDIA's data sheets, by a part of the device's name.
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+}
 
 Row = dict[str, Any]
 
@@ -136,11 +143,14 @@ def _is_beyond(step: int, is_train: bool, resume_step: int) -> bool:
 
 
 def _rewrite(path: Path, keep: Callable[[str], bool]) -> list[str]:
-    """Keep the whole lines of a file that `keep` accepts; a torn last line goes."""
+    """Keep the lines of a file that `keep` accepts; a torn one goes."""
     if not path.exists():
         return []
-    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    kept = [line for line in lines if keep(line)]
+    kept = []
+    for line in path.read_text(errors="replace").splitlines(keepends=True):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # torn by a kill: it goes
+            if line.endswith("\n") and keep(line):
+                kept.append(line)
     partial = path.with_name(path.name + ".tmp")
     with partial.open("w") as file:
         file.writelines(kept)

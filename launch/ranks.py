@@ -49,7 +49,8 @@ def check_extension_locks(ranks: Ranks) -> None:
     for lock in Path(home).rglob("lock"):
         with contextlib.suppress(FileNotFoundError):  # its build has just ended
             age_s = time.time() - lock.stat().st_mtime
-            if not _is_held(lock) and (not shared or age_s > STALE_LOCK_S):
+            stale = not _is_held(lock) and (not shared or age_s > STALE_LOCK_S)
+            if stale and lock.exists():  # the build may have ended while its holder was sought
                 raise ValueError(f"{lock}: left by a build that was killed; delete it")
 
 

@@ -73,9 +73,15 @@ def load_hf_config(folder: Path) -> GPTConfig:
         shape = {key: raw[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
         return GPTConfig(**shape, block_size=raw["n_positions"])
     except FileNotFoundError:
-        raise ValueError(f"{folder}: no config.json; give a Hugging Face GPT-2 folder") from None
+        raise ValueError(
+            f"{folder}: no config.json; give a Hugging Face GPT-2 folder "
+            "(of a run: consolidated/step_…)"
+        ) from None
     except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a GPT-2 configuration ({error})") from error
+        raise ValueError(
+            f"{path}: not a GPT-2 configuration ({error!r}); give a Hugging Face "
+            "GPT-2 folder (of a run: consolidated/step_…)"
+        ) from error
 
 
 def weight_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:

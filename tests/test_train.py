@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from bench import parity, reference
+from checkpoint.consolidate import check_empty
 from checkpoint.manifest import complete_steps
 from checkpoint.reader import load_model
 from data.tokenizer import VOCAB_SIZE
@@ -74,7 +75,7 @@ def test_resumed_run_has_the_same_bits(data_dir: Path, tmp_path: Path, stage: in
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("stage", [0, 1, 2, 3, pytest.param("3_offload", marks=NEEDS_COMPILER)])
 def test_consolidated_folder_is_the_model_that_was_trained(
-    data_dir: Path, tmp_path: Path, stage: int | str
+    data_dir: Path, tmp_path: Path, stage: int | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = tmp_path / "run"
     assert main(arguments(data_dir, run_dir, stage, "--max_steps", 3)) == 0
@@ -94,7 +95,11 @@ def test_consolidated_folder_is_the_model_that_was_trained(
         cwd=ROOT, check=True, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert out.stdout.strip() == str(tmp_path / "x")
+    with pytest.raises(ValueError, match="exists and is not an empty folder"):
+        check_empty(tmp_path / "x")
     files = ("model.safetensors", "config.json", "vocab.json")
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(load_model("x")[0](tokens), from_live(tokens))
     assert all((tmp_path / "x" / f).read_bytes() == (live / f).read_bytes() for f in files)
 
 
@@ -174,6 +179,7 @@ def test_dry_run_of_175b_imports_neither_torch_nor_deepspeed() -> None:
         (["--init_from", "nowhere"], "error: nowhere: no such folder"),
         (["--model", "quickstart", "--init_from", "INIT"], "error: --init_from "),
         (["--eval_tokens", "5"], "error: --eval_tokens 5"),
+        (["--run_dir", __file__], f"error: --run_dir {__file__}: is a file"),
     ],
 )
 def test_mistakes_cost_one_line_and_status_2(

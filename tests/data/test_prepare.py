@@ -31,7 +31,7 @@ def expected_tokens(documents: list[str], tokenizer: tiktoken.Encoding) -> list[
 
 def run(*arguments: object) -> dict[str, int]:
     common = ["--quiet", "--processes", "2"]
-    return prepare(build_parser().parse_args([*map(str, arguments), *common]))
+    return prepare(build_parser().parse_args([*common, *map(str, arguments)]))
 
 
 def read(folder: Path, split: str) -> list[int]:
@@ -83,9 +83,20 @@ def test_a_command_line_mistake_is_one_line_and_status_2(texts: Path, tmp_path: 
         [*command, "--quiet"], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
     )
     assert done.returncode == 2
-    assert "give --val_every, or a smaller --shard_tokens" in done.stderr
+    assert "no tokens for the train split; give --val_every" in done.stderr
     assert len(done.stderr.splitlines()) == 1
-    done = subprocess.run(
-        [*command, "--quiet"], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
-    )
-    assert "holds shards already" in done.stderr
+    assert not list((tmp_path / "out").iterdir())  # the remedy works in the same folder
+    run(texts, "--out_dir", tmp_path / "out", "--val_every", 2)
+    with pytest.raises(ValueError, match="holds shards already"):
+        run(texts, "--out_dir", tmp_path / "out", "--val_every", 2)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--shard_tokens", 0), ("--processes", 0), ("--val_every", 1), ("--val_every", -1)],
+)
+def test_impossible_options_are_refused(
+    texts: Path, tmp_path: Path, option: str, value: int
+) -> None:
+    with pytest.raises(ValueError, match=f"{option} {value}: must be"):
+        run(texts, "--out_dir", tmp_path / "out", option, value)

@@ -28,5 +28,5 @@ def test_the_picture_is_written_and_the_minima_printed(tmp_path: Path) -> None:
     command = [sys.executable, "eval/report.py", str(tmp_path), "--out", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
     result = json.loads(done.stdout)
-    assert result["lowest"] == {tmp_path.name: {"val": 9.1, "train": 9.5}}
+    assert result["lowest"] == {str(tmp_path): {"val": 9.1, "train": 9.5}}
     assert (tmp_path / "out" / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data.shards import TokenStream
-from eval.val_loss import count_windows, evaluate, unigram_entropy
+from eval.val_loss import build_parser, count_windows, evaluate, run, unigram_entropy
 from model import GPT, GPTConfig
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=64)
@@ -58,6 +58,13 @@ def test_unigram_entropy_is_that_of_the_counts(tmp_path: Path) -> None:
     np.save(tmp_path / "text_val_000000.npy", np.array([9, 1, 1, 2, 3], np.uint16))
     stream = TokenStream(tmp_path, "val", 50257)
     assert unigram_entropy(stream, 4) == pytest.approx(1.5 * math.log(2))  # 1/2, 1/4, 1/4
+
+
+@pytest.mark.parametrize("name", ["eval_tokens", "seq_len", "batch_size"])
+def test_values_out_of_range_name_their_flag(name: str) -> None:
+    args = build_parser().parse_args(["--ckpt", "x", f"--{name}", "0"])
+    with pytest.raises(ValueError, match=f"--{name} 0: must be at least 1"):
+        run(args)
 
 
 def test_too_few_tokens_are_refused() -> None:

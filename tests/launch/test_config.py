@@ -55,6 +55,10 @@ def test_the_launchers_local_rank_is_accepted_and_ignored() -> None:
     [
         (["--model", "gpt9"], "--model gpt9"),
         (["--lr", "-1"], r"--lr -1\.0: must be positive"),
+        (["--lr", "nan"], "--lr nan: must be finite"),
+        (["--decay_steps", "-5"], "--decay_steps -5"),
+        (["--seed", str(2**32)], "--seed 4294967296: must be below"),
+        (["--batch_tokens", "0"], "--batch_tokens 0: must be positive"),
         (["--max_steps", "0"], "--max_steps 0: must be positive"),
         (["--beta2", "1"], r"--beta2 1\.0"),
         (["--resume", "maybe"], "--resume maybe"),
@@ -95,6 +99,10 @@ def test_impossible_batches_suggest_one_that_works(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         resolve_batch(resolve(*argv), world_size)
+
+
+def test_a_batch_beyond_the_presets_tokens_is_one_step() -> None:
+    assert resolve("--model", "debug", "--batch_tokens", "16384").max_steps == 1
 
 
 def test_the_suggested_batch_works() -> None:

@@ -70,6 +70,9 @@ def test_derived_keys_may_only_be_auto(tmp_path: Path, key: str) -> None:
         ('{"elasticity": {}}', "unknown key 'elasticity'"),
         ('{"bf16": {"enabled": true}, "bf16": {}}', "duplicate key 'bf16'"),
         ('{"zero_optimization": {"stage": 1, "stage": 2}}', "duplicate key 'stage'"),
+        ('{"zero_optimization": null}', "zero_optimization is None, not a block"),
+        ('{"bf16": true}', "bf16 is True, not a block"),
+        ('{"bf16": {"enabled": "auto"}}', r"bf16\.enabled is 'auto', not true or false"),
         ("[1]", "holds list, not an object"),
         ("{", "not JSON"),
     ],
@@ -103,3 +106,5 @@ def test_what_would_train_wrongly_is_refused(raw: dict[str, Any], message: str) 
 def test_a_missing_file_names_the_flag(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--ds_config .*nowhere\.json: no such file"):
         load_ds_config(tmp_path / "nowhere.json")
+    with pytest.raises(ValueError, match=r"--ds_config .*cannot be read \(Is a directory\)"):
+        load_ds_config(tmp_path)

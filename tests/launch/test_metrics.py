@@ -37,7 +37,7 @@ def test_log_has_build_nanogpts_format(tmp_path: Path) -> None:
 def test_resume_leaves_no_gap_and_no_double(tmp_path: Path) -> None:
     write_steps(tmp_path, None, 0, 8, 1)
     with (tmp_path / "log.txt").open("a") as log:
-        log.write("8 tra")  # torn by a kill
+        log.write("garbage\n8 tra")  # torn by a kill
     write_steps(tmp_path, 4, 4, 7, -1)
     rows = [line.split() for line in (tmp_path / "log.txt").read_text().splitlines()]
     assert [(int(s), float(v)) for s, kind, v in rows if kind == "train"] == [
