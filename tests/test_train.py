@@ -1,7 +1,6 @@
 """`train.py` as people run it; one rank in this process, several through the launchers."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -32,11 +31,6 @@ def arguments(data_dir: Path, run_dir: Path, stage: int | str, *more: object) ->
     paths = ["--data_dir", data_dir, "--run_dir", run_dir]
     ds_config = ROOT / "ds_configs" / f"zero{stage}.json"
     return [*SMALL, *map(str, [*paths, "--ds_config", ds_config, *more])]
-
-
-def without_ranks() -> dict[str, str]:
-    """This process's environment less what says that it is rank 0 of a group."""
-    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 
 
 def rows(run_dir: Path, key: str) -> dict[int, float]:
@@ -134,20 +128,16 @@ def test_torchrun_and_three_ranks_evaluate_in_step(data_dir: Path, tmp_path: Pat
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", "3", "train.py"]
     options = ["--max_steps", 2, "--batch_tokens", 6 * 64, "--micro_batch_size", 2]
-    done = subprocess.run(
-        [*command, *arguments(data_dir, tmp_path / "three", 3, *options)],
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=200,
-    )  # fmt: skip
+    three = arguments(data_dir, tmp_path / "three", 3, *options)
+    done = parity.run_with_children([*command, *three], timeout_s=180)
     assert done.returncode == 0, done.stderr
-    alone = subprocess.run(
-        [sys.executable, "train.py", *arguments(data_dir, tmp_path / "one", 3, *options)],
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=100, env=without_ranks(),
-    )  # fmt: skip
+    one = arguments(data_dir, tmp_path / "one", 3, *options)
+    alone = parity.run_with_children([sys.executable, "train.py", *one], timeout_s=100)
     assert alone.returncode == 0, alone.stderr
     # 46 windows of 64 tokens over 3 ranks of 2: the last round is two thirds empty
-    three, one = (rows(tmp_path / n, "val/loss") for n in ("three", "one"))
-    assert three[0] == pytest.approx(one[0], abs=1e-5)
-    assert three[2] == pytest.approx(one[2], abs=2e-3)
+    losses = [rows(tmp_path / name, "val/loss") for name in ("three", "one")]
+    assert losses[0][0] == pytest.approx(losses[1][0], abs=1e-5)
+    assert losses[0][2] == pytest.approx(losses[1][2], abs=2e-3)
     assert_step_is_consolidated(tmp_path / "three")
 
 
