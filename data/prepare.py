@@ -1,179 +1,227 @@
-"""Text files -> token shards: `<|endoftext|>` before every document, GPT-2's tokenizer.
+"""Text -> token shards: `<|endoftext|>` before every document, GPT-2's tokenizer.
 
-    python data/prepare.py speeches/*.txt --out_dir speeches_tokens --val_every 10
+    python data/prepare.py speeches/ --out_dir speeches_tokens --val_every 10
+    python data/prepare.py 'dump/*.jsonl.zst' more.parquet --out_dir dump_tokens
+    python data/prepare.py --dataset HuggingFaceFW/fineweb-edu --name sample-10BT --out_dir tokens
+    mpirun -n 8 python data/prepare.py 'dump/*.parquet' --out_dir dump_tokens
 
-A `.txt` file is one document; each line of a `.jsonl` file is one, under the key "text". By
-default the first shard is the validation split, as in build-nanogpt's FineWeb-Edu.
+A .txt file is one document; so is each line of a .jsonl and each row of a .parquet. Shard 0 is the
+validation split, as in build-nanogpt. Stopped or killed, the same command goes on where it was.
 """
 
 import argparse
-import json
-import multiprocessing
 import os
 import sys
-from collections.abc import Iterator
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+if TYPE_CHECKING:
+    from data.manifest import Manifest
+    from data.sources import SourceFile
+    from data.writing import ShardWriter
+
 SHARD_TOKENS = 100_000_000  # build-nanogpt's shard
-CHUNK_DOCUMENTS = 8  # per task of a tokenising process
-PREFIX = "text"  # of the file names
-SUFFIXES = (".txt", ".jsonl")
+BLOCK_BYTES = 2**20
+MAX_LINE_BYTES = 2**26
+MAX_BYTES = 2**36
 
 
-def find_files(inputs: list[Path]) -> list[Path]:
-    """Return the text files of `inputs` in order; a folder gives its own, sorted.
-
-    Raises:
-        ValueError: An input does not exist, is of another kind, or there is none at all.
-    """
-    files: list[Path] = []
-    for path in inputs:
-        if path.is_dir():
-            files += sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
-        elif not path.is_file():
-            raise ValueError(f"{path}: no such file or folder")
-        elif path.suffix not in SUFFIXES:
-            raise ValueError(f"{path}: not one of {', '.join(SUFFIXES)}")
-        else:
-            files.append(path)
-    if not files:
-        raise ValueError(f"{', '.join(map(str, inputs))}: no {' or '.join(SUFFIXES)} file")
-    return files
-
-
-def read_documents(files: list[Path]) -> Iterator[str]:
-    """Yield the documents of the files in order, one in memory at a time.
+def prepare(args: argparse.Namespace, comm: Any, prefix: str = "text") -> "Manifest":
+    """Tokenise what `args` names into `args.out_dir` (all ranks); return what is there.
 
     Raises:
-        ValueError: Not UTF-8, not JSON, or a line without a string under "text"; names the line.
+        ValueError: Bad input or options, another dataset in the folder, or an empty split.
     """
-    for path in files:
-        try:
-            if path.suffix == ".txt":
-                yield path.read_text(encoding="utf-8")
-                continue
-            with path.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield _document(line, f"{path}:{number}")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 text ({error})") from error
+    from data.blocks import Reading
+    from data.encode import Encoder
+    from data.manifest import Position
+    from data.pipeline import Pipeline, Progress
+    from data.sources import Opener, find_dataset, find_files
+    from data.writing import ShardWriter
 
-
-def _document(line: str, where: str) -> str:
-    try:
-        text = json.loads(line)["text"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f'{where}: not a JSON object with a "text" ({error!r})') from error
-    if not isinstance(text, str):
-        raise ValueError(f'{where}: "text" is {type(text).__name__}, not a string')
-    return text
-
-
-def encode_document(text: str) -> bytes:
-    """Return `<|endoftext|>` and the tokens of `text`, as little-endian uint16 bytes."""
-    import numpy as np
-
-    from data.tokenizer import EOT_TOKEN, load_tokenizer
-
-    tokens = [EOT_TOKEN, *load_tokenizer().encode_ordinary(text)]
-    return np.array(tokens, dtype="<u2").tobytes()
-
-
-class ShardWriter:
-    """Cut the tokens of each split into shards, numbered over both splits.
-
-    Args:
-        out_dir: Folder of the shards.
-        shard_tokens: Tokens per shard; the last one of a split holds the rest.
-        first_is_val: The first shard is the validation split, whatever `add` says.
-    """
-
-    def __init__(self, out_dir: Path, shard_tokens: int, first_is_val: bool) -> None:
-        self.out_dir = out_dir
-        self.shard_bytes = 2 * shard_tokens
-        self.first_is_val = first_is_val
-        self.held = {"train": bytearray(), "val": bytearray()}
-        self.tokens = {"train": 0, "val": 0}
-        self.written: list[Path] = []
-
-    def add(self, split: str, tokens: bytes) -> None:
-        """Append the tokens of one document (uint16 bytes); write the shards that they fill."""
-        self.held[split] += tokens
-        while len(self.held[split]) >= self.shard_bytes:
-            self._write(split)
-
-    def finish(self) -> None:
-        """Write the last, partial shards."""
-        for split, held in self.held.items():
-            if held:
-                self._write(split)
-
-    def _write(self, held_as: str) -> None:
-        import numpy as np
-
-        from data.shards import write_shard
-
-        tokens = np.frombuffer(bytes(self.held[held_as][: self.shard_bytes]), dtype="<u2")
-        del self.held[held_as][: self.shard_bytes]
-        number = len(self.written)
-        split = "val" if self.first_is_val and number == 0 else held_as
-        path = self.out_dir / f"{PREFIX}_{split}_{number:06d}.npy"
-        write_shard(path, tokens)
-        self.written.append(path)
-        self.tokens[split] += len(tokens)
-
-
-def prepare(args: argparse.Namespace) -> dict[str, int]:
-    """Tokenise `args.inputs` into `args.out_dir`; return the tokens of each split.
-
-    Raises:
-        ValueError: Bad input, shards already there, or a split that would be empty.
-    """
-    _check_options(args)
-    files = find_files(args.inputs)
+    check_options(args)
+    if args.dataset:
+        files, commit = find_dataset(args.dataset, args.name, args.split, args.revision)
+    else:
+        files, commit = find_files(args.inputs), ""
+    found = _find_manifest(args.out_dir, _recipe(args, files, commit, prefix))
+    manifest = comm.allgather(found)[0]  # all ranks: what rank 0 sees counts
+    if manifest.shards and not manifest.resume:
+        return manifest
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    writer = ShardWriter(args.out_dir, args.shard_tokens, args.val_every == 0)
+    reading = Reading(
+        text_column=args.text_column,
+        block_bytes=min(BLOCK_BYTES, args.shard_tokens),  # a token has a byte or more
+        max_line_bytes=args.max_line_bytes,
+        max_bytes=args.max_bytes,
+        skip_bad=args.on_error == "skip",
+    )
+    opener, encoder = Opener(files, args.streaming), Encoder(args.tokenizer)
+    progress = Progress(files, args.quiet or comm.rank > 0)
+    pipeline = Pipeline(
+        files, reading, opener, encoder, args.workers, args.val_every, comm, progress
+    )
+    writer = ShardWriter(
+        args.out_dir, prefix, manifest, comm=comm, shard_tokens=args.shard_tokens,
+        val_tokens=_val_tokens(args),
+    )  # fmt: skip
     try:
-        _tokenise(args, files, writer)
-        for split, n_tokens in writer.tokens.items():
-            if not n_tokens:
-                raise ValueError(
-                    f"{', '.join(map(str, args.inputs))}: no tokens for the {split} split; "
-                    "give --val_every N with N from 2 to the number of documents"
-                )
-    except BaseException:  # Ctrl-C too: half a set of shards would look like a whole one
-        for path in writer.written:
-            path.unlink()
-        raise
-    return writer.tokens
+        with writer:
+            start = manifest.resume.position if manifest.resume else Position()
+            if args.val_every and writer.split == "val":
+                pipeline.write_split(writer, start)
+                writer.end_split("train")
+                start = Position()
+            pipeline.write_split(writer, start)
+            writer.end_split(None)
+            _check_splits(args, writer)
+    finally:
+        progress.bar.close()
+        opener.close()
+    if comm.rank == 0 and not args.quiet:
+        print(f"{encoder.name}: {progress.rates()}", file=sys.stderr)
+    return writer.manifest
 
 
-def _check_options(args: argparse.Namespace) -> None:
-    for name in ("shard_tokens", "processes"):
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse what cannot be.
+
+    Raises:
+        ValueError: Names the flag.
+    """
+    for name in ("shard_tokens", "workers", "max_line_bytes", "max_bytes"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
+    if args.val_tokens is not None and args.val_tokens < 1:
+        raise ValueError(f"--val_tokens {args.val_tokens}: must be at least 1")
     if args.val_every < 0 or args.val_every == 1:
         raise ValueError(f"--val_every {args.val_every}: must be 0, or 2 and more")
+    if args.val_every and args.val_tokens:
+        raise ValueError("--val_tokens and --val_every: give one of them")
+    if bool(args.inputs) == bool(args.dataset):
+        raise ValueError("give either files and folders, or --dataset NAME")
     if args.out_dir.exists() and not args.out_dir.is_dir():
         raise ValueError(f"--out_dir {args.out_dir}: is a file; give a folder")
-    if any(args.out_dir.glob("*.npy")):
-        raise ValueError(f"--out_dir {args.out_dir}: holds shards already; give an empty folder")
 
 
-def _tokenise(args: argparse.Namespace, files: list[Path], writer: ShardWriter) -> None:
-    from tqdm import tqdm
+def _recipe(
+    args: argparse.Namespace, files: list["SourceFile"], commit: str, prefix: str
+) -> dict[str, Any]:
+    """Return everything that the bytes of the shards depend on, as JSON values."""
+    from data.tokenizer import MERGES_SHA256
 
-    # spawn: forking a process that holds the tokenizer's threads can deadlock
-    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
-        encoded = pool.imap(encode_document, read_documents(files), chunksize=CHUNK_DOCUMENTS)
-        for number, tokens in enumerate(tqdm(encoded, unit="doc", disable=args.quiet)):
-            is_val = args.val_every and number % args.val_every == 0
-            writer.add("val" if is_val else "train", tokens)
-    writer.finish()
+    names = ("dataset", "name", "split") if args.dataset else ()
+    options = ("text_column", "shard_tokens", "val_every")
+    return {
+        "prefix": prefix,
+        "tokenizer": {"name": "gpt2", "merges_sha256": MERGES_SHA256},
+        **{name: getattr(args, name) for name in (*names, *options)},
+        "val_tokens": _val_tokens(args),
+        "revision": commit,
+        "files": [{"name": file.name, "n_bytes": file.n_bytes} for file in files],
+    }
+
+
+def _val_tokens(args: argparse.Namespace) -> int:
+    """Return the tokens of shard 0 as the validation split; 0 where every N-th document is."""
+    return 0 if args.val_every else args.val_tokens or args.shard_tokens
+
+
+def _find_manifest(out_dir: Path, recipe: dict[str, Any]) -> "Manifest":
+    """Return the manifest of an unfinished or finished preparation, or a fresh one."""
+    from data.manifest import Manifest, Position, Resume, read_manifest
+
+    manifest = read_manifest(out_dir)
+    if not manifest:
+        if any(out_dir.glob("*.npy")) or any(out_dir.glob("*.bin")):
+            raise ValueError(f"--out_dir {out_dir}: holds shards already. Give an empty folder")
+        first = "val" if recipe["val_every"] else ""
+        return Manifest(recipe, [], {}, Resume(first, Position(), 0, {}))
+    keys = [key for key in recipe if manifest.recipe.get(key) != recipe[key]]
+    if keys:
+        what = ", ".join(
+            key if key == "files" else f"{key} {manifest.recipe.get(key)}, not {recipe[key]}"
+            for key in keys
+        )
+        raise ValueError(
+            f"--out_dir {out_dir}: holds another dataset ({what}). Give an empty folder"
+        )
+    for shard in manifest.shards:
+        if not (out_dir / shard.name).is_file():
+            raise ValueError(f"{out_dir / shard.name}: missing. Give an empty folder")
+    return manifest
+
+
+def _check_splits(args: argparse.Namespace, writer: "ShardWriter") -> None:
+    """Refuse a result with an empty split, and remove it: other options may go there."""
+    manifest = writer.manifest
+    train_tokens, val_tokens = manifest.tokens("train"), manifest.tokens("val")
+    if train_tokens and val_tokens:
+        return
+    writer.remove()
+    where = ", ".join(args.inputs) or args.dataset
+    if args.val_every:
+        raise ValueError(
+            f"{where}: no tokens for the {'val' if train_tokens else 'train'} split; "
+            "give --val_every N with N from 2 to the number of documents"
+        )
+    raise ValueError(
+        f"{where}: {val_tokens:,} tokens are not more than --val_tokens, which is "
+        f"{_val_tokens(args):,}; no tokens for the train split; "
+        f"give --val_tokens {max(1, val_tokens // 10)}, or --val_every 10"
+    )
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `prepare` reads, whatever the source is."""
+    add = parser.add_argument
+    add("--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens (default: %(default)s)")
+    add("--val_tokens", type=int, help="tokens of shard 0, the validation split (shard_tokens)")
+    add(
+        "--val_every",
+        type=int,
+        default=0,
+        help="every N-th line or row of a file, and every N-th .txt, is validation (default: 0, "
+        "shard 0 is)",
+    )
+    add("--text_column", default="text", help="key or column of the text (default: %(default)s)")
+    add("--streaming", action="store_true", help="read hub files over the network, keep none")
+    add(
+        "--on_error",
+        choices=("fail", "skip"),
+        default="fail",
+        help="bad documents end the run, or are left out and counted (default: %(default)s)",
+    )
+    add(
+        "--max_line_bytes",
+        type=int,
+        default=MAX_LINE_BYTES,
+        help="longest line, cell, or word of a .txt; bounds the memory (default: %(default)s)",
+    )
+    add(
+        "--max_bytes",
+        type=int,
+        default=MAX_BYTES,
+        help="largest size of a compressed file, unpacked (default: %(default)s)",
+    )
+    add("--workers", type=int, default=_n_cores(), help="tokenising threads (default: every core)")
+    add(
+        "--tokenizer",
+        choices=("auto", "tiktoken"),
+        default="auto",
+        help="auto: gigatoken where it is installed (default: %(default)s)",
+    )
+    add("--quiet", action="store_true", help="no progress bar, no summary")  # fmt: skip
+
+
+def _n_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # an MPI launcher gives each rank its own
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -181,35 +229,56 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("inputs", nargs="+", type=Path, help=".txt or .jsonl files, or folders")
-    parser.add_argument("--out_dir", type=Path, required=True, help="folder for the shards")
-    parser.add_argument(
-        "--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--val_every", type=int, default=0,
-        help="every N-th document, from the first, is validation (default: 0, the first shard is)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--processes", type=int, default=os.cpu_count(), help="tokenising (default: every core)"
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    add = parser.add_argument
+    add("inputs", nargs="*", help=".txt, .jsonl(.gz .xz .zst), .parquet; folders; globs")
+    add("--out_dir", type=Path, required=True, help="folder for the shards")
+    add("--dataset", help="Hugging Face dataset: hub name, or a folder laid out as the hub's")
+    add("--name", help="configuration of the dataset")
+    add("--split", default="train", help="split of the dataset (default: %(default)s)")
+    add("--revision", help="branch, tag or commit of the dataset (its main branch)")
+    add_options(parser)
     return parser
+
+
+def run(args: argparse.Namespace, prefix: str) -> int:
+    """Prepare the data, say what was done, return the exit status."""
+    from data.mpi import connect
+
+    began = time.perf_counter()
+    comm = None
+    try:
+        comm = connect()
+        manifest = prepare(args, comm, prefix)
+    except ValueError as error:  # the same on every rank: one speaks
+        if comm is None or comm.rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a lost file system: perhaps on this rank only
+        print(f"error: {error}. Shards that are whole stay; mend it and run the same command again",
+              file=sys.stderr)  # fmt: skip
+        if comm is not None and comm.size > 1:
+            comm.Abort(1)
+        return 1
+    if comm.rank == 0 and not args.quiet:
+        _summarise(args.out_dir, manifest, time.perf_counter() - began)
+    return 0
+
+
+def _summarise(out_dir: Path, manifest: "Manifest", elapsed_s: float) -> None:
+    """Print what the folder holds."""
+    left_out = ", ".join(f"{n} {what}" for what, n in manifest.bad.items())
+    print(
+        f"{out_dir}: {manifest.tokens('train'):,} train and {manifest.tokens('val'):,} val tokens, "
+        f"{sum(shard.documents for shard in manifest.shards):,} documents, "
+        f"{len(manifest.shards)} shards, {elapsed_s:.1f} s"
+        + (f"; left out: {left_out}" if left_out else ""),
+        file=sys.stderr,
+    )
 
 
 def main() -> int:
     """Run the command line; return the exit status."""
-    args = build_parser().parse_args()
-    try:
-        tokens = prepare(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(
-        f"{args.out_dir}: {tokens['train']:,} train and {tokens['val']:,} val tokens",
-        file=sys.stderr,
-    )
-    return 0
+    return run(build_parser().parse_args(), "text")
 
 
 if __name__ == "__main__":

@@ -1,47 +1,99 @@
-"""The shard format: `.npy` files of uint16 tokens, `*_{split}_{index:06d}.npy`, as one stream.
+"""Token shards, ours and other people's, as one stream: memory-mapped uint16, read in place.
 
-The format and the names are build-nanogpt's; its shards are read in place.
+*_{split}_*.npy                build-nanogpt, and ours
+*_{split}_*.bin, *_{split}.bin llm.c: 256 int32 of header (magic, version, tokens), then uint16
+{split}.bin                    nanoGPT: uint16 and nothing else
 """
 
-import os
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data.manifest import MANIFEST, PARTIAL_SUFFIX, Manifest, hash_file, read_manifest
+
 Tokens = NDArray[np.uint16]
 
 SPLITS = ("train", "val")
 DTYPE = np.dtype("<u2")
-CHECKED_TOKENS = 2**20  # of each shard, checked when it is opened; the rest when it is read
+HEADER_BYTES = 128  # of a .npy of one dimension, as numpy writes it
+CHECKED_TOKENS = 2**20  # of a shard without manifest, when it is opened; the rest when it is read
+LLM_C_MAGIC, LLM_C_VERSION, LLM_C_HEADER_BYTES = 20240520, 1, 1024
+PREPARE = "Prepare the text with data/prepare.py"
 
 
-def write_shard(path: Path, tokens: Tokens) -> None:
-    """Write one shard; the file appears whole or not at all."""
-    partial = path.with_suffix(".tmp")
-    with partial.open("wb") as file:
-        np.save(file, tokens.astype(DTYPE, copy=False), allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
+def find_shards(data_dir: Path, split: str) -> list[Path]:
+    """Return the shards of one split in order.
+
+    Raises:
+        ValueError: There is none, or they are of several kinds.
+    """
+    patterns = (f"*_{split}_*.npy", f"*_{split}_*.bin", f"*_{split}.bin", f"{split}.bin")
+    found = {p: sorted(data_dir.glob(p)) for p in patterns if any(data_dir.glob(p))}
+    if not found:
+        raise ValueError(
+            f"--data_dir {data_dir}: no shard {' or '.join(patterns)}; "
+            f"make some: python data/prepare.py TEXT… --out_dir {data_dir}"
+        )
+    if len(found) > 1:
+        raise ValueError(
+            f"--data_dir {data_dir}: holds {' and '.join(found)}; give each dataset its own folder"
+        )
+    return next(iter(found.values()))
 
 
 def open_shard(path: Path) -> Tokens:
     """Memory-map one shard.
 
     Raises:
-        ValueError: Not a `.npy` file, or not exactly one dimension of uint16 that fills the file.
+        ValueError: Not a shard of a known format that fills its file exactly; says what it is.
     """
+    if path.name.removesuffix(PARTIAL_SUFFIX).endswith(".npy"):
+        return _open_npy(path)
+    with path.open("rb") as file:
+        header = np.frombuffer(file.read(LLM_C_HEADER_BYTES)[:12], "<i4")
+    if len(header) == 3 and LLM_C_MAGIC in (header[0], header[0].byteswap()):
+        return _open_llm_c(path, *map(int, header))
+    return _open_nanogpt(path)
+
+
+def _open_npy(path: Path) -> Tokens:
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # numpy answers damage with many types, zipfile's among them
-        raise ValueError(f"{path}: not a readable .npy file ({error})") from error
+        raise ValueError(f"{path}: not a readable .npy file ({error}). {PREPARE}") from error
     if not isinstance(tokens, np.memmap) or tokens.ndim != 1 or tokens.dtype != DTYPE:
         found = f"{tokens.dtype.str} {tokens.shape}" if isinstance(tokens, np.ndarray) else "npz"
         raise ValueError(f"{path}: holds {found}; a shard is one dimension of {DTYPE.str}")
     size, header_size = path.stat().st_size, tokens.offset
     if size != header_size + tokens.nbytes:
         raise ValueError(f"{path}: header says {len(tokens)} tokens, the file has {size} bytes")
+    return tokens
+
+
+def _open_llm_c(path: Path, magic: int, version: int, n_tokens: int) -> Tokens:
+    if magic != LLM_C_MAGIC:
+        raise ValueError(f"{path}: an llm.c file in big-endian order. {PREPARE}")
+    if version != LLM_C_VERSION:
+        raise ValueError(
+            f"{path}: llm.c version {version}; GPT-2 tokens are version {LLM_C_VERSION}. {PREPARE}"
+        )
+    size = path.stat().st_size
+    if n_tokens < 1 or size != LLM_C_HEADER_BYTES + DTYPE.itemsize * n_tokens:
+        raise ValueError(f"{path}: header says {n_tokens} tokens, the file has {size} bytes")
+    return np.memmap(path, DTYPE, "r", offset=LLM_C_HEADER_BYTES)
+
+
+def _open_nanogpt(path: Path) -> Tokens:
+    size = path.stat().st_size
+    if not size or size % DTYPE.itemsize:
+        raise ValueError(f"{path}: {size} bytes are not uint16 tokens. {PREPARE}")
+    if (path.parent / "meta.pkl").exists():  # nanoGPT writes it beside tokens that are characters
+        raise ValueError(f"{path}: tokens of another vocabulary (meta.pkl beside it). {PREPARE}")
+    tokens = np.memmap(path, DTYPE, "r")
+    head = tokens[:CHECKED_TOKENS]
+    if len(head) > 1 and not head[1::2].any():
+        raise ValueError(f"{path}: 32-bit tokens, it seems: every second uint16 is 0. {PREPARE}")
     return tokens
 
 
@@ -52,23 +104,23 @@ class TokenStream:
         data_dir: Folder of shards.
         split: "train" or "val".
         vocab_size: Every token must be below it.
+        verify: Compare every byte with `shards.json`, where there is one.
 
     Raises:
-        ValueError: No folder, no shard of this split, a damaged shard, or a token out of range.
+        ValueError: No folder, no shard of this split, a damaged shard, one that `shards.json` does
+            not know, or a token out of range.
     """
 
-    def __init__(self, data_dir: Path, split: str, vocab_size: int) -> None:
-        self.paths = sorted(data_dir.glob(f"*_{split}_*.npy"))
-        if not self.paths:
-            raise ValueError(
-                f"--data_dir {data_dir}: no shard *_{split}_*.npy; "
-                f"make some: python data/prepare.py TEXT… --out_dir {data_dir}"
-            )
+    def __init__(self, data_dir: Path, split: str, vocab_size: int, verify: bool = False) -> None:
+        self.paths = find_shards(data_dir, split)
         self.vocab_size = vocab_size
         self.shards = [open_shard(path) for path in self.paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
-        for i, shard in enumerate(self.shards):
-            self._check(shard[:CHECKED_TOKENS], i)
+        if manifest := read_manifest(data_dir):
+            self._compare(manifest, data_dir, split, verify)
+        else:
+            for i, shard in enumerate(self.shards):
+                self._check(shard[:CHECKED_TOKENS], i)
 
     def __len__(self) -> int:
         """Return the number of tokens."""
@@ -91,10 +143,37 @@ class TokenStream:
             start, length, i = start + len(part), length - len(part), i + 1
         return np.concatenate(parts) if parts else np.empty(0, DTYPE)
 
+    def locate(self, position: int) -> tuple[Path, int]:
+        """Return the shard that holds a token, and the number of the token in it."""
+        i = int(np.searchsorted(self.ends, position, side="right"))
+        return self.paths[i], position - (int(self.ends[i]) - len(self.shards[i]))
+
+    def _compare(self, manifest: Manifest, data_dir: Path, split: str, verify: bool) -> None:
+        if manifest.resume:
+            raise ValueError(f"--data_dir {data_dir}: not finished; run the same preparation again")
+        records = {shard.name: shard for shard in manifest.shards if shard.split == split}
+        for missing in sorted(records.keys() - {path.name for path in self.paths}):
+            raise ValueError(f"{data_dir / missing}: missing, {MANIFEST} names it. {PREPARE}")
+        for path, tokens in zip(self.paths, self.shards, strict=True):
+            record = records.get(path.name)
+            if not record:
+                raise ValueError(f"{path}: not in {MANIFEST}; move it out of the folder")
+            if len(tokens) != record.tokens:
+                said = f"{len(tokens)} tokens, {MANIFEST} says {record.tokens}"
+                raise ValueError(f"{path}: {said}. {PREPARE}")
+            if record.max_token >= self.vocab_size:
+                raise ValueError(
+                    f"{path}: token {record.max_token}, the vocabulary has {self.vocab_size}"
+                )
+            if verify and hash_file(path) != record.sha256:
+                raise ValueError(f"{path}: damaged (SHA-256). {PREPARE}")
+
     def _check(self, tokens: Tokens, shard: int) -> None:
         largest = int(tokens.max(initial=0))
         if largest >= self.vocab_size:
+            swapped = int(tokens.byteswap().max()) < self.vocab_size
             raise ValueError(
-                f"{self.paths[shard]}: token {largest}, the vocabulary has {self.vocab_size}; "
+                f"{self.paths[shard]}: token {largest}, the vocabulary has {self.vocab_size}"
+                f"{' (big-endian, it seems)' if swapped else ''}; "
                 "prepare the shards with GPT-2's tokenizer"
             )

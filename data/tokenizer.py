@@ -36,20 +36,29 @@ def _load_merges() -> list[tuple[str, str]]:
 
 
 @cache
+def load_tokens() -> list[bytes]:
+    """Return the bytes of every token but the special one, in the order of their ids.
+
+    Raises:
+        ValueError: The merges file in the repository has been altered.
+    """
+    symbols = _byte_symbols()
+    to_latin_1 = {ord(symbol): byte for symbol, byte in symbols.items()}
+    merged = [(left + right).translate(to_latin_1) for left, right in _load_merges()]
+    return [bytes([byte]) for byte in symbols.values()] + [m.encode("latin-1") for m in merged]
+
+
+@cache
 def load_tokenizer() -> tiktoken.Encoding:
     """Return GPT-2's tokenizer; ids are the same as `tiktoken.get_encoding("gpt2")`'s.
 
     Raises:
         ValueError: The merges file in the repository has been altered.
     """
-    symbols = _byte_symbols()
-    ranks = {bytes([byte]): rank for rank, byte in enumerate(symbols.values())}
-    for left, right in _load_merges():
-        ranks[bytes(symbols[s] for s in left + right)] = len(ranks)
     return tiktoken.Encoding(
         "gpt2",
         pat_str=PATTERN,
-        mergeable_ranks=ranks,
+        mergeable_ranks={token: rank for rank, token in enumerate(load_tokens())},
         special_tokens={END_OF_TEXT: EOT_TOKEN},
         explicit_n_vocab=VOCAB_SIZE,
     )

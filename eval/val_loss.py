@@ -25,17 +25,21 @@ if TYPE_CHECKING:
 EVAL_TOKENS = 10_485_760  # build-nanogpt's 20 batches of 64 x 1,024 on 8 GPUs
 
 
-def count_windows(n_tokens: int, seq_len: int, eval_tokens: int) -> int:
-    """Return how many windows of `seq_len` tokens are evaluated: at most `eval_tokens` tokens.
+def count_windows(stream: TokenStream, seq_len: int, eval_tokens: int) -> int:
+    """Return how many windows of `seq_len` tokens are evaluated: `eval_tokens` tokens.
 
     Raises:
-        ValueError: Not even one.
+        ValueError: Not even one, or the validation split is shorter.
     """
-    n_windows = min(eval_tokens, n_tokens - 1) // seq_len
-    if n_windows < 1:
+    if eval_tokens < seq_len:
+        raise ValueError(f"--eval_tokens {eval_tokens}: less than one window of {seq_len}")
+    n_windows = eval_tokens // seq_len
+    if n_windows * seq_len >= len(stream):  # one more is the last target
+        most = (len(stream) - 1) // seq_len * seq_len
+        remedy = f"give --eval_tokens {most}" if most else "prepare more validation tokens"
         raise ValueError(
-            f"--eval_tokens {eval_tokens}, {n_tokens} in the validation split: less than one "
-            f"window of {seq_len} + 1"
+            f"{stream.paths[-1]}: the validation split has {len(stream)} tokens, not "
+            f"--eval_tokens {eval_tokens} + 1; {remedy}"
         )
     return n_windows
 
@@ -71,7 +75,7 @@ def evaluate(
 
     from data.loader import read_windows, split_windows
 
-    n_windows = count_windows(len(stream), seq_len, eval_tokens)
+    n_windows = count_windows(stream, seq_len, eval_tokens)
     total, n_tokens = 0.0, 0
     for first in range(0, n_windows, batch_size * world_size):
         windows = np.arange(batch_size) + first + rank * batch_size

@@ -30,6 +30,7 @@ class TrainConfig:
 
     model: str = _flag("gpt2", "preset: the model, its batch and its learning rate")
     data_dir: Path = _flag(Path("edu_fineweb10B"), "folder of token shards")
+    verify: bool = _flag(False, "compare every byte of the shards with shards.json at the start")
     run_dir: Path = _flag(None, "folder for everything the run writes (runs/MODEL)")
     ds_config: Path = _flag(Path("ds_configs/zero1.json"), "the engine's JSON")
     resume: str = _flag("auto", "auto: if there is a checkpoint; must; none: start anew")

@@ -1,102 +1,238 @@
+import gzip
 import json
+import lzma
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
-import tiktoken
+from pyarrow import parquet
 
+from bench.seed_prepare import tokenize, write_shards
+from data.manifest import Manifest, read_manifest
+from data.mpi import Alone
 from data.prepare import build_parser, prepare
-from data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-TEXTS = ["first document\n", "", "third " * 50, "fourth: ñ 日本", "fifth <|endoftext|> text"]
+LONG = "One word and another.\n\n  Ünïcode, 日本語。 Don't stop 12345!  " * 300
+TEXTS = ["first document\n", "third " * 50, "", "fourth: ñ 日本", "fifth <|endoftext|> text", LONG]
 
 
-@pytest.fixture
-def texts(tmp_path: Path) -> Path:
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    for i, text in enumerate(TEXTS[:2]):
-        (folder / f"{i}.txt").write_text(text)
-    lines = [json.dumps({"text": text, "id": 1}) for text in TEXTS[2:]]
-    (folder / "z.jsonl").write_text("\n".join(lines) + "\n")
+def lines(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in texts).encode()
+
+
+def zstd(data: bytes) -> bytes:
+    packed = pyarrow.compress(data, "zstd", asbytes=True)
+    assert isinstance(packed, bytes)
+    return packed
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every kind of file, three times TEXTS each, and .txt files in nested folders."""
+    folder = tmp_path_factory.mktemp("sources")
+    (folder / "a").mkdir()
+    (folder / "a" / "0.txt").write_bytes(LONG.encode())
+    (folder / "a" / "1.txt").write_bytes(b"one")
+    (folder / "b.jsonl").write_bytes(lines(TEXTS * 3) + b"\n  \n")
+    (folder / "c.jsonl.gz").write_bytes(gzip.compress(lines(TEXTS)) + gzip.compress(lines(TEXTS * 2)))
+    (folder / "d.jsonl.xz").write_bytes(lzma.compress(lines(TEXTS * 3)[:-1]))
+    (folder / "e.jsonl.zst").write_bytes(zstd(lines(TEXTS * 3)))
+    table = pyarrow.table({"id": range(18), "text": TEXTS * 3})
+    parquet.write_table(table, folder / "f.parquet", row_group_size=7)
+    large = pyarrow.array(TEXTS * 3, pyarrow.large_string())
+    parquet.write_table(pyarrow.table({"text": large.dictionary_encode()}), folder / "g.parquet")
+    (folder / "notes.md").write_text("not for us")
     return folder
 
 
-def expected_tokens(documents: list[str], tokenizer: tiktoken.Encoding) -> list[int]:
-    return [t for text in documents for t in [50256, *tokenizer.encode_ordinary(text)]]
+DOCUMENTS = [LONG, "one", *TEXTS * 3 * 6]
 
 
-def run(*arguments: object) -> dict[str, int]:
-    common = ["--quiet", "--processes", "2"]
-    return prepare(build_parser().parse_args([*common, *map(str, arguments)]))
+def run(*arguments: object) -> Manifest:
+    common = ["--quiet", "--workers", "2"]
+    return prepare(build_parser().parse_args([*common, *map(str, arguments)]), Alone())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.npy"))}
+
+
+def seed(out_dir: Path, documents: list[str], val_tokens: int, shard_tokens: int) -> dict[str, bytes]:
+    write_shards(map(tokenize, documents), out_dir, "text", val_tokens, shard_tokens)
+    return contents(out_dir)
+
+
+@pytest.mark.parametrize("tokenizer", ["auto", "tiktoken"])
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize(("val_tokens", "shard_tokens"), [(5000, 20_000), (30_000, 7), (1, 10**6)])
+def test_shards_are_the_seeds_byte_for_byte(
+    sources: Path, tmp_path: Path, tokenizer: str, workers: int, val_tokens: int, shard_tokens: int
+) -> None:
+    if shard_tokens == 7:
+        shard_tokens = 701  # many shards of less than a document, each document over many
+    expected = seed(tmp_path / "seed", DOCUMENTS, val_tokens, shard_tokens)
+    run(
+        sources, "--out_dir", tmp_path / "out", "--val_tokens", val_tokens,
+        "--shard_tokens", shard_tokens, "--workers", workers, "--tokenizer", tokenizer,
+    )  # fmt: skip
+    assert contents(tmp_path / "out") == expected
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {*expected, "shards.json"}
+
+
+def test_the_manifest_tells_what_is_there(sources: Path, tmp_path: Path) -> None:
+    manifest = run(sources, "--out_dir", tmp_path / "out", "--val_tokens", 9000)
+    assert manifest == read_manifest(tmp_path / "out")
+    assert manifest.resume is None
+    for shard in manifest.shards:
+        tokens = np.load(tmp_path / "out" / shard.name)
+        assert (len(tokens), tokens.max()) == (shard.tokens, shard.max_token)
+        assert shard.documents == (tokens == 50256).sum()
+    assert sum(shard.documents for shard in manifest.shards) == len(DOCUMENTS)
+    assert manifest.recipe["files"][0] == {"name": "a/0.txt", "n_bytes": len(LONG.encode())}
+
+
+def test_globs_folders_and_files_come_in_the_order_given(sources: Path, tmp_path: Path) -> None:
+    expected = seed(tmp_path / "seed", [*TEXTS * 3, LONG, "one", *TEXTS * 3], 500, 10**6)
+    given = [sources / "b.jsonl", sources / "a", f"{sources}/*.zst"]
+    run(*given, "--out_dir", tmp_path / "out", "--val_tokens", 500)
+    assert contents(tmp_path / "out") == expected
+
+
+def test_another_column_holds_the_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"body": LONG}))
+    expected = seed(tmp_path / "seed", [LONG], 500, 10**6)
+    run(tmp_path / "a.jsonl", "--out_dir", tmp_path / "out", "--val_tokens", 500,
+        "--text_column", "body")  # fmt: skip
+    assert contents(tmp_path / "out") == expected
 
 
 def read(folder: Path, split: str) -> list[int]:
     return [t for p in sorted(folder.glob(f"*_{split}_*.npy")) for t in np.load(p).tolist()]
 
 
-def test_every_nth_document_is_validation(texts: Path, tmp_path: Path) -> None:
-    counts = run(texts, "--out_dir", tmp_path / "out", "--val_every", 3, "--shard_tokens", 20)
-    tokenizer = load_tokenizer()
-    val = expected_tokens([TEXTS[0], TEXTS[3]], tokenizer)
-    train = expected_tokens([TEXTS[1], TEXTS[2], TEXTS[4]], tokenizer)
-    assert read(tmp_path / "out", "val") == val
-    assert read(tmp_path / "out", "train") == train
-    assert counts == {"train": len(train), "val": len(val)}
-    sizes = [len(np.load(p)) for p in sorted((tmp_path / "out").glob("*_train_*.npy"))]
-    assert all(size == 20 for size in sizes[:-1])
-    assert not list((tmp_path / "out").glob("*.tmp"))
+def test_every_nth_document_is_validation(sources: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    manifest = run(sources / "a", sources / "b.jsonl", "--out_dir", out, "--val_every", 4,
+                   "--shard_tokens", 400)  # fmt: skip
+    documents = [(0, LONG), (1, "one"), *enumerate(TEXTS * 3)]  # by file, then by line
+    for split, is_val in (("val", True), ("train", False)):
+        chosen = [text for number, text in documents if (number % 4 == 0) == is_val]
+        assert read(out, split) == [t for text in chosen for t in tokenize(text).tolist()]
+        assert manifest.tokens(split) == len(read(out, split))
+        sizes = [len(np.load(p)) for p in sorted(out.glob(f"*_{split}_*.npy"))]
+        assert all(size == 400 for size in sizes[:-1])
 
 
-def test_by_default_the_first_shard_is_validation(texts: Path, tmp_path: Path) -> None:
-    run(texts, "--out_dir", tmp_path / "out", "--shard_tokens", 10)
-    whole = expected_tokens(TEXTS, load_tokenizer())
-    files = sorted((tmp_path / "out").glob("*.npy"), key=lambda p: p.name[-10:])
-    assert files[0].name == "text_val_000000.npy"
-    assert all("_train_" in p.name for p in files[1:])
-    assert [t for p in files for t in np.load(p).tolist()] == whole
-    assert all(np.load(p).dtype == np.uint16 for p in files)
+def test_the_same_command_again_changes_nothing(sources: Path, tmp_path: Path) -> None:
+    options = (sources, "--out_dir", tmp_path / "out", "--val_tokens", 9000)
+    first = run(*options)
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
+    assert run(*options) == first
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == times
+    with pytest.raises(ValueError, match=r"holds another dataset \(val_tokens 9000, not 8000\)"):
+        run(sources, "--out_dir", tmp_path / "out", "--val_tokens", 8000)
+    with pytest.raises(ValueError, match=r"holds another dataset \(files\)"):
+        run(sources / "a", "--out_dir", tmp_path / "out", "--val_tokens", 9000)
+
+
+def test_shards_of_others_are_not_mixed_with(sources: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "edufineweb_train_000001.npy", np.zeros(5, np.uint16))
+    with pytest.raises(ValueError, match=r"holds shards already\. Give an empty folder"):
+        run(sources, "--out_dir", tmp_path)
+
+
+def test_a_split_that_would_be_empty_is_refused_and_leaves_nothing(
+    sources: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"no tokens for the train split; give --val_tokens \d+, or"):
+        run(sources, "--out_dir", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())  # the remedy works in the same folder
+    with pytest.raises(ValueError, match="no tokens for the train split; give --val_every N"):
+        run(sources / "a" / "1.txt", "--out_dir", tmp_path / "out", "--val_every", 2)
+    assert not list((tmp_path / "out").iterdir())
+    run(sources, "--out_dir", tmp_path / "out", "--val_every", 2)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("options", "message"),
     [
-        ("a.jsonl", b'{"text": "x"}\nnot json\n', r"a\.jsonl:2: not a JSON object"),
-        ("a.jsonl", b'{"body": "x"}\n', r"a\.jsonl:1: not a JSON object with a \"text\""),
-        ("a.jsonl", b'{"text": null}\n', r"a\.jsonl:1: \"text\" is NoneType"),
-        ("a.txt", b"\xff\xfe", r"a\.txt: not UTF-8"),
-        ("a.pdf", b"x", r"a\.pdf: not one of \.txt, \.jsonl"),
+        (["--shard_tokens", 0], "--shard_tokens 0: must be"),
+        (["--workers", 0], "--workers 0: must be"),
+        (["--val_tokens", 0], "--val_tokens 0: must be"),
+        (["--val_every", 1], "--val_every 1: must be"),
+        (["--val_every", 2, "--val_tokens", 5], "give one of them"),
+        (["--dataset", "x/y"], "either files and folders, or --dataset"),
+        (["no/such/place"], "no/such/place: no such file or folder"),
+        (["README.md"], r"README\.md: not one of \.txt"),
+        (["tests/data"], r"tests/data: no file that ends in \.txt"),
     ],
 )
-def test_bad_input_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    (tmp_path / name).write_bytes(content)
+def test_impossible_options_are_refused(
+    tmp_path: Path, options: list[object], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    inputs = [] if str(options[0])[0] != "-" else ["data/gpt2"]
     with pytest.raises(ValueError, match=message):
-        run(tmp_path / name, "--out_dir", tmp_path / "out", "--val_every", 2)
+        run(*inputs, *options, "--out_dir", tmp_path / "out")
 
 
-def test_a_command_line_mistake_is_one_line_and_status_2(texts: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "data/prepare.py", str(texts), "--out_dir", str(tmp_path / "out")]
+def test_a_file_given_twice_is_refused(sources: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"b\.jsonl: given 2 times"):
+        run(sources, sources / "b.jsonl", "--out_dir", tmp_path)
+
+
+def test_a_mistake_is_one_line_and_status_2(sources: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "data/prepare.py", str(sources), "--out_dir", str(tmp_path / "out")]
     done = subprocess.run(
         [*command, "--quiet"], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
     )
     assert done.returncode == 2
-    assert "no tokens for the train split; give --val_every" in done.stderr
+    assert "no tokens for the train split; give --val_tokens" in done.stderr
     assert len(done.stderr.splitlines()) == 1
-    assert not list((tmp_path / "out").iterdir())  # the remedy works in the same folder
-    run(texts, "--out_dir", tmp_path / "out", "--val_every", 2)
-    with pytest.raises(ValueError, match="holds shards already"):
-        run(texts, "--out_dir", tmp_path / "out", "--val_every", 2)
 
 
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [("--shard_tokens", 0), ("--processes", 0), ("--val_every", 1), ("--val_every", -1)],
-)
-def test_impossible_options_are_refused(
-    texts: Path, tmp_path: Path, option: str, value: int
+def test_progress_and_summary_say_what_was_done(sources: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "data/prepare.py", str(sources), "--out_dir", str(tmp_path / "out")]
+    done = subprocess.run(
+        [*command, "--val_tokens", "5000", "--shard_tokens", "9000"],
+        cwd=ROOT, capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    assert "100%" in done.stderr
+    for text in ("tokens/s", "MB/s", "left", "shard 1 of about", "110 documents"):
+        assert text in done.stderr, text
+
+
+def test_two_writers_do_not_meet(sources: Path, tmp_path: Path) -> None:
+    import fcntl
+    import os
+
+    held = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match="another process writes here"):
+        run(sources, "--out_dir", tmp_path, "--val_tokens", 9000)
+    os.close(held)
+
+
+def test_a_full_disk_is_one_line_status_1_and_nothing_half_written(
+    sources: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=f"{option} {value}: must be"):
-        run(texts, "--out_dir", tmp_path / "out", option, value)
+    limit = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (60_000, 60_000)); import signal; "
+    ignore = "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    options = [str(sources), "--out_dir", str(tmp_path), "--val_tokens", "5000", "--quiet",
+               "--shard_tokens", "40000", "--tokenizer", "tiktoken"]  # fmt: skip
+    code = f"{limit}{ignore}import sys; sys.argv[1:] = {options}; import data.prepare as p; "
+    done = subprocess.run(
+        [sys.executable, "-c", code + "sys.exit(p.main())"],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "File too large" in done.stderr
+    assert "text_train_000001.npy" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert {p.name for p in tmp_path.iterdir()} == {"text_val_000000.npy", "shards.json"}
+    run(*options)
+    assert contents(tmp_path) == seed(tmp_path / "seed", DOCUMENTS, 5000, 40_000)

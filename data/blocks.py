@@ -1,0 +1,231 @@
+"""Source files -> blocks: read in order, in bounded memory.
+
+A block is about a MiB of one file: whole lines, whole rows, or a part of a `.txt` file that ends
+where no token can reach across. Blocks are numbered in order; of several ranks, each takes its own.
+"""
+
+import lzma
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO, NamedTuple
+
+from data.manifest import Position
+from data.sources import HUB, LINES, ROWS, TEXT, Opener, SourceFile, unpack
+
+# GPT-2's pattern joins white space only to what follows it, and looks ahead only past white space:
+# before a space or newline that follows anything else (Unicode's white space in UTF-8 excluded),
+# a text can be cut and its parts tokenised alone.
+CUT = re.compile(
+    rb"(?<=[!-~\x80-\xff])(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf])"
+    rb"(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80)[ \n]"
+)
+MEND = "Mend it, or leave it out with --on_error skip"
+
+
+class BadInputError(ValueError):
+    """What is wrong with one document or file, where, and what to do about it."""
+
+    def __init__(self, where: str, what: str, remedy: str = MEND) -> None:
+        super().__init__(f"{where}: {what}. {remedy}")
+        self.what = what
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files are read.
+
+    Args:
+        text_column: Key of a JSON line, or column of a table, that holds the text.
+        block_bytes: Of text in a block, but for a longer line.
+        max_line_bytes: Of one line, table cell, or word of a `.txt`: this bounds the memory.
+        max_bytes: Of one compressed file when uncompressed.
+        skip_bad: Leave bad documents out and count them, instead of failing.
+    """
+
+    text_column: str
+    block_bytes: int
+    max_line_bytes: int
+    max_bytes: int
+    skip_bad: bool
+
+
+class Block(NamedTuple):
+    """A part of one file: bytes, a column of a table, or what is wrong; None for another rank."""
+
+    number: int
+    position: Position
+    data: Any
+    stored_bytes: int  # of the file, up to about the end of this block
+
+
+class Reader:
+    """Read the blocks of all files from a position on.
+
+    Args:
+        files: All of them, in order.
+        opener: Opens them.
+        how: Limits and names.
+        rank: Loads every world_size-th block from this one on; the others have no data.
+        world_size: Ranks that share the work.
+    """
+
+    def __init__(
+        self, files: list[SourceFile], opener: Opener, how: Reading, rank: int, world_size: int
+    ) -> None:
+        self.files, self.opener, self.how = files, opener, how
+        self.rank, self.world_size = rank, world_size
+        self.n_blocks = 0
+
+    def blocks(self, start: Position) -> Iterator[Block]:
+        """Yield the blocks in order."""
+        read = {TEXT: self._read_text, LINES: self._read_lines, ROWS: self._read_rows}
+        for number in range(start.file, len(self.files)):
+            file, at = self.files[number], start if number == start.file else Position(number)
+            try:
+                if not file.n_bytes:
+                    raise BadInputError(file.name, "empty file")
+                with self.opener.open(number) as raw:
+                    yield from read[file.kind](raw, file, at)
+            except BadInputError as error:
+                yield self._block(at, error, file.n_bytes)
+            except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+                what = f"cannot be read ({' '.join(str(error).split())})"
+                if file.url.startswith(HUB):  # the network's fault: never left out
+                    bad = ValueError(f"{file.name}: {what}. Run the same command again")
+                else:
+                    bad = BadInputError(file.name, what)
+                yield self._block(at, bad, file.n_bytes)
+
+    def _block(self, position: Position, data: Any, stored_bytes: int) -> Block:
+        number = self.n_blocks
+        self.n_blocks += 1
+        mine = number % self.world_size == self.rank
+        return Block(number, position, data if mine else None, stored_bytes)
+
+    def _read_text(self, raw: BinaryIO, file: SourceFile, at: Position) -> Iterator[Block]:
+        _check_text(raw, file.name, self.how.max_line_bytes)
+        raw.seek(at.offset)
+        number, record, offset = at.file, at.record, at.offset
+        held, size = b"", self.how.block_bytes
+        while more := raw.read(size - len(held) % size):  # cuts depend on the position alone
+            held += more
+            cut = _last_cut(held)
+            if cut:
+                yield self._block(Position(number, record, offset), held[:cut], offset + cut)
+                record, offset = record + held.count(b"\n", 0, cut), offset + cut
+                held = held[cut:]
+        if held:
+            yield self._block(Position(number, record, offset), held, file.n_bytes)
+
+    def _read_lines(self, raw: BinaryIO, file: SourceFile, at: Position) -> Iterator[Block]:
+        number, record, offset = at.file, at.record, at.offset
+        stream = unpack(raw, file.packing)
+        _skip(stream, offset)
+        while data := stream.read(self.how.block_bytes):
+            n_bytes, n_lines = len(data), data.count(b"\n")
+            if not data.endswith(b"\n"):
+                data += (rest := stream.readline(self.how.max_line_bytes))
+                n_bytes += len(rest)
+                while rest and not rest.endswith(b"\n"):  # too long: its head is enough to say so
+                    rest = stream.readline(self.how.block_bytes)
+                    n_bytes += len(rest)
+                    self._check_size(file, offset + n_bytes)
+                n_lines += 1
+            self._check_size(file, offset + n_bytes)
+            yield self._block(Position(number, record, offset), data, raw.tell())
+            record, offset = record + n_lines, offset + n_bytes
+
+    def _check_size(self, file: SourceFile, n_bytes: int) -> None:
+        if file.packing and n_bytes > self.how.max_bytes:
+            what = f"expands beyond {self.how.max_bytes:,} bytes"
+            raise BadInputError(file.name, what, "Raise --max_bytes if it is meant to")
+
+    def _read_rows(self, raw: BinaryIO, file: SourceFile, at: Position) -> Iterator[Block]:
+        from pyarrow import ArrowException, parquet
+
+        try:
+            yield from self._read_groups(parquet.ParquetFile(raw, pre_buffer=False), file, at)
+        except ArrowException as error:
+            raise OSError(error) from error
+
+    def _read_groups(self, table: Any, file: SourceFile, at: Position) -> Iterator[Block]:
+        column = _text_column(table, file.name, self.how.text_column)
+        n_rows, first = max(1, table.metadata.num_rows), 0
+        for group in range(table.num_row_groups):
+            size = table.metadata.row_group(group)
+            mean_bytes = size.column(column).total_uncompressed_size / max(1, size.num_rows)
+            rows = max(1, int(self.how.block_bytes / max(1, mean_bytes)))
+            parts = [p for p in range(0, size.num_rows, rows) if first + p >= at.record]
+            mine = [(self.n_blocks + i) % self.world_size == self.rank for i in range(len(parts))]
+            batches = table.iter_batches(rows, [group], [self.how.text_column])
+            skipped = (size.num_rows + rows - 1) // rows - len(parts)
+            for _ in range(skipped if any(mine) else 0):
+                next(batches)
+            for part in parts:
+                data = next(batches).column(0) if any(mine) else None
+                assert data is None or len(data) == min(rows, size.num_rows - part)
+                stored = file.n_bytes * min(n_rows, first + part + rows) // n_rows
+                yield self._block(Position(at.file, first + part), data, stored)
+            first += size.num_rows
+
+
+def _skip(stream: BinaryIO, n_bytes: int) -> None:
+    if stream.seekable():
+        stream.seek(n_bytes)  # in a .gz or .xz: reads up to there
+        return
+    while n_bytes:
+        n_bytes -= len(stream.read(min(n_bytes, 2**20)))
+
+
+def _check_text(raw: BinaryIO, name: str, max_word_bytes: int) -> None:
+    """Read a whole `.txt` once, so that a bad one is left out as a whole."""
+    held, line, uncut = b"", 1, 0
+    while more := raw.read(2**20):
+        data = held + more
+        uncut = 0 if CUT.search(data) else uncut + len(more)
+        try:
+            good = len(data)
+            data.decode()
+        except UnicodeDecodeError as error:
+            good = error.start
+            if error.reason != "unexpected end of data":
+                raise BadInputError(_at(name, line, data, good), "not UTF-8") from error
+        if b"\0" in data:
+            raise BadInputError(_at(name, line, data, data.index(b"\0")), "NUL in text")
+        if uncut > max_word_bytes:
+            what = f"no white space in {max_word_bytes:,} bytes"
+            raise BadInputError(f"{name}:{line}", what, "Raise --max_line_bytes, or skip it")
+        line, held = line + data.count(b"\n", 0, good), data[good:]
+    if held:
+        raise BadInputError(f"{name}:{line}", "not UTF-8 (cut off)")
+
+
+def _at(name: str, line: int, data: bytes, offset: int) -> str:
+    lines = data.count(b"\n", 0, offset)
+    return f"{name}:{line + lines}"
+
+
+def _last_cut(data: bytes) -> int:
+    """Return the last place where `data` can be cut, or 0."""
+    for begin in (max(0, len(data) - 4096), 0):
+        if cuts := [found.start() for found in CUT.finditer(data, begin)]:
+            return cuts[-1]
+    return 0
+
+
+def _text_column(table: Any, name: str, text_column: str) -> int:
+    """Return the number of the column of text in an open Parquet file."""
+    from pyarrow import types
+
+    schema = table.schema_arrow
+    if text_column not in schema.names:
+        what = f'no column "{text_column}", it has {", ".join(schema.names)}'
+        raise BadInputError(name, what, "Name one with --text_column")
+    kind = schema.field(text_column).type
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    tests = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary)
+    if not any(test(kind) for test in tests):
+        raise BadInputError(name, f'column "{text_column}" is {kind}', "Name one of strings")
+    return [table.schema.column(i).path for i in range(len(table.schema))].index(text_column)

@@ -1,0 +1,41 @@
+"""The processes that prepare data together: one alone, or the ranks of an MPI job."""
+
+import os
+from typing import Any
+
+# Set by Open MPI, MPICH and its kin, PMIx, and Slurm's srun. Asking mpi4py itself starts MPI.
+LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "SLURM_STEP_NUM_TASKS")
+
+
+class Alone:
+    """A communicator of one process, with mpi4py's names."""
+
+    rank, size = 0, 1
+
+    def allgather(self, value: Any) -> list[Any]:
+        """Return the value of every rank."""
+        return [value]
+
+    def barrier(self) -> None:
+        """Wait for nobody."""
+
+
+def connect() -> Any:
+    """Return MPI's communicator under an MPI launcher, else `Alone`.
+
+    Raises:
+        ValueError: A launcher started several processes, but mpi4py or its library is not there.
+    """
+    if not any(name in os.environ for name in LAUNCHED):
+        return Alone()
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        n_processes = max(int(os.environ.get(name, 1)) for name in LAUNCHED if "RANK" not in name)
+        if n_processes == 1:
+            return Alone()
+        raise ValueError(
+            f"started as {n_processes} MPI processes without mpi4py ({error}). "
+            "pip install -c constraints.txt -e '.[mpi]', and an MPI library"
+        ) from error
+    return MPI.COMM_WORLD

@@ -1,0 +1,139 @@
+"""Blocks -> tokens -> shards: reading, tokenising in threads and writing overlap, in order."""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from data.blocks import Block, Reader, Reading
+from data.documents import read_documents
+from data.encode import Encoder
+from data.manifest import Position
+from data.shards import DTYPE, Tokens
+from data.sources import Opener, SourceFile
+from data.writing import Part, ShardWriter
+
+CHECK_EVERY = 64  # blocks, beside the first of each file, on which the tokenizers are compared
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What turns the blocks of all files into shards.
+
+    Args:
+        files: In order.
+        reading: Limits and names.
+        opener: Opens the files.
+        encoder: Tokenises.
+        workers: Threads that tokenise.
+        val_every: One document in so many is validation; 0 where shard 0 is.
+        comm: The ranks that share the work.
+        progress: Counts and shows.
+    """
+
+    files: list[SourceFile]
+    reading: Reading
+    opener: Opener
+    encoder: Encoder
+    workers: int
+    val_every: int
+    comm: Any
+    progress: "Progress"
+
+    def write_split(self, writer: ShardWriter, start: Position) -> None:
+        """Write the documents of the writer's split, from a position on (all ranks).
+
+        At most 2 · workers + 1 blocks are in memory.
+
+        Raises:
+            ValueError: Bad input; the same on every rank.
+        """
+        reader = Reader(self.files, self.opener, self.reading, self.comm.rank, self.comm.size)
+        waiting: deque[tuple[list[Block], Future[tuple[Tokens, Part]]]] = deque()
+        with ThreadPoolExecutor(self.workers) as pool:
+            for blocks in _batched(reader.blocks(start), self.comm.size):
+                mine = blocks[self.comm.rank] if self.comm.rank < len(blocks) else None
+                future = pool.submit(self._encode, mine, writer.split)
+                headers = [block._replace(data=None) for block in blocks]
+                waiting.append((headers, future))
+                if len(waiting) > 2 * self.workers:
+                    self._write(writer, *waiting.popleft())
+            while waiting:
+                self._write(writer, *waiting.popleft())
+
+    def _encode(self, block: Block | None, split: str) -> tuple[Tokens, Part]:
+        if block is None:
+            return np.empty(0, DTYPE), Part()
+        file = self.files[block.position.file]
+        try:
+            found = read_documents(block, file, self.reading, self.val_every, split)
+        except ValueError as error:
+            return np.empty(0, DTYPE), Part(error=str(error))
+        if block.position.record == block.position.offset == 0 or block.number % CHECK_EVERY == 0:
+            self.encoder.check(found.texts, file.name)
+        tokens = self.encoder.encode(found.texts, found.continues)
+        return tokens, Part(len(tokens), sum(map(len, found.texts)), found.bad)
+
+    def _write(
+        self,
+        writer: ShardWriter,
+        blocks: list[Block],
+        future: Future[tuple[Tokens, Part]],
+    ) -> None:
+        tokens, part = future.result()
+        parts = self.comm.allgather(part)  # all ranks: the sizes say where each one writes
+        for part in parts:
+            if part.error:
+                raise ValueError(part.error)
+        writer.add(tokens, parts, [block.position for block in blocks])
+        self.progress.show(blocks[-1], parts, writer)
+
+
+class Progress:
+    """Counts, and a bar over the stored bytes of all files.
+
+    Args:
+        files: In order.
+        quiet: Count only.
+    """
+
+    def __init__(self, files: list[SourceFile], quiet: bool) -> None:
+        from tqdm import tqdm
+
+        self.ends = np.cumsum([0, *(file.n_bytes for file in files)])
+        self.tokens = self.text_bytes = 0
+        self.began = time.perf_counter()
+        self.bar = tqdm(
+            total=int(self.ends[-1]), disable=quiet, unit="B", unit_scale=True,
+            bar_format="{percentage:3.0f}% {bar:20} {elapsed}, {remaining} left{postfix}",
+        )  # fmt: skip
+
+    def show(self, block: Block, parts: list[Part], writer: ShardWriter) -> None:
+        """Advance to the end of a block."""
+        self.tokens += sum(part.n_tokens for part in parts)
+        self.text_bytes += sum(part.text_bytes for part in parts)
+        if self.bar.disable:
+            return
+        done = int(self.ends[block.position.file]) + block.stored_bytes
+        n_shards = writer.expected_shards(done / max(1, int(self.ends[-1])))
+        self.bar.set_postfix_str(
+            f"shard {len(writer.manifest.shards)} of about {n_shards}, {self.rates()}",
+            refresh=False,
+        )
+        self.bar.update(done - self.bar.n)
+
+    def rates(self) -> str:
+        """Return what was done per second, for people."""
+        elapsed_s = time.perf_counter() - self.began
+        tokens_per_s, mb_per_s = self.tokens / elapsed_s, self.text_bytes / elapsed_s / 1e6
+        return f"{tokens_per_s:,.0f} tokens/s, {mb_per_s:.1f} MB/s of text"
+
+
+def _batched(blocks: Iterator[Block], n: int) -> Iterator[list[Block]]:
+    while batch := list(islice(blocks, n)):
+        yield batch
