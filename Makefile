@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
 
-.PHONY: quickstart test check parity bench clean
+.PHONY: quickstart test debian check parity bench kills clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +45,10 @@ quickstart: $(VENV)/installed
 	@echo "      $(BIN)/deepspeed --num_gpus 8 train.py --model gpt2 --data_dir YOUR_SHARDS   (README.md: the 124M recipe)"
 	
 
+# Debian packages that some tests need, as root; without them those tests skip and say so.
+debian:
+	command -v mpirun || { apt-get update -q && apt-get install -q -y --no-install-recommends openmpi-bin; }
+
 test: $(VENV)/installed
 	$(BIN)/pytest
 
@@ -56,6 +60,9 @@ check: $(VENV)/installed
 
 parity: $(VENV)/installed
 	$(BIN)/python bench/parity.py --out runs/parity.json
+
+kills: $(VENV)/installed
+	$(BIN)/python bench/prepare_kills.py --kills 50 --out runs/prepare_kills.json
 
 bench: $(VENV)/installed
 	$(BIN)/python bench/cross_entropy.py --out runs/cross_entropy.json

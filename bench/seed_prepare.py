@@ -23,7 +23,7 @@ from data.tokenizer import EOT_TOKEN, load_tokenizer
 def tokenize(text: str) -> np.ndarray:
     """Return one document: the separator, then its tokens."""
     tokens = np.array([EOT_TOKEN, *load_tokenizer().encode_ordinary(text)])
-    assert (0 <= tokens).all()
+    assert (tokens >= 0).all()
     assert (tokens < 2**16).all()
     return tokens.astype(np.uint16)
 

@@ -88,14 +88,13 @@ class Reader:
                     raise BadInputError(file.name, "empty file")
                 with self.opener.open(number) as raw:
                     yield from read[file.kind](raw, file, at)
-            except BadInputError as error:
+            except ValueError as error:  # its turn will come: so all ranks see it together
                 yield self._block(at, error, file.n_bytes)
             except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
                 what = f"cannot be read ({' '.join(str(error).split())})"
+                bad = BadInputError(file.name, what)
                 if file.url.startswith(HUB):  # the network's fault: never left out
                     bad = ValueError(f"{file.name}: {what}. Run the same command again")
-                else:
-                    bad = BadInputError(file.name, what)
                 yield self._block(at, bad, file.n_bytes)
 
     def _block(self, position: Position, data: Any, stored_bytes: int) -> Block:

@@ -108,7 +108,11 @@ def _text_of_cell(cell: bytes | None, where: str, how: Reading) -> bytes | BadIn
 def _cells(column: Any) -> list[bytes | None]:
     import pyarrow
 
-    return column.cast(pyarrow.large_string()).cast(pyarrow.large_binary()).to_pylist()
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pyarrow.types.is_string_view(column.type):  # which has no cast to bytes
+        column = column.cast(pyarrow.large_string())
+    return column.cast(pyarrow.large_binary()).to_pylist()
 
 
 def _too_long(where: str, how: Reading) -> BadInputError:

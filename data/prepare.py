@@ -36,12 +36,7 @@ def prepare(args: argparse.Namespace, comm: Any, prefix: str = "text") -> "Manif
     Raises:
         ValueError: Bad input or options, another dataset in the folder, or an empty split.
     """
-    from data.blocks import Reading
-    from data.encode import Encoder
-    from data.manifest import Position
-    from data.pipeline import Pipeline, Progress
-    from data.sources import Opener, find_dataset, find_files
-    from data.writing import ShardWriter
+    from data.sources import find_dataset, find_files
 
     check_options(args)
     if args.dataset:
@@ -50,9 +45,21 @@ def prepare(args: argparse.Namespace, comm: Any, prefix: str = "text") -> "Manif
         files, commit = find_files(args.inputs), ""
     found = _find_manifest(args.out_dir, _recipe(args, files, commit, prefix))
     manifest = comm.allgather(found)[0]  # all ranks: what rank 0 sees counts
-    if manifest.shards and not manifest.resume:
-        return manifest
-    args.out_dir.mkdir(parents=True, exist_ok=True)
+    if manifest.resume:
+        manifest = _write(args, comm, files, manifest)
+    return manifest
+
+
+def _write(
+    args: argparse.Namespace, comm: Any, files: list["SourceFile"], manifest: "Manifest"
+) -> "Manifest":
+    from data.blocks import Reading
+    from data.encode import Encoder
+    from data.manifest import Position
+    from data.pipeline import Pipeline, Progress
+    from data.sources import Opener
+    from data.writing import ShardWriter
+
     reading = Reading(
         text_column=args.text_column,
         block_bytes=min(BLOCK_BYTES, args.shard_tokens),  # a token has a byte or more
@@ -65,14 +72,12 @@ def prepare(args: argparse.Namespace, comm: Any, prefix: str = "text") -> "Manif
     pipeline = Pipeline(
         files, reading, opener, encoder, args.workers, args.val_every, comm, progress
     )
-    writer = ShardWriter(
-        args.out_dir, prefix, manifest, comm=comm, shard_tokens=args.shard_tokens,
-        val_tokens=_val_tokens(args),
-    )  # fmt: skip
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    writer = ShardWriter(args.out_dir, manifest, comm)
+    start = manifest.resume.position if manifest.resume else Position()
     try:
         with writer:
-            start = manifest.resume.position if manifest.resume else Position()
-            if args.val_every and writer.split == "val":
+            if writer.split == "val":
                 pipeline.write_split(writer, start)
                 writer.end_split("train")
                 start = Position()

@@ -92,8 +92,9 @@ def _open_nanogpt(path: Path) -> Tokens:
         raise ValueError(f"{path}: tokens of another vocabulary (meta.pkl beside it). {PREPARE}")
     tokens = np.memmap(path, DTYPE, "r")
     head = tokens[:CHECKED_TOKENS]
-    if len(head) > 1 and not head[1::2].any():
-        raise ValueError(f"{path}: 32-bit tokens, it seems: every second uint16 is 0. {PREPARE}")
+    for width in (4, 2):  # int64 first: it would pass for int32
+        if len(head) >= width and not np.delete(head, np.s_[::width]).any():
+            raise ValueError(f"{path}: {16 * width}-bit tokens, it seems. {PREPARE}")
     return tokens
 
 

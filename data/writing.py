@@ -46,25 +46,18 @@ class ShardWriter:
 
     Args:
         out_dir: The folder.
-        prefix: Of the file names, `{prefix}_{split}_{number:06d}.npy`.
-        manifest: Of what is there already.
-        shard_tokens: Tokens of a shard; the last one of a split holds the rest.
-        val_tokens: Tokens of shard 0, the validation split; 0 where documents are dealt one by one.
+        manifest: What is there already, and the recipe: prefix of the file names
+            `{prefix}_{split}_{number:06d}.npy`; tokens of a shard, of which the last one of a split
+            holds the rest; tokens of shard 0, the validation split, or 0 where documents are dealt
+            one by one.
         comm: mpi4py's communicator, or `data.mpi.Alone`.
     """
 
-    def __init__(
-        self,
-        out_dir: Path,
-        prefix: str,
-        manifest: Manifest,
-        *,
-        shard_tokens: int,
-        val_tokens: int,
-        comm: Any,
-    ) -> None:
-        self.out_dir, self.prefix, self.manifest, self.comm = out_dir, prefix, manifest, comm
-        self.shard_tokens, self.val_tokens = shard_tokens, val_tokens
+    def __init__(self, out_dir: Path, manifest: Manifest, comm: Any) -> None:
+        self.out_dir, self.manifest, self.comm = out_dir, manifest, comm
+        self.prefix: str = manifest.recipe["prefix"]
+        self.shard_tokens: int = manifest.recipe["shard_tokens"]
+        self.val_tokens: int = manifest.recipe["val_tokens"]
         self.split = manifest.resume.split if manifest.resume else ""
         self.skip_tokens = manifest.resume.skip_tokens if manifest.resume else 0
         self.bad = Counter(manifest.bad)
@@ -132,7 +125,7 @@ class ShardWriter:
             skip_tokens = size - starts[last]
             starts = [start - size for start in starts]
             self._held -= size
-            self._finish_shard(size, Resume(self.split, positions[last], skip_tokens, bad))
+            self._finish_shard(size, Resume(self.split, positions[last], skip_tokens, dict(bad)))
         self.bad += sum((part.bad for part in parts), Counter())
 
     def end_split(self, next_split: str | None) -> None:

@@ -21,9 +21,10 @@ ALLOWED = {
 }
 # A Hugging Face folder is weights and tokenizer: whoever writes one needs both.
 EXCEPTIONS = {("checkpoint/consolidate.py", "data.tokenizer")}
-ENTRY_POINTS = ["train.py", "data/prepare.py", "eval/val_loss.py", "eval/sample.py",
+ENTRY_POINTS = ["train.py", "data/prepare.py", "data/fineweb.py", "data/show.py",
+                "eval/val_loss.py", "eval/sample.py",
                 "eval/report.py", "checkpoint/consolidate.py", "bench/parity.py",
-                "bench/cross_entropy.py"]  # fmt: skip
+                "bench/cross_entropy.py", "bench/prepare_kills.py"]  # fmt: skip
 
 
 def imports(path: Path) -> set[str]:
@@ -46,7 +47,7 @@ def test_rooms_import_only_through_their_doors(path: Path) -> None:
         if room in ("model", "data", "eval"):
             assert name.split(".")[0] != "deepspeed"
             assert not name.startswith("torch.distributed")
-    if room in ("model", "data", "eval"):
+    if room in ("model", "data", "eval") and path.name != "mpi.py":  # which looks for MPI's ranks
         assert "environ" not in path.read_text()
 
 

@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 NEEDS_COMPILER = pytest.mark.skipif(
     shutil.which("g++") is None, reason="DeepSpeedCPUAdam is compiled: install g++"
 )
-SMALL = ["--model", "debug", "--micro_batch_size", "4", "--sample_tokens", "2"]
+SMALL = ["--model", "debug", "--micro_batch_size", "4", "--sample_tokens", "2", "--eval_tokens",
+         "2944"]  # fmt: skip
 
 
 def arguments(data_dir: Path, run_dir: Path, stage: int | str, *more: object) -> list[str]:

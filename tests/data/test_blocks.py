@@ -18,8 +18,8 @@ from data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 PIECES = ["a", "b's", "'", "  ", " ", "\n", "\n\n", "\t", "\u3000", "\u00a0", "\u2009", "\u2028",
-          "\u202f", "\u205f", "\u1680", "\x85", "\x1c", "\x7f", "12", "!", "é", "日本。", "🙂", "\u200b",
-          "don't"]  # fmt: skip
+          "\u202f", "\u205f", "\u1680", "\x85", "\x1c", "\x7f", "12", "!", "é", "日本。", "🙂",
+          "\u200b", "don't"]  # fmt: skip
 
 
 def reading(block_bytes: int = 50, **changes: object) -> Reading:

@@ -38,7 +38,9 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "a" / "0.txt").write_bytes(LONG.encode())
     (folder / "a" / "1.txt").write_bytes(b"one")
     (folder / "b.jsonl").write_bytes(lines(TEXTS * 3) + b"\n  \n")
-    (folder / "c.jsonl.gz").write_bytes(gzip.compress(lines(TEXTS)) + gzip.compress(lines(TEXTS * 2)))
+    (folder / "c.jsonl.gz").write_bytes(
+        gzip.compress(lines(TEXTS)) + gzip.compress(lines(TEXTS * 2))
+    )
     (folder / "d.jsonl.xz").write_bytes(lzma.compress(lines(TEXTS * 3)[:-1]))
     (folder / "e.jsonl.zst").write_bytes(zstd(lines(TEXTS * 3)))
     table = pyarrow.table({"id": range(18), "text": TEXTS * 3})
@@ -61,7 +63,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.npy"))}
 
 
-def seed(out_dir: Path, documents: list[str], val_tokens: int, shard_tokens: int) -> dict[str, bytes]:
+def seed(
+    out_dir: Path, documents: list[str], val_tokens: int, shard_tokens: int
+) -> dict[str, bytes]:
     write_shards(map(tokenize, documents), out_dir, "text", val_tokens, shard_tokens)
     return contents(out_dir)
 
@@ -148,7 +152,9 @@ def test_shards_of_others_are_not_mixed_with(sources: Path, tmp_path: Path) -> N
 def test_a_split_that_would_be_empty_is_refused_and_leaves_nothing(
     sources: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"no tokens for the train split; give --val_tokens \d+, or"):
+    with pytest.raises(
+        ValueError, match=r"no tokens for the train split; give --val_tokens \d+, or"
+    ):
         run(sources, "--out_dir", tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())  # the remedy works in the same folder
     with pytest.raises(ValueError, match="no tokens for the train split; give --val_every N"):

@@ -1,14 +1,16 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data.shards import TokenStream, open_shard, write_shard
+from data.manifest import Manifest, Position, Resume, ShardRecord, hash_file, write_manifest
+from data.shards import TokenStream, open_shard
 
 
 def write(folder: Path, *shards: np.ndarray, split: str = "train") -> np.ndarray:
     for i, tokens in enumerate(shards):
-        write_shard(folder / f"text_{split}_{i:06d}.npy", tokens.astype(np.uint16))
+        np.save(folder / f"text_{split}_{i:06d}.npy", tokens.astype(np.uint16))
     return np.concatenate(shards)
 
 
@@ -49,10 +51,25 @@ def test_other_arrays_are_refused(tmp_path: Path, tokens: np.ndarray, message: s
         open_shard(path)
 
 
+def test_an_archive_under_the_name_of_a_shard_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", tokens=np.zeros(5, np.uint16))
+    path = (tmp_path / "a.npz").rename(tmp_path / "text_train_000000.npy")
+    with pytest.raises(ValueError, match=r"text_train_000000\.npy: holds npz"):
+        open_shard(path)
+
+
+def test_a_header_that_says_less_than_the_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "text_train_000000.npy"
+    np.save(path, np.arange(100, dtype=np.uint16))
+    path.write_bytes(path.read_bytes().replace(b"(100,)", b"(50,) "))
+    with pytest.raises(ValueError, match="header says 50 tokens, the file has 328 bytes"):
+        open_shard(path)
+
+
 @pytest.mark.parametrize("damage", ["cut", "grown", "empty", "garbage", "pickle"])
 def test_damaged_shards_are_refused_by_name(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "text_train_000000.npy"
-    write_shard(path, np.arange(100, dtype=np.uint16))
+    np.save(path, np.arange(100, dtype=np.uint16))
     whole = path.read_bytes()
     altered = {"cut": whole[:-7], "grown": whole + b"12", "empty": b"", "garbage": b"x" * 99}
     if damage == "pickle":
@@ -73,3 +90,127 @@ def test_a_folder_without_shards_says_how_to_make_them(tmp_path: Path) -> None:
     write(tmp_path, np.zeros(10))
     with pytest.raises(ValueError, match=r"no shard \*_val_\*.*data/prepare\.py"):
         TokenStream(tmp_path, "val", 50257)
+
+
+TOKENS = np.random.default_rng(0).integers(0, 50257, 1000).astype("<u2")
+
+
+def llm_c(tokens: np.ndarray, magic: int = 20240520, version: int = 1, order: str = "<") -> bytes:
+    header = np.zeros(256, f"{order}i4")
+    header[:3] = magic, version, len(tokens)
+    return header.tobytes() + tokens.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("names", "pack"),
+    [
+        (("fineweb_{}_000001.bin", "fineweb_{}_000002.bin"), llm_c),
+        (("TinyStories_{}.bin",), llm_c),
+        (("{}.bin",), lambda tokens: tokens.tobytes()),
+        (("{}.bin",), llm_c),
+    ],
+)
+def test_other_peoples_shards_are_read_in_place(
+    tmp_path: Path, names: tuple[str, ...], pack: Callable[[np.ndarray], bytes]
+) -> None:
+    for split in ("train", "val"):
+        for name, part in zip(names, np.array_split(TOKENS, len(names)), strict=True):
+            (tmp_path / name.format(split)).write_bytes(pack(part))
+    for split in ("train", "val"):
+        stream = TokenStream(tmp_path, split, 50257)
+        assert stream.read(0, len(stream)).tolist() == TOKENS.tolist()
+        assert all(isinstance(shard, np.memmap) for shard in stream.shards)
+
+
+REFUSED = {
+    "cut": (llm_c(TOKENS)[:-2], "header says 1000 tokens, the file has 3022 bytes"),
+    "grown": (llm_c(TOKENS) + b"12", "header says 1000 tokens, the file has 3026 bytes"),
+    "llama": (llm_c(TOKENS, version=7), "llm.c version 7; GPT-2 tokens are version 1"),
+    "big-endian header": (llm_c(TOKENS, order=">"), "an llm.c file in big-endian order"),
+    "empty": (b"", "0 bytes are not uint16 tokens"),
+    "odd": (TOKENS.tobytes() + b"1", "2001 bytes are not uint16 tokens"),
+    "wide": (TOKENS.astype("<u4").tobytes(), "32-bit tokens, it seems"),
+    "int64": (TOKENS.astype("<i8").tobytes(), "64-bit tokens, it seems"),
+    "big-endian": (
+        TOKENS.astype(">u2").tobytes(),
+        r"token \d+, the vocabulary has 50257 \(big-end",
+    ),
+    "beyond": (np.full(9, 60000, "<u2").tobytes(), "token 60000, the vocabulary has 50257"),
+}
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_what_does_not_fit_is_refused_by_name(tmp_path: Path, fault: str) -> None:
+    data, message = REFUSED[fault]
+    (tmp_path / "train.bin").write_bytes(data)
+    with pytest.raises(ValueError, match=rf"train\.bin: {message}"):
+        TokenStream(tmp_path, "train", 50257)
+
+
+def test_characters_as_tokens_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "train.bin").write_bytes(np.arange(65, dtype="<u2").tobytes())
+    (tmp_path / "meta.pkl").write_bytes(b"")  # nanoGPT's shakespeare_char
+    with pytest.raises(ValueError, match=r"train\.bin: tokens of another vocabulary \(meta\.pkl"):
+        TokenStream(tmp_path, "train", 50257)
+
+
+def test_two_kinds_in_a_folder_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, np.zeros(10))
+    (tmp_path / "train.bin").write_bytes(bytes(20))
+    with pytest.raises(ValueError, match=r"holds \*_train_\*\.npy and train\.bin"):
+        TokenStream(tmp_path, "train", 50257)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two shards and the manifest that fits them."""
+    write(tmp_path, np.arange(10), np.arange(20, 35))
+    records = [
+        ShardRecord(path.name, "train", len(np.load(path)), 0, 34, hash_file(path))
+        for path in sorted(tmp_path.glob("*.npy"))
+    ]
+    write_manifest(tmp_path, Manifest({}, records, {}, None))
+    return tmp_path
+
+
+def test_shards_that_fit_their_manifest_are_taken(folder: Path) -> None:
+    assert len(TokenStream(folder, "train", 50257, verify=True)) == 25
+
+
+def test_a_changed_byte_is_found_by_verify(folder: Path) -> None:
+    path = folder / "text_train_000001.npy"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 4
+    path.write_bytes(data)
+    TokenStream(folder, "train", 50257)
+    with pytest.raises(ValueError, match=r"text_train_000001\.npy: damaged \(SHA-256\)"):
+        TokenStream(folder, "train", 50257, verify=True)
+
+
+def test_what_the_manifest_does_not_know_is_refused(folder: Path) -> None:
+    np.save(folder / "text_train_000002.npy", np.zeros(4, np.uint16))
+    with pytest.raises(ValueError, match=r"text_train_000002\.npy: not in shards\.json"):
+        TokenStream(folder, "train", 50257)
+    (folder / "text_train_000002.npy").unlink()
+    np.save(folder / "text_train_000001.npy", np.zeros(4, np.uint16))
+    with pytest.raises(ValueError, match=r"000001\.npy: 4 tokens, shards\.json says 15"):
+        TokenStream(folder, "train", 50257)
+    (folder / "text_train_000001.npy").unlink()
+    with pytest.raises(ValueError, match=r"text_train_000001\.npy: missing, shards\.json names it"):
+        TokenStream(folder, "train", 50257)
+
+
+def test_the_largest_token_is_known_without_reading(folder: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"text_train_000000\.npy: token 34, the vocabulary has 30"
+    ):
+        TokenStream(folder, "train", 30)
+
+
+def test_an_unfinished_or_damaged_manifest_is_refused(folder: Path) -> None:
+    write_manifest(folder, Manifest({}, [], {}, Resume("", Position(), 0, {})))
+    with pytest.raises(ValueError, match="not finished; run the same preparation again"):
+        TokenStream(folder, "train", 50257)
+    (folder / "shards.json").write_text('{"shards": 1}')
+    with pytest.raises(ValueError, match=r"shards\.json: damaged"):
+        TokenStream(folder, "train", 50257)

@@ -19,7 +19,7 @@ def model() -> GPT:
 
 def test_loss_is_the_mean_over_all_tokens_of_the_windows(model: GPT, data_dir: Path) -> None:
     stream = TokenStream(data_dir, "val", 50257)
-    total, n_tokens = evaluate(model, stream, seq_len=64, eval_tokens=10**7, batch_size=7)
+    total, n_tokens = evaluate(model, stream, seq_len=64, eval_tokens=46 * 64, batch_size=7)
     tokens = torch.from_numpy(stream.read(0, 46 * 64 + 1).astype(np.int64))
     logits = model(tokens[:-1].view(46, 64)).flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="sum").item()
@@ -67,7 +67,13 @@ def test_values_out_of_range_name_their_flag(name: str) -> None:
         run(args)
 
 
-def test_too_few_tokens_are_refused() -> None:
-    assert count_windows(129, 64, 1000) == 2
-    with pytest.raises(ValueError, match="--eval_tokens 1000, 64 in the validation split"):
-        count_windows(64, 64, 1000)
+def test_too_few_tokens_are_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "text_val_000000.npy", np.zeros(129, np.uint16))
+    stream = TokenStream(tmp_path, "val", 50257)
+    assert count_windows(stream, 64, 128) == 2
+    assert count_windows(stream, 64, 127) == 1
+    message = r"text_val_000000\.npy: the validation split has 129 tokens.*give --eval_tokens 128$"
+    with pytest.raises(ValueError, match=message):
+        count_windows(stream, 64, 1000)
+    with pytest.raises(ValueError, match=r"--eval_tokens 63: less than one window of 64"):
+        count_windows(stream, 64, 63)

@@ -1,0 +1,76 @@
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench.seed_prepare import tokenize
+from data import encode
+from data.encode import TRICKY, Encoder
+
+PIECES = [*TRICKY, "a", " the", "<|", "endoftext", "|>", "<|endoftext|>", "\n", " ", "é", "日本",
+          "'s", "\u2028", "Ⅷ", "ſ", "\U0010ffff"]  # fmt: skip
+
+
+def reference(texts: list[str]) -> list[int]:
+    return [token for text in texts for token in tokenize(text).tolist()]
+
+
+@pytest.mark.parametrize("tokenizer", ["auto", "tiktoken"])
+def test_tokens_are_the_seeds(tokenizer: str) -> None:
+    encoder, rng = Encoder(tokenizer), random.Random(0)
+    if tokenizer == "auto":
+        pytest.importorskip("gigatoken")
+        assert encoder.name == "gigatoken"
+    for _ in range(300):
+        texts = [
+            "".join(rng.choices(PIECES, k=rng.randint(0, 5))) for _ in range(rng.randint(1, 9))
+        ]
+        utf8 = [text.encode() for text in texts]
+        assert encoder.encode(utf8).tolist() == reference(texts)
+        assert encoder.encode(utf8, continues=True).tolist() == reference(texts)[1:]
+    assert encoder.encode([]).tolist() == []
+
+
+def test_every_character_is_tokenised_alike() -> None:
+    text = "".join(f"{chr(c)}a {chr(c)}" for c in range(0x110000) if not 0xD800 <= c < 0xE000)
+    expected = reference([text])
+    for tokenizer in ("auto", "tiktoken"):
+        assert Encoder(tokenizer).encode([text.encode()]).tolist() == expected
+
+
+def test_a_tokenizer_that_differs_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gigatoken")
+
+    class Wrong:
+        def encode_batch_padded(self, *_: object, **__: object) -> tuple[np.ndarray, None]:
+            return np.array([[50256, 1, 2]], np.uint32), None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "_load_gigatoken", Wrong)
+        assert Encoder("auto").name == "tiktoken"
+        assert "differs from tiktoken on texts that are hard" in capsys.readouterr().err
+    encoder = Encoder("auto")
+    encoder._idle.put((Wrong(), 0))  # wrong from here on: a sample of the next file tells
+    while encoder._idle.qsize() > 1:
+        encoder._idle.get()
+    encoder.check([b"some text"], "b.jsonl")
+    assert encoder.name == "tiktoken"
+    assert "differs from tiktoken on b.jsonl" in capsys.readouterr().err
+    assert encoder.encode([b"some text"]).tolist() == reference(["some text"])
+
+
+def test_without_gigatoken_tiktoken_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "gigatoken", None)
+    assert Encoder("auto").name == "tiktoken"
+
+
+def test_the_memory_of_words_is_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("gigatoken")
+    encoder = Encoder("auto")
+    monkeypatch.setattr(encode, "RENEW_BYTES", 1000)
+    for _ in range(5):
+        assert encoder.encode([b"word " * 100]).tolist() == reference(["word " * 100])
+    assert encoder._idle.empty() or encoder._idle.get()[1] < 1000

@@ -1,0 +1,84 @@
+"""Many ranks give the files of one; killed runs go on. Real processes, Debian's Open MPI."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.prepare_kills import WAYS, campaign, digests
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_mpi = pytest.mark.skipif(
+    not shutil.which("mpirun"), reason="no mpirun: make debian installs Open MPI"
+)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Lines and rows of many sizes, and a text that is longer than a shard."""
+    import pyarrow
+    from pyarrow import parquet
+
+    folder, rng = tmp_path_factory.mktemp("source"), random.Random(0)
+    texts = ["some words " * rng.choice([0, 1, 20, 900]) for _ in range(400)]
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    parquet.write_table(pyarrow.table({"text": texts}), folder / "b.parquet", row_group_size=30)
+    (folder / "c.txt").write_text("A long text, word by word. " * 40_000)
+    return folder
+
+
+def prepare(
+    source: Path, out_dir: Path, n_ranks: int, *options: str
+) -> subprocess.CompletedProcess[str]:
+    launcher = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", str(n_ranks)]
+    command = [sys.executable, "data/prepare.py", str(source), "--out_dir", str(out_dir),
+               "--shard_tokens", "20000", "--quiet", "--workers", "1", *options]  # fmt: skip
+    return subprocess.run(
+        [*launcher, *command] if n_ranks > 1 else command,
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+
+
+@needs_mpi
+@pytest.mark.parametrize("split", [["--val_tokens", "7001"], ["--val_every", "5"]])
+def test_three_ranks_write_the_bytes_of_one(source: Path, tmp_path: Path, split: list[str]) -> None:
+    for n_ranks in (1, 3):
+        done = prepare(source, tmp_path / str(n_ranks), n_ranks, *split)
+        assert done.returncode == 0, done.stderr
+    files = digests(tmp_path / "1")
+    assert len(files) > 20
+    assert digests(tmp_path / "3") == files  # shards.json included
+
+
+@needs_mpi
+def test_what_one_rank_finds_all_ranks_say_once(source: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text((source / "a.jsonl").read_text() + "no json\n")
+    done = prepare(bad, tmp_path / "out", 3, "--val_tokens", "7001")
+    assert done.returncode == 2
+    assert done.stderr.count("bad.jsonl:401: not JSON") == 1
+
+
+def test_a_launcher_without_mpi4py_is_refused(source: Path, tmp_path: Path) -> None:
+    code = (
+        "import os, sys; os.environ['OMPI_COMM_WORLD_SIZE'] = '3'; sys.modules['mpi4py'] = None; "
+        f"sys.argv[1:] = ['{source}', '--out_dir', '{tmp_path}']; import data.prepare as p; "
+        "sys.exit(p.main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert "error: started as 3 MPI processes without mpi4py" in done.stderr
+
+
+def test_killed_at_random_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    ways = WAYS if shutil.which("mpirun") else WAYS[:1]
+    kills = campaign(5, tmp_path / "kills.json", ways, seed=random.randrange(10**6))
+    assert all(kill.same_bytes for kill in kills), kills
+    assert all(kill.rewritten_shards <= 1 for kill in kills), kills
+    assert any(kill.hit for kill in kills), kills
