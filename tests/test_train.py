@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
@@ -14,6 +15,7 @@ from bench import parity, reference
 from checkpoint.consolidate import check_empty
 from checkpoint.manifest import complete_steps
 from checkpoint.reader import load_model
+from data.shards import TokenStream
 from data.tokenizer import VOCAB_SIZE
 from eval.val_loss import build_parser, run
 from model import PRESETS
@@ -82,7 +84,8 @@ def test_consolidated_folder_is_the_model_that_was_trained(
     tokens = torch.randint(50257, (2, 64))
     torch.testing.assert_close(from_live(tokens), hf.eval()(tokens).logits, rtol=1e-5, atol=1e-5)
     assert torch.equal(from_live(tokens), from_step(tokens))
-    args = build_parser().parse_args(["--ckpt", str(live), "--data_dir", str(data_dir)])
+    args = build_parser().parse_args(["--ckpt", str(live), "--data_dir", str(data_dir),
+                                      "--eval_tokens", "2944"])  # fmt: skip
     assert run(args)["val_loss"] == pytest.approx(rows(run_dir, "val/loss")[3], abs=1e-3)
     out = subprocess.run(
         [sys.executable, "checkpoint/consolidate.py", "--ckpt", run_dir,
@@ -96,6 +99,43 @@ def test_consolidated_folder_is_the_model_that_was_trained(
     monkeypatch.chdir(tmp_path)
     assert torch.equal(load_model("x")[0](tokens), from_live(tokens))
     assert all((tmp_path / "x" / f).read_bytes() == (live / f).read_bytes() for f in files)
+
+
+def write_foreign(tokens: np.ndarray, split: str, folder: Path, kind: str) -> None:
+    """Write one split as build-nanogpt, llm.c or nanoGPT do."""
+    folder.mkdir(exist_ok=True)
+    if kind == "build-nanogpt":
+        for i, part in enumerate(np.array_split(tokens, 3)):
+            np.save(folder / f"edufineweb_{split}_{i:06d}.npy", part)
+    elif kind == "llm.c":
+        for i, part in enumerate(np.array_split(tokens, 2)):
+            header = np.zeros(256, np.int32)
+            header[:3] = 20240520, 1, len(part)
+            path = folder / f"fineweb_{split}_{i:06d}.bin"
+            path.write_bytes(header.tobytes() + part.tobytes())
+    else:
+        tokens.tofile(folder / f"{split}.bin")
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_other_peoples_shards_train_to_the_same_losses(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "Some words, again and again. Or not."}\n' * 3000)
+    command = [sys.executable, "data/prepare.py", str(tmp_path / "a.jsonl"), "--quiet", "--out_dir",
+               str(tmp_path / "ours"), "--val_tokens", "4000", "--shard_tokens", "9000"]  # fmt: skip
+    subprocess.run(command, cwd=ROOT, check=True, timeout=60)
+    kinds = ("build-nanogpt", "llm.c", "nanoGPT")
+    for split in ("train", "val"):
+        stream = TokenStream(tmp_path / "ours", split, VOCAB_SIZE)
+        for kind in kinds:
+            write_foreign(stream.read(0, len(stream)), split, tmp_path / kind, kind)
+    losses = {}
+    for kind in ("ours", *kinds):
+        run_dir = tmp_path / "runs" / kind
+        options = ["--max_steps", 5, "--eval_every", 5, "--verify"]
+        assert main(arguments(tmp_path / kind, run_dir, 0, *options)) == 0
+        losses[kind] = rows(run_dir, "train/loss"), rows(run_dir, "val/loss")
+        assert len(losses[kind][0]) == 5
+    assert all(losses[kind] == losses["ours"] for kind in kinds)
 
 
 @pytest.mark.parametrize(
