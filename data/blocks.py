@@ -21,6 +21,7 @@ CUT = re.compile(
     rb"(?<=[!-~\x80-\xff])(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf])"
     rb"(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80)[ \n]"
 )
+MAX_ROWS = 512  # of a block: repeated cells are stored once, and longer than they look
 MEND = "Mend it, or leave it out with --on_error skip"
 
 
@@ -155,7 +156,7 @@ class Reader:
         for group in range(table.num_row_groups):
             size = table.metadata.row_group(group)
             mean_bytes = size.column(column).total_uncompressed_size / max(1, size.num_rows)
-            rows = max(1, int(self.how.block_bytes / max(1, mean_bytes)))
+            rows = min(MAX_ROWS, max(1, int(self.how.block_bytes / max(1, mean_bytes))))
             parts = [p for p in range(0, size.num_rows, rows) if first + p >= at.record]
             mine = [(self.n_blocks + i) % self.world_size == self.rank for i in range(len(parts))]
             batches = table.iter_batches(rows, [group], [self.how.text_column])

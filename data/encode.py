@@ -3,14 +3,15 @@
 import sys
 import tempfile
 from binascii import b2a_base64
+from collections.abc import Callable
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data.shards import Tokens
-from data.tokenizer import END_OF_TEXT, EOT_TOKEN, load_tokenizer, load_tokens
+from data.tokenizer import END_OF_TEXT, EOT_TOKEN, build_tokenizer, load_tokenizer, load_tokens
 
 EOT_BYTES = END_OF_TEXT.encode()
 SAMPLE_BYTES = 2**15  # compared on the first block of every file
@@ -33,23 +34,24 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: str = "auto") -> None:
-        self._reference = load_tokenizer()
-        self._idle: SimpleQueue[tuple[Any, int]] = SimpleQueue()  # gigatokens and bytes seen
-        self.name = "tiktoken"
+        self._idle: SimpleQueue[Tokenizer] = SimpleQueue()
+        self._build: Callable[[], Tokenizer] = Tiktoken
         if tokenizer == "auto" and _has_gigatoken():
-            self.name = "gigatoken"
+            self._build = Gigatoken
             self.check([text.encode() for text in TRICKY], "texts that are hard to tokenise")
+
+    @property
+    def name(self) -> str:
+        """The library that is in use."""
+        return self._build.__name__.lower()
 
     def encode(self, texts: list[bytes], continues: bool = False) -> Tokens:
         """Return the tokens of UTF-8 texts, `<|endoftext|>` before each but one that continues."""
         joined = EOT_BYTES + EOT_BYTES.join(texts)
-        if joined.count(EOT_BYTES) != len(texts):  # one of them holds the separator as text
-            tokens = self._encode_each(texts)
-        elif self.name == "gigatoken":
-            tokens = self._encode_fast(joined)
-        else:
-            whole = self._reference.encode_to_numpy(joined.decode(), allowed_special={END_OF_TEXT})
-            tokens = whole.astype(np.uint16)
+        if joined.count(EOT_BYTES) == len(texts):
+            tokens = self._encode_joined(joined)
+        else:  # one of them holds the separator as text
+            tokens = _encode_each(texts)
         return tokens[1:] if continues else tokens
 
     def check(self, texts: list[bytes], where: str) -> None:
@@ -60,40 +62,68 @@ class Encoder:
             size += len(text)
             if size >= SAMPLE_BYTES:
                 break
-        if self.name == "gigatoken" and not np.array_equal(
-            self.encode(sample), self._encode_each(sample)
+        if self._build is Gigatoken and not np.array_equal(
+            self.encode(sample), _encode_each(sample)
         ):
-            self.name = "tiktoken"
+            self._build, self._idle = Tiktoken, SimpleQueue()
             print(f"warning: gigatoken differs from tiktoken on {where}; using tiktoken",
                   file=sys.stderr)  # fmt: skip
 
-    def _encode_each(self, texts: list[bytes]) -> Tokens:
-        encode = self._reference.encode_ordinary
-        tokens = [token for text in texts for token in [EOT_TOKEN, *encode(text.decode())]]
-        return np.array(tokens, np.uint16)
-
-    def _encode_fast(self, joined: bytes) -> Tokens:
-        from gigatoken import BytesSource
-
+    def _encode_joined(self, joined: bytes) -> Tokens:
+        idle = self._idle
         try:
-            tokenizer, seen_bytes = self._idle.get_nowait()
+            tokenizer = idle.get_nowait()
         except Empty:  # one object serves one thread at a time
-            tokenizer, seen_bytes = _load_gigatoken(), 0
-        # One row, so no padding; unlike `encode`, this call leaves the interpreter to others.
-        rows, _ = tokenizer.encode_batch_padded(BytesSource(joined), pad_id=0, parallel=False)
-        if seen_bytes + len(joined) < RENEW_BYTES:
-            self._idle.put((tokenizer, seen_bytes + len(joined)))
-        return rows[0].astype(np.uint16)
+            tokenizer = self._build()
+        tokens = tokenizer.encode(joined).astype(np.uint16)
+        tokenizer.seen_bytes += len(joined)
+        if tokenizer.seen_bytes < RENEW_BYTES:
+            idle.put(tokenizer)
+        return tokens
 
 
-def _load_gigatoken() -> Any:
-    import gigatoken
+class Tiktoken:
+    """The reference."""
 
-    lines = [b"%b %d\n" % (b2a_base64(t, newline=False), i) for i, t in enumerate(load_tokens())]
-    with tempfile.TemporaryDirectory(prefix="nanospeed_") as folder:
-        path = Path(folder) / "gpt2.tiktoken"
-        path.write_bytes(b"".join(lines))
-        return gigatoken.Tokenizer.from_tiktoken(path, "gpt2", {END_OF_TEXT: EOT_TOKEN})
+    def __init__(self) -> None:
+        self.encoding = build_tokenizer()
+        self.seen_bytes = 0
+
+    def encode(self, joined: bytes) -> NDArray[np.uint32]:
+        """Return the tokens of documents with separators."""
+        return self.encoding.encode_to_numpy(joined.decode(), allowed_special={END_OF_TEXT})
+
+
+class Gigatoken:
+    """The fast one."""
+
+    def __init__(self) -> None:
+        import gigatoken
+
+        tokens = enumerate(load_tokens())
+        lines = [b"%b %d\n" % (b2a_base64(token, newline=False), i) for i, token in tokens]
+        with tempfile.TemporaryDirectory(prefix="nanospeed_") as folder:
+            path = Path(folder) / "gpt2.tiktoken"
+            path.write_bytes(b"".join(lines))
+            special = {END_OF_TEXT: EOT_TOKEN}
+            self.tokenizer = gigatoken.Tokenizer.from_tiktoken(path, "gpt2", special)
+        self.source = gigatoken.BytesSource
+        self.seen_bytes = 0
+
+    def encode(self, joined: bytes) -> NDArray[np.uint32]:
+        """Return the tokens of documents with separators."""
+        # One row, so no padding. Unlike gigatoken's `encode`, this lets other threads run.
+        rows, _ = self.tokenizer.encode_batch_padded(self.source(joined), 0, parallel=False)
+        return rows[0]
+
+
+Tokenizer = Tiktoken | Gigatoken
+
+
+def _encode_each(texts: list[bytes]) -> Tokens:
+    encode = load_tokenizer().encode_ordinary
+    tokens = [token for text in texts for token in [EOT_TOKEN, *encode(text.decode())]]
+    return np.array(tokens, np.uint16)
 
 
 def _has_gigatoken() -> bool:

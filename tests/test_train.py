@@ -119,9 +119,10 @@ def write_foreign(tokens: np.ndarray, split: str, folder: Path, kind: str) -> No
 
 @pytest.mark.usefixtures("one_rank")
 def test_other_peoples_shards_train_to_the_same_losses(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "Some words, again and again. Or not."}\n' * 3000)
-    command = [sys.executable, "data/prepare.py", str(tmp_path / "a.jsonl"), "--quiet", "--out_dir",
-               str(tmp_path / "ours"), "--val_tokens", "4000", "--shard_tokens", "9000"]  # fmt: skip
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "Some words, again and again. Or not."}\n' * 3000)
+    command = [sys.executable, "data/prepare.py", path, "--out_dir", tmp_path / "ours", "--quiet",
+               "--val_tokens", "4000", "--shard_tokens", "9000"]  # fmt: skip
     subprocess.run(command, cwd=ROOT, check=True, timeout=60)
     kinds = ("build-nanogpt", "llm.c", "nanoGPT")
     for split in ("train", "val"):
