@@ -66,6 +66,8 @@ kills: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python bench/cross_entropy.py --out runs/cross_entropy.json
+	$(BIN)/python bench/loader.py --out runs/loader.json
+	$(if $(CORPUS),$(BIN)/python bench/prepare.py $(CORPUS) --copies 4 --out runs/prepare.json)
 
 clean:
 	rm -rf $(VENV) .torch_extensions

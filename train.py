@@ -99,8 +99,9 @@ def open_inputs(run: Run) -> Inputs:
     check_extension_locks(run.ranks)
     if config.run_dir.exists() and not config.run_dir.is_dir():
         raise ValueError(f"--run_dir {config.run_dir}: is a file; give a folder")
-    train_stream = TokenStream(config.data_dir, "train", gpt.vocab_size, config.verify)
-    val_stream = TokenStream(config.data_dir, "val", gpt.vocab_size, config.verify)
+    verify = config.verify and run.ranks.local_rank == 0  # once per machine
+    train_stream = TokenStream(config.data_dir, "train", gpt.vocab_size, verify)
+    val_stream = TokenStream(config.data_dir, "val", gpt.vocab_size, verify)
     Order(len(train_stream), config.seq_len)
     count_windows(val_stream, config.seq_len, config.eval_tokens)
     if folder := find_checkpoint(run.config.run_dir, config.resume):

@@ -29,7 +29,7 @@ from bench.ratios import describe_machine, in_turns, paired_ratio
 ROOT = Path(__file__).resolve().parents[1]
 VAL_TOKENS, SHARD_TOKENS = 1_000_000, 5_000_000
 SIDES = ["seed", "ours", "ours with tiktoken"]
-ROWS_PER_GROUP = 1000  # as in FineWeb-Edu's files
+ROWS_PER_GROUP = 1000  # as `datasets` writes them
 
 
 def write_sources(corpus: Path, folder: Path, copies: int) -> list[Path]:

@@ -21,7 +21,7 @@ CUT = re.compile(
     rb"(?<=[!-~\x80-\xff])(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf])"
     rb"(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80)[ \n]"
 )
-MAX_ROWS = 512  # of a block: repeated cells are stored once, and longer than they look
+MAX_ROWS = 1024  # of a block: repeated cells are stored once, and longer than they look
 MEND = "Mend it, or leave it out with --on_error skip"
 
 
@@ -40,6 +40,7 @@ class Reading:
     Args:
         text_column: Key of a JSON line, or column of a table, that holds the text.
         block_bytes: Of text in a block, but for a longer line.
+        table_bytes: The same for tables: a usual row group is one block.
         max_line_bytes: Of one line, table cell, or word of a `.txt`: this bounds the memory.
         max_bytes: Of one compressed file when uncompressed.
         skip_bad: Leave bad documents out and count them, instead of failing.
@@ -47,6 +48,7 @@ class Reading:
 
     text_column: str
     block_bytes: int
+    table_bytes: int
     max_line_bytes: int
     max_bytes: int
     skip_bad: bool
@@ -156,7 +158,7 @@ class Reader:
         for group in range(table.num_row_groups):
             size = table.metadata.row_group(group)
             mean_bytes = size.column(column).total_uncompressed_size / max(1, size.num_rows)
-            rows = min(MAX_ROWS, max(1, int(self.how.block_bytes / max(1, mean_bytes))))
+            rows = min(MAX_ROWS, max(1, int(self.how.table_bytes / max(1, mean_bytes))))
             parts = [p for p in range(0, size.num_rows, rows) if first + p >= at.record]
             mine = [(self.n_blocks + i) % self.world_size == self.rank for i in range(len(parts))]
             batches = table.iter_batches(rows, [group], [self.how.text_column])
@@ -225,7 +227,8 @@ def _text_column(table: Any, name: str, text_column: str) -> int:
         raise BadInputError(name, what, "Name one with --text_column")
     kind = schema.field(text_column).type
     kind = kind.value_type if types.is_dictionary(kind) else kind
-    tests = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary)
+    tests = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary,
+             types.is_large_binary)  # fmt: skip
     if not any(test(kind) for test in tests):
         raise BadInputError(name, f'column "{text_column}" is {kind}', "Name one of strings")
     return [table.schema.column(i).path for i in range(len(table.schema))].index(text_column)

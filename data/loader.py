@@ -1,8 +1,8 @@
 """This rank's batches, read ahead in a thread."""
 
-import queue
 import threading
 from collections.abc import Iterator
+from queue import SimpleQueue
 
 import numpy as np
 import torch
@@ -67,8 +67,9 @@ class Loader:
         self.stream, self.order = stream, order
         self.batch = (micro_batch_size, grad_accum_steps, rank, world_size)
         self.pin_memory = torch.cuda.is_initialized()
-        self._ahead: queue.Queue[Tensor | Exception] = queue.Queue(READ_AHEAD)
-        self._closed = threading.Event()
+        self._ahead: SimpleQueue[Tensor | Exception] = SimpleQueue()
+        self._wanted = threading.Event()
+        self._closed = False
         self._thread = threading.Thread(target=self._read_ahead, args=(samples,), daemon=True)
         self._thread.start()
 
@@ -76,6 +77,8 @@ class Loader:
         return self
 
     def __next__(self) -> Tensor:
+        if self._ahead.qsize() <= READ_AHEAD // 2:  # waking a thread costs more than taking a batch
+            self._wanted.set()
         item = self._ahead.get()
         if isinstance(item, Exception):
             raise item
@@ -83,14 +86,20 @@ class Loader:
 
     def close(self) -> None:
         """End the reading thread."""
-        self._closed.set()
+        self._closed = True
+        self._wanted.set()
         self._thread.join()
 
     def _read_ahead(self, samples: int) -> None:
         micro_batch_size, grad_accum_steps, _, world_size = self.batch
-        while not self._closed.is_set():
+        while not self._closed:
             for part in rank_samples(samples, *self.batch):
-                self._put(self._read(part))
+                self._ahead.put(self._read(part))
+                self._wanted.clear()
+                if self._ahead.qsize() >= READ_AHEAD and not self._closed:
+                    self._wanted.wait()
+                if self._closed:
+                    return
             samples += micro_batch_size * grad_accum_steps * world_size
 
     def _read(self, samples: range) -> Tensor | Exception:
@@ -100,11 +109,3 @@ class Loader:
             return batch.pin_memory() if self.pin_memory else batch
         except Exception as error:  # raised where the batch is taken: else the loop would wait
             return error
-
-    def _put(self, item: Tensor | Exception) -> None:
-        while not self._closed.is_set():
-            try:
-                self._ahead.put(item, timeout=0.1)
-                return
-            except queue.Full:
-                continue

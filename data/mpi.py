@@ -1,6 +1,8 @@
 """The processes that prepare data together: one alone, or the ranks of an MPI job."""
 
 import os
+import sys
+from types import TracebackType
 from typing import Any
 
 # Set by Open MPI, MPICH and its kin, PMIx, and Slurm's srun. Asking mpi4py itself starts MPI.
@@ -38,4 +40,10 @@ def connect() -> Any:
             f"started as {n_processes} MPI processes without mpi4py ({error}). "
             "pip install -c constraints.txt -e '.[mpi]', and an MPI library"
         ) from error
+
+    def abort(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        sys.__excepthook__(kind, error, trace)
+        MPI.COMM_WORLD.Abort(1)
+
+    sys.excepthook = abort  # a rank that dies alone would leave the others waiting
     return MPI.COMM_WORLD

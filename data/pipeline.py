@@ -87,9 +87,8 @@ class Pipeline:
     ) -> None:
         tokens, part = future.result()
         parts = self.comm.allgather(part)  # all ranks: the sizes say where each one writes
-        for part in parts:
-            if part.error:
-                raise ValueError(part.error)
+        for error in (p.error for p in parts if p.error):
+            raise ValueError(error)
         writer.add(tokens, parts, [block.position for block in blocks])
         self.progress.show(blocks[-1], parts, writer)
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from data.writing import ShardWriter
 
 SHARD_TOKENS = 100_000_000  # build-nanogpt's shard
-BLOCK_BYTES = 2**20
+BLOCK_BYTES, TABLE_BYTES = 2**20, 2**23
 MAX_LINE_BYTES = 2**26
 MAX_BYTES = 2**36
 
@@ -63,6 +63,7 @@ def _write(
     reading = Reading(
         text_column=args.text_column,
         block_bytes=min(BLOCK_BYTES, args.shard_tokens),  # a token has a byte or more
+        table_bytes=min(TABLE_BYTES, args.shard_tokens),
         max_line_bytes=args.max_line_bytes,
         max_bytes=args.max_bytes,
         skip_bad=args.on_error == "skip",
@@ -86,7 +87,6 @@ def _write(
             _check_splits(args, writer)
     finally:
         progress.bar.close()
-        opener.close()
     if comm.rank == 0 and not args.quiet:
         print(f"{encoder.name}: {progress.rates()}", file=sys.stderr)
     return writer.manifest
@@ -247,23 +247,23 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace, prefix: str) -> int:
     """Prepare the data, say what was done, return the exit status."""
-    from data.mpi import connect
+    from data.mpi import Alone, connect
 
     began = time.perf_counter()
-    comm = None
+    comm: Any = Alone()
     try:
         comm = connect()
         manifest = prepare(args, comm, prefix)
     except ValueError as error:  # the same on every rank: one speaks
-        if comm is None or comm.rank == 0:
+        if comm.rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:  # a full disk, a lost file system: perhaps on this rank only
-        print(f"error: {error}. Shards that are whole stay; mend it and run the same command again",
-              file=sys.stderr)  # fmt: skip
-        if comm is not None and comm.size > 1:
-            comm.Abort(1)
-        return 1
+    except (OSError, KeyboardInterrupt) as error:  # on this rank only, perhaps: a full disk
+        what, status = (error, 1) if isinstance(error, OSError) else ("stopped", 130)
+        print(f"error: {what}. Whole shards stay; the same command goes on there", file=sys.stderr)
+        if comm.size > 1:
+            comm.Abort(status)
+        return status
     if comm.rank == 0 and not args.quiet:
         _summarise(args.out_dir, manifest, time.perf_counter() - began)
     return 0

@@ -6,9 +6,10 @@ import hashlib
 import io
 import lzma
 from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any, BinaryIO
 
 TEXT, LINES, ROWS = "text", "lines", "rows"  # one document; one per line; one per row
@@ -114,17 +115,22 @@ def find_dataset(
             f"--dataset {dataset}: {other[0]} is not one of {' '.join(KINDS)}; the hub's own "
             "conversion may be: --revision refs/convert/parquet"
         )
-    commit = _split_url(urls[0])[1] if urls[0].startswith(HUB) else ""
-    return [_dataset_file(url, dataset) for url in urls], commit
+    if urls[0].startswith(HUB):
+        return _hub_files(urls), _split_url(urls[0])[1]
+    names = [str(Path(url).relative_to(Path(dataset).resolve())) for url in urls]
+    sizes = [Path(url).stat().st_size for url in urls]
+    return [SourceFile(*file) for file in zip(names, urls, sizes, strict=True)], ""
 
 
-def _dataset_file(url: str, dataset: str) -> SourceFile:
-    if not url.startswith(HUB):
-        name = str(Path(url).relative_to(Path(dataset).resolve()))
-        return SourceFile(name, url, Path(url).stat().st_size)
+def _hub_files(urls: list[str]) -> list[SourceFile]:
     from huggingface_hub import HfFileSystem
 
-    return SourceFile(_split_url(url)[2], url, int(HfFileSystem().info(url)["size"]))
+    hub: Any = HfFileSystem()
+    sizes: dict[str, int] = {}
+    for folder in {url.rpartition("/")[0] for url in urls}:  # one request for all its files
+        for entry in hub.ls(folder, detail=True):
+            sizes[f"hf://{entry['name']}"] = entry["size"]
+    return [SourceFile(_split_url(url)[2], url, sizes[url]) for url in urls]
 
 
 def _split_url(url: str) -> tuple[str, str, str]:
@@ -168,7 +174,6 @@ class Opener:
 
     def __init__(self, files: list[SourceFile], streaming: bool = False) -> None:
         self.files, self.streaming = files, streaming
-        self._pool = ThreadPoolExecutor(1)
         self._downloads: dict[int, Future[Path]] = {}
 
     def open(self, number: int) -> BinaryIO:
@@ -181,14 +186,17 @@ class Opener:
 
             stream: Any = HfFileSystem().open(url, "rb", block_size=READ_AHEAD_BYTES)
             return stream
-        for i in range(number, min(number + 2, len(self.files))):
-            if i not in self._downloads:
-                self._downloads[i] = self._pool.submit(download, self.files[i].url)
+        for i in (number, number + 1):
+            if i < len(self.files) and i not in self._downloads:
+                self._downloads[i] = Future()
+                Thread(target=self._download, args=(i,), daemon=True).start()
         return self._downloads[number].result().open("rb")
 
-    def close(self) -> None:
-        """Forget downloads that have not begun."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+    def _download(self, number: int) -> None:
+        try:
+            self._downloads[number].set_result(download(self.files[number].url))
+        except Exception as error:  # raised where the file is opened
+            self._downloads[number].set_exception(error)
 
 
 def unpack(raw: BinaryIO, packing: str) -> BinaryIO:

@@ -24,7 +24,8 @@ EXCEPTIONS = {("checkpoint/consolidate.py", "data.tokenizer")}
 ENTRY_POINTS = ["train.py", "data/prepare.py", "data/fineweb.py", "data/show.py",
                 "eval/val_loss.py", "eval/sample.py",
                 "eval/report.py", "checkpoint/consolidate.py", "bench/parity.py",
-                "bench/cross_entropy.py", "bench/prepare_kills.py"]  # fmt: skip
+                "bench/cross_entropy.py", "bench/prepare_kills.py", "bench/prepare.py",
+                "bench/loader.py"]  # fmt: skip
 
 
 def imports(path: Path) -> set[str]:

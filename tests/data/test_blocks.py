@@ -23,8 +23,8 @@ PIECES = ["a", "b's", "'", "  ", " ", "\n", "\n\n", "\t", "\u3000", "\u00a0", "\
 
 
 def reading(block_bytes: int = 50, **changes: object) -> Reading:
-    values = {"text_column": "text", "block_bytes": block_bytes, "max_line_bytes": 10**6,
-              "max_bytes": 10**9, "skip_bad": False} | changes  # fmt: skip
+    values = {"text_column": "text", "block_bytes": block_bytes, "table_bytes": block_bytes,
+              "max_line_bytes": 10**6, "max_bytes": 10**9, "skip_bad": False} | changes  # fmt: skip
     return Reading(**values)  # type: ignore[arg-type] # by name
 
 
