@@ -3,8 +3,8 @@
     python bench/loader.py --out loader.json
 
 Shards of 100M tokens, micro-batches of 64 sequences of 1,024. The seed reads a whole shard into
-int64 and slices it; ours maps the files and reads windows ahead in a thread. Between two batches one
-core multiplies matrices for 50 ms, in the place of a training step.
+int64 and slices it; ours maps the files and reads windows ahead in a thread. Between two batches
+one core multiplies matrices for 50 ms, in the place of a training step.
 """
 
 import argparse

@@ -58,6 +58,8 @@ def _kind(name: str) -> tuple[str, str]:
 def find_files(inputs: list[str]) -> list[SourceFile]:
     """Return the files of `inputs` in order; a folder gives all that it holds, sorted by path.
 
+    A plain `.json`, which is read as lines too, counts only where it is named.
+
     Raises:
         ValueError: An input does not exist, is of another kind, comes twice, or there is none.
     """
@@ -66,6 +68,7 @@ def find_files(inputs: list[str]) -> list[SourceFile]:
         path = Path(given)
         if path.is_dir():
             found = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p.name)[0])
+            found = [p for p in found if p.suffix != ".json"]  # mostly somebody's settings
         elif path.is_file():
             found = [path]
         else:

@@ -48,6 +48,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     large = pyarrow.array(TEXTS * 3, pyarrow.large_string())
     parquet.write_table(pyarrow.table({"text": large.dictionary_encode()}), folder / "g.parquet")
     (folder / "notes.md").write_text("not for us")
+    (folder / "settings.json").write_text('{"text": "nor this"}')
     return folder
 
 
