@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -18,8 +19,30 @@ class Alone:
         """Return the value of every rank."""
         return [value]
 
+    def bcast(self, value: Any) -> Any:
+        """Return the value of rank 0."""
+        return value
+
     def barrier(self) -> None:
         """Wait for nobody."""
+
+
+def on_first_rank(comm: Any, work: Callable[[], Any]) -> Any:
+    """Do something on rank 0 and return its result on all ranks; they wait for it.
+
+    Raises:
+        ValueError: What rank 0 has raised, on all ranks.
+    """
+    result = None
+    if comm.rank == 0:
+        try:
+            result = work()
+        except ValueError as error:
+            result = ValueError(str(error))
+    result = comm.bcast(result)  # all ranks
+    if isinstance(result, ValueError):
+        raise result
+    return result
 
 
 def connect() -> Any:

@@ -36,18 +36,24 @@ def prepare(args: argparse.Namespace, comm: Any, prefix: str = "text") -> "Manif
     Raises:
         ValueError: Bad input or options, another dataset in the folder, or an empty split.
     """
-    from data.sources import find_dataset, find_files
+    from data.mpi import on_first_rank
 
     check_options(args)
+    files, manifest = on_first_rank(comm, lambda: _look(args, prefix))
+    if manifest.resume:
+        manifest = _write(args, comm, files, manifest)
+    return manifest
+
+
+def _look(args: argparse.Namespace, prefix: str) -> "tuple[list[SourceFile], Manifest]":
+    """Return the files of the source and what is already made of them."""
+    from data.sources import find_dataset, find_files
+
     if args.dataset:
         files, commit = find_dataset(args.dataset, args.name, args.split, args.revision)
     else:
         files, commit = find_files(args.inputs), ""
-    found = _find_manifest(args.out_dir, _recipe(args, files, commit, prefix))
-    manifest = comm.allgather(found)[0]  # all ranks: what rank 0 sees counts
-    if manifest.resume:
-        manifest = _write(args, comm, files, manifest)
-    return manifest
+    return files, _find_manifest(args.out_dir, _recipe(args, files, commit, prefix))
 
 
 def _write(

@@ -25,6 +25,7 @@ from data.manifest import (
     publish,
     write_manifest,
 )
+from data.mpi import on_first_rank
 from data.shards import DTYPE, HEADER_BYTES, Tokens
 from data.tokenizer import EOT_TOKEN
 
@@ -67,19 +68,7 @@ class ShardWriter:
 
     def __enter__(self) -> "ShardWriter":
         """Lock the folder and remove what a killed run left half-written (all ranks)."""
-        if self.comm.rank == 0:
-            self._lock = os.open(self.out_dir, os.O_RDONLY)
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ValueError(
-                    f"--out_dir {self.out_dir}: another process writes here. Wait for it (under "
-                    "Slurm, srun --mpi=pmix makes the ranks of one job find each other)"
-                ) from error
-            except OSError:  # a file system without locks on folders
-                pass
-            self._remove_partial()
-        self.comm.barrier()  # all ranks: nobody writes before the folder is clean
+        on_first_rank(self.comm, self._take_folder)  # nobody writes before it is clean
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -90,6 +79,19 @@ class ShardWriter:
             if not self.manifest.shards:
                 (self.out_dir / MANIFEST).unlink(missing_ok=True)
             os.close(self._lock)
+
+    def _take_folder(self) -> None:
+        self._lock = os.open(self.out_dir, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"--out_dir {self.out_dir}: another process writes here. Wait for it (under "
+                "Slurm, srun --mpi=pmix makes the ranks of one job find each other)"
+            ) from error
+        except OSError:  # a file system without locks on folders
+            pass
+        self._remove_partial()
 
     def _remove_partial(self) -> None:
         for path in self.out_dir.glob(f"*{PARTIAL_SUFFIX}"):

@@ -1,6 +1,8 @@
 """Many ranks give the files of one; killed runs go on. Real processes, Debian's Open MPI."""
 
+import fcntl
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -61,6 +63,16 @@ def test_what_one_rank_finds_all_ranks_say_once(source: Path, tmp_path: Path) ->
     done = prepare(bad, tmp_path / "out", 3, "--val_tokens", "7001")
     assert done.returncode == 2
     assert done.stderr.count("bad.jsonl:401: not JSON") == 1
+
+
+@needs_mpi
+def test_ranks_end_together_where_another_job_writes(source: Path, tmp_path: Path) -> None:
+    held = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    done = prepare(source, tmp_path, 3, "--val_tokens", "7001")
+    os.close(held)
+    assert done.returncode == 2
+    assert done.stderr.count("another process writes here") == 1
 
 
 def test_a_launcher_without_mpi4py_is_refused(source: Path, tmp_path: Path) -> None:
