@@ -116,7 +116,7 @@ def _cells(column: Any) -> list[bytes | None]:
 
 
 def _too_long(where: str, how: Reading) -> BadInputError:
-    what = f"more than {how.max_line_bytes:,} bytes"
+    what = f"longer than {how.max_line_bytes:,} bytes"
     return BadInputError(
         where, what, "Raise --max_line_bytes, or leave it out with --on_error skip"
     )

@@ -79,7 +79,12 @@ def _write(
     pipeline = Pipeline(
         files, reading, opener, encoder, args.workers, args.val_every, comm, progress
     )
-    args.out_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"--out_dir {args.out_dir}: {error.strerror}. Give another place"
+        ) from error
     writer = ShardWriter(args.out_dir, manifest, comm)
     start = manifest.resume.position if manifest.resume else Position()
     try:
@@ -175,6 +180,8 @@ def _check_splits(args: argparse.Namespace, writer: "ShardWriter") -> None:
         return
     writer.remove()
     where = ", ".join(args.inputs) or args.dataset
+    if train_tokens + val_tokens < 2:
+        raise ValueError(f"{where}: no text in it. Give files that hold some")
     if args.val_every:
         raise ValueError(
             f"{where}: no tokens for the {'val' if train_tokens else 'train'} split; "
@@ -192,41 +199,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens (default: %(default)s)")
     add("--val_tokens", type=int, help="tokens of shard 0, the validation split (shard_tokens)")
-    add(
-        "--val_every",
-        type=int,
-        default=0,
-        help="every N-th line or row of a file, and every N-th .txt, is validation (default: 0, "
-        "shard 0 is)",
-    )
+    add("--val_every", type=int, default=0, help="every N-th line or row of a file, and every "
+        "N-th .txt, is validation (default: 0, shard 0 is)")  # fmt: skip
     add("--text_column", default="text", help="key or column of the text (default: %(default)s)")
     add("--streaming", action="store_true", help="read hub files over the network, keep none")
-    add(
-        "--on_error",
-        choices=("fail", "skip"),
-        default="fail",
-        help="bad documents end the run, or are left out and counted (default: %(default)s)",
-    )
-    add(
-        "--max_line_bytes",
-        type=int,
-        default=MAX_LINE_BYTES,
-        help="longest line, cell, or word of a .txt; bounds the memory (default: %(default)s)",
-    )
-    add(
-        "--max_bytes",
-        type=int,
-        default=MAX_BYTES,
-        help="largest size of a compressed file, unpacked (default: %(default)s)",
-    )
+    add("--on_error", choices=("fail", "skip"), default="fail", help="bad documents end the run, "
+        "or are left out and counted (default: %(default)s)")  # fmt: skip
+    add("--max_line_bytes", type=int, default=MAX_LINE_BYTES, help="longest line, cell, or word "
+        "of a .txt; bounds the memory (default: %(default)s)")  # fmt: skip
+    add("--max_bytes", type=int, default=MAX_BYTES, help="largest size of a compressed file, "
+        "unpacked (default: %(default)s)")  # fmt: skip
     add("--workers", type=int, default=_n_cores(), help="tokenising threads (default: every core)")
-    add(
-        "--tokenizer",
-        choices=("auto", "tiktoken"),
-        default="auto",
-        help="auto: gigatoken where it is installed (default: %(default)s)",
-    )
-    add("--quiet", action="store_true", help="no progress bar, no summary")  # fmt: skip
+    add("--tokenizer", choices=("auto", "tiktoken"), default="auto",
+        help="auto: gigatoken where it is installed (default: %(default)s)")  # fmt: skip
+    add("--quiet", action="store_true", help="no progress bar, no summary")
 
 
 def _n_cores() -> int:
@@ -276,7 +262,6 @@ def run(args: argparse.Namespace, prefix: str) -> int:
 
 
 def _summarise(out_dir: Path, manifest: "Manifest", elapsed_s: float) -> None:
-    """Print what the folder holds."""
     left_out = ", ".join(f"{n} {what}" for what, n in manifest.bad.items())
     print(
         f"{out_dir}: {manifest.tokens('train'):,} train and {manifest.tokens('val'):,} val tokens, "

@@ -44,7 +44,7 @@ BAD_LINES = [
     (b'{"text": "\xed\xa0\x80"}\n', "not UTF-8"),  # a surrogate, as if it were a character
     (line("a\0b"), "NUL in text"),
     (b'{"text": "a\0b"}\n', "not JSON"),
-    (line("x" * 200_000), "more than 150,000 bytes"),
+    (line("x" * 200_000), "longer than 150,000 bytes"),
 ]
 
 
@@ -135,7 +135,7 @@ def test_tables_name_row_and_column(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='column "n" is int64'):
         run(*options, "--text_column", "n")
     manifest = run(*options, "--on_error", "skip", "--max_line_bytes", 400)
-    assert manifest.bad == {'"text" is null, not a string': 1, "more than 400 bytes": 1}
+    assert manifest.bad == {'"text" is null, not a string': 1, "longer than 400 bytes": 1}
     assert all_tokens(tmp_path / "out") == [t for text in GOOD for t in tokenize(text).tolist()]
 
 
