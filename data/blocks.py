@@ -9,6 +9,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice, repeat
 from typing import Any, BinaryIO, NamedTuple
 
 from data.manifest import Position
@@ -82,7 +83,11 @@ class Reader:
         self.n_blocks = 0
 
     def blocks(self, start: Position) -> Iterator[Block]:
-        """Yield the blocks in order."""
+        """Yield the blocks in order: the same ones on every rank, whatever it loads.
+
+        Raises:
+            OSError: The network fails.
+        """
         read = {TEXT: self._read_text, LINES: self._read_lines, ROWS: self._read_rows}
         for number in range(start.file, len(self.files)):
             file, at = self.files[number], start if number == start.file else Position(number)
@@ -91,14 +96,12 @@ class Reader:
                     raise BadInputError(file.name, "empty file")
                 with self.opener.open(number) as raw:
                     yield from read[file.kind](raw, file, at)
-            except ValueError as error:  # its turn will come: so all ranks see it together
+            except BadInputError as error:
                 yield self._block(at, error, file.n_bytes)
             except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-                what = f"cannot be read ({' '.join(str(error).split())})"
-                bad = BadInputError(file.name, what)
                 if file.url.startswith(HUB):  # the network's fault: never left out
-                    bad = ValueError(f"{file.name}: {what}. Run the same command again")
-                yield self._block(at, bad, file.n_bytes)
+                    raise OSError(f"{file.name}: {error}") from error
+                yield self._block(at, _unreadable(file.name, error), file.n_bytes)
 
     def _block(self, position: Position, data: Any, stored_bytes: int) -> Block:
         number = self.n_blocks
@@ -148,11 +151,9 @@ class Reader:
         from pyarrow import ArrowException, parquet
 
         try:
-            yield from self._read_groups(parquet.ParquetFile(raw, pre_buffer=False), file, at)
+            table = parquet.ParquetFile(raw, pre_buffer=False)
         except ArrowException as error:
             raise OSError(error) from error
-
-    def _read_groups(self, table: Any, file: SourceFile, at: Position) -> Iterator[Block]:
         column = _text_column(table, file.name, self.how.text_column)
         n_rows, first = max(1, table.metadata.num_rows), 0
         for group in range(table.num_row_groups):
@@ -161,16 +162,33 @@ class Reader:
             rows = min(MAX_ROWS, max(1, int(self.how.table_bytes / max(1, mean_bytes))))
             parts = [p for p in range(0, size.num_rows, rows) if first + p >= at.record]
             mine = [(self.n_blocks + i) % self.world_size == self.rank for i in range(len(parts))]
-            batches = table.iter_batches(rows, [group], [self.how.text_column])
             skipped = (size.num_rows + rows - 1) // rows - len(parts)
-            for _ in range(skipped if any(mine) else 0):
-                next(batches)
-            for part in parts:
-                data = next(batches).column(0) if any(mine) else None
-                assert data is None or len(data) == min(rows, size.num_rows - part)
+            batches = self._read_group(table, file.name, group, rows) if any(mine) else repeat(None)
+            for part, data in zip(parts, islice(batches, skipped, None), strict=False):  # no end
                 stored = file.n_bytes * min(n_rows, first + part + rows) // n_rows
                 yield self._block(Position(at.file, first + part), data, stored)
             first += size.num_rows
+
+    def _read_group(self, table: Any, name: str, group: int, rows: int) -> Iterator[Any]:
+        """Yield the column of text, `rows` at a time; after damage, what is wrong, without end."""
+        from pyarrow import ArrowException
+
+        left, wrong = table.metadata.row_group(group).num_rows, EOFError("too few rows")
+        try:
+            for batch in table.iter_batches(rows, [group], [self.how.text_column]):
+                if len(batch) != min(rows, left):
+                    break
+                left -= len(batch)
+                yield batch.column(0)
+        except (ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno:  # the disk's or the network's fault
+                raise
+            wrong = error
+        yield from repeat(_unreadable(f"{name}:row group {group + 1}", wrong))
+
+
+def _unreadable(where: str, error: Exception) -> BadInputError:
+    return BadInputError(where, f"cannot be read ({' '.join(str(error).split())})")
 
 
 def _skip(stream: BinaryIO, n_bytes: int) -> None:

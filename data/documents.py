@@ -54,8 +54,6 @@ def _records(
     first = block.position.record
     if isinstance(block.data, BadInputError):
         yield first, block.data
-    elif isinstance(block.data, ValueError):
-        raise block.data
     elif file.kind == TEXT:
         yield block.position.file, block.data
     elif file.kind == LINES:

@@ -4,7 +4,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -56,41 +56,43 @@ class Pipeline:
         reader = Reader(self.files, self.opener, self.reading, self.comm.rank, self.comm.size)
         waiting: deque[tuple[list[Block], Future[tuple[Tokens, Part]]]] = deque()
         with ThreadPoolExecutor(self.workers) as pool:
-            for blocks in _batched(reader.blocks(start), self.comm.size):
-                mine = blocks[self.comm.rank] if self.comm.rank < len(blocks) else None
-                future = pool.submit(self._encode, mine, writer.split)
-                headers = [block._replace(data=None) for block in blocks]
-                waiting.append((headers, future))
+            for blocks in _rounds(reader.blocks(start), self.comm.size):
+                future = pool.submit(self._encode, blocks, writer.split)
+                waiting.append(([block._replace(data=None) for block in blocks], future))
                 if len(waiting) > 2 * self.workers:
                     self._write(writer, *waiting.popleft())
             while waiting:
                 self._write(writer, *waiting.popleft())
 
-    def _encode(self, block: Block | None, split: str) -> tuple[Tokens, Part]:
-        if block is None:
-            return np.empty(0, DTYPE), Part()
+    def _encode(self, blocks: list[Block], split: str) -> tuple[Tokens, Part]:
+        """Tokenise this rank's block of a round."""
+        part = Part([block.position for block in blocks])
+        if self.comm.rank >= len(blocks):
+            return np.empty(0, DTYPE), part
+        block = blocks[self.comm.rank]
         file = self.files[block.position.file]
         try:
             found = read_documents(block, file, self.reading, self.val_every, split)
         except ValueError as error:
-            return np.empty(0, DTYPE), Part(error=str(error))
+            return np.empty(0, DTYPE), replace(part, error=str(error))
         if block.position.record == block.position.offset == 0 or block.number % CHECK_EVERY == 0:
             self.encoder.check(found.texts, file.name)
         tokens = self.encoder.encode(found.texts, found.continues)
-        return tokens, Part(len(tokens), sum(map(len, found.texts)), found.bad)
+        text_bytes = sum(map(len, found.texts))
+        return tokens, replace(part, n_tokens=len(tokens), text_bytes=text_bytes, bad=found.bad)
 
     def _write(
-        self,
-        writer: ShardWriter,
-        blocks: list[Block],
-        future: Future[tuple[Tokens, Part]],
+        self, writer: ShardWriter, blocks: list[Block], future: Future[tuple[Tokens, Part]]
     ) -> None:
         tokens, part = future.result()
         parts = self.comm.allgather(part)  # all ranks: the sizes say where each one writes
         for error in (p.error for p in parts if p.error):
             raise ValueError(error)
-        writer.add(tokens, parts, [block.position for block in blocks])
-        self.progress.show(blocks[-1], parts, writer)
+        if any(p.positions != part.positions for p in parts):
+            raise ValueError("the ranks do not read the same files. Put them on shared storage")
+        if blocks:
+            writer.add(tokens, parts)
+            self.progress.show(blocks[-1], parts, writer)
 
 
 class Progress:
@@ -133,6 +135,8 @@ class Progress:
         return f"{tokens_per_s:,.0f} tokens/s, {mb_per_s:.1f} MB/s of text"
 
 
-def _batched(blocks: Iterator[Block], n: int) -> Iterator[list[Block]]:
-    while batch := list(islice(blocks, n)):
-        yield batch
+def _rounds(blocks: Iterator[Block], n_ranks: int) -> Iterator[list[Block]]:
+    """Yield a block for each rank, and at last none, so that all ranks end together."""
+    while round_ := list(islice(blocks, n_ranks)):
+        yield round_
+    yield []

@@ -147,7 +147,8 @@ def download(url: str) -> Path:
     """Download one file of a hub dataset into the hub's cache and check it.
 
     Raises:
-        ValueError: The file does not have the checksum that the hub states; it is deleted.
+        OSError: The network fails, or the file does not have the checksum that the hub states and
+            is deleted.
     """
     from huggingface_hub import hf_hub_download
 
@@ -163,7 +164,7 @@ def download(url: str) -> Path:
     if digest != blob.name:
         path.unlink()
         blob.unlink()
-        raise ValueError(f"{url}: does not have the hub's checksum. Try again")
+        raise OSError(f"{url} does not have the hub's checksum")
     return path
 
 

@@ -34,8 +34,9 @@ PART_BYTES = 2**21  # of a shard, looked at together
 
 @dataclass(frozen=True)
 class Part:
-    """What one rank says of its block in a round."""
+    """What one rank says in a round: where all blocks begin, and what its own one holds."""
 
+    positions: list[Position]
     n_tokens: int = 0
     text_bytes: int = 0
     bad: Counter[str] = field(default_factory=Counter)
@@ -97,13 +98,12 @@ class ShardWriter:
         for path in self.out_dir.glob(f"*{PARTIAL_SUFFIX}"):
             path.unlink()
 
-    def add(self, tokens: Tokens, parts: list[Part], positions: list[Position]) -> None:
+    def add(self, tokens: Tokens, parts: list[Part]) -> None:
         """Append one block of every rank (all ranks).
 
         Args:
             tokens: Of this rank's block.
-            parts: What every rank said of its block, in order.
-            positions: Where those blocks begin.
+            parts: What every rank said, in order.
         """
         skip = self.skip_tokens  # of the first block after a restart
         self.skip_tokens = 0
@@ -124,10 +124,11 @@ class ShardWriter:
         while self._held >= (size := self._size(len(self.manifest.shards))):
             last = int(np.searchsorted(starts[1:], size))  # the block that fills the shard
             bad = self.bad + sum((part.bad for part in parts[:last]), Counter())
-            skip_tokens = size - starts[last]
+            position = parts[0].positions[last]
+            resume = Resume(self.split, position, size - starts[last], dict(bad))
             starts = [start - size for start in starts]
             self._held -= size
-            self._finish_shard(size, Resume(self.split, positions[last], skip_tokens, dict(bad)))
+            self._finish_shard(size, resume)
         self.bad += sum((part.bad for part in parts), Counter())
 
     def end_split(self, next_split: str | None) -> None:

@@ -66,6 +66,42 @@ def test_what_one_rank_finds_all_ranks_say_once(source: Path, tmp_path: Path) ->
 
 
 @needs_mpi
+def test_ranks_agree_on_damage_that_one_of_them_reads(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    data = bytearray((source / "b.parquet").read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 400] = bytes(400)
+    (tmp_path / "in" / "b.parquet").write_bytes(data)
+    shutil.copy(source / "a.jsonl", tmp_path / "in" / "c.jsonl")
+    for n_ranks in (1, 3):
+        done = prepare(tmp_path / "in", tmp_path / "fail", n_ranks, "--val_tokens", "7001")
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.count("b.parquet:row group ") == 1
+        shutil.rmtree(tmp_path / "fail")
+        options = ["--val_tokens", "7001", "--on_error", "skip"]
+        done = prepare(tmp_path / "in", tmp_path / str(n_ranks), n_ranks, *options)
+        assert done.returncode == 0, done.stderr
+    assert digests(tmp_path / "1") == digests(tmp_path / "3")
+
+
+@needs_mpi
+def test_ranks_that_read_different_files_end_together(source: Path, tmp_path: Path) -> None:
+    code = (
+        "import os, sys; rank = os.environ['OMPI_COMM_WORLD_RANK']; "
+        "import data.sources as s; whole = s.Opener.open; "
+        f"s.Opener.open = lambda self, i: open('{source}/c.txt', 'rb') if rank == '1' "
+        "else whole(self, i); import data.prepare as p; sys.exit(p.main())"
+    )
+    options = [f"{source}/a.jsonl", "--out_dir", str(tmp_path / "out"), "--val_tokens", "7001",
+               "--quiet", "--on_error", "skip", "--shard_tokens", "20000"]  # fmt: skip
+    launcher = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "3", sys.executable, "-c"]
+    done = subprocess.run([*launcher, code, *options], cwd=ROOT, capture_output=True, text=True,
+                          check=False, timeout=60)  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.count("the ranks do not read the same files") == 1
+
+
+@needs_mpi
 def test_ranks_end_together_where_another_job_writes(source: Path, tmp_path: Path) -> None:
     held = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX)
