@@ -93,15 +93,15 @@ class Reader:
             file, at = self.files[number], start if number == start.file else Position(number)
             try:
                 if not file.n_bytes:
-                    raise BadInputError(file.name, "empty file")
+                    raise BadInputError(file.url, "empty file")
                 with self.opener.open(number) as raw:
                     yield from read[file.kind](raw, file, at)
             except BadInputError as error:
                 yield self._block(at, error, file.n_bytes)
             except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
                 if file.url.startswith(HUB):  # the network's fault: never left out
-                    raise OSError(f"{file.name}: {error}") from error
-                yield self._block(at, _unreadable(file.name, error), file.n_bytes)
+                    raise OSError(f"{file.url}: {error}") from error
+                yield self._block(at, _unreadable(file.url, error), file.n_bytes)
 
     def _block(self, position: Position, data: Any, stored_bytes: int) -> Block:
         number = self.n_blocks
@@ -110,7 +110,7 @@ class Reader:
         return Block(number, position, data if mine else None, stored_bytes)
 
     def _read_text(self, raw: BinaryIO, file: SourceFile, at: Position) -> Iterator[Block]:
-        _check_text(raw, file.name, self.how.max_line_bytes)
+        _check_text(raw, file.url, self.how.max_line_bytes)
         raw.seek(at.offset)
         number, record, offset = at.file, at.record, at.offset
         held, size = b"", self.how.block_bytes
@@ -145,7 +145,7 @@ class Reader:
     def _check_size(self, file: SourceFile, n_bytes: int) -> None:
         if file.packing and n_bytes > self.how.max_bytes:
             what = f"expands beyond {self.how.max_bytes:,} bytes"
-            raise BadInputError(file.name, what, "Raise --max_bytes if it is meant to")
+            raise BadInputError(file.url, what, "Raise --max_bytes if it is meant to")
 
     def _read_rows(self, raw: BinaryIO, file: SourceFile, at: Position) -> Iterator[Block]:
         from pyarrow import ArrowException, parquet
@@ -154,7 +154,7 @@ class Reader:
             table = parquet.ParquetFile(raw, pre_buffer=False)
         except ArrowException as error:
             raise OSError(error) from error
-        column = _text_column(table, file.name, self.how.text_column)
+        column = _text_column(table, file.url, self.how.text_column)
         n_rows, first = max(1, table.metadata.num_rows), 0
         for group in range(table.num_row_groups):
             size = table.metadata.row_group(group)
@@ -163,7 +163,7 @@ class Reader:
             parts = [p for p in range(0, size.num_rows, rows) if first + p >= at.record]
             mine = [(self.n_blocks + i) % self.world_size == self.rank for i in range(len(parts))]
             skipped = (size.num_rows + rows - 1) // rows - len(parts)
-            batches = self._read_group(table, file.name, group, rows) if any(mine) else repeat(None)
+            batches = self._read_group(table, file.url, group, rows) if any(mine) else repeat(None)
             for part, data in zip(parts, islice(batches, skipped, None), strict=False):  # no end
                 stored = file.n_bytes * min(n_rows, first + part + rows) // n_rows
                 yield self._block(Position(at.file, first + part), data, stored)
@@ -216,7 +216,11 @@ def _check_text(raw: BinaryIO, name: str, max_word_bytes: int) -> None:
             raise BadInputError(_at(name, line, data, data.index(b"\0")), "NUL in text")
         if uncut > max_word_bytes:
             what = f"no white space in {max_word_bytes:,} bytes"
-            raise BadInputError(f"{name}:{line}", what, "Raise --max_line_bytes, or skip it")
+            raise BadInputError(
+                f"{name}:{line}",
+                what,
+                "Raise --max_line_bytes, or leave it out with --on_error skip",
+            )
         line, held = line + data.count(b"\n", 0, good), data[good:]
     if held:
         raise BadInputError(f"{name}:{line}", "not UTF-8 (cut off)")

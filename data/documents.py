@@ -17,6 +17,7 @@ class Documents(NamedTuple):
     texts: list[bytes]
     continues: bool
     bad: Counter[str]  # what was left out, and how often
+    messages: list[str]  # the same with file and line
 
 
 def read_documents(
@@ -36,15 +37,16 @@ def read_documents(
         BadInputError: A bad document, unless `how` says to leave it out.
         ValueError: The file could not be read.
     """
-    texts, bad = [], Counter[str]()
+    texts, bad, messages = [], Counter[str](), []
     for record, text in _records(block, file, how):
         if isinstance(text, BadInputError):
             if not how.skip_bad:
                 raise text
             bad[text.what] += 1
+            messages.append(str(text))
         elif not val_every or (split == "val") == (record % val_every == 0):
             texts.append(text)
-    return Documents(texts, file.kind == TEXT and block.position.offset > 0, bad)
+    return Documents(texts, file.kind == TEXT and block.position.offset > 0, bad, messages)
 
 
 def _records(
@@ -59,10 +61,10 @@ def _records(
     elif file.kind == LINES:
         for number, line in enumerate(block.data.split(b"\n"), first):
             if line and not line.isspace():
-                yield number, _text_of_line(line, f"{file.name}:{number + 1}", how)
+                yield number, _text_of_line(line, f"{file.url}:{number + 1}", how)
     else:
         for number, cell in enumerate(_cells(block.data), first):
-            yield number, _text_of_cell(cell, f"{file.name}:row {number + 1}", how)
+            yield number, _text_of_cell(cell, f"{file.url}:row {number + 1}", how)
 
 
 def _text_of_line(line: bytes, where: str, how: Reading) -> bytes | BadInputError:
@@ -70,9 +72,9 @@ def _text_of_line(line: bytes, where: str, how: Reading) -> bytes | BadInputErro
         return _too_long(where, how)
     try:
         record = orjson.loads(line)
-    except orjson.JSONDecodeError:  # or a lone surrogate, which Python's own parser accepts
+    except orjson.JSONDecodeError:  # or a lone surrogate, or a byte order mark at the beginning
         try:
-            record = json.loads(line.decode())
+            record = json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError:
             return BadInputError(where, "not UTF-8")
         except (ValueError, RecursionError):

@@ -1,5 +1,6 @@
 """Blocks -> tokens -> shards: reading, tokenising in threads and writing overlap, in order."""
 
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from data.shards import DTYPE, Tokens
 from data.sources import Opener, SourceFile
 from data.writing import Part, ShardWriter
 
+MAX_MESSAGES = 10  # documents left out that are named
 CHECK_EVERY = 64  # blocks, beside the first of each file, on which the tokenizers are compared
 
 
@@ -79,7 +81,8 @@ class Pipeline:
             self.encoder.check(found.texts, file.name)
         tokens = self.encoder.encode(found.texts, found.continues)
         text_bytes = sum(map(len, found.texts))
-        return tokens, replace(part, n_tokens=len(tokens), text_bytes=text_bytes, bad=found.bad)
+        return tokens, replace(part, n_tokens=len(tokens), text_bytes=text_bytes, bad=found.bad,
+                               messages=found.messages[:MAX_MESSAGES])  # fmt: skip
 
     def _write(
         self, writer: ShardWriter, blocks: list[Block], future: Future[tuple[Tokens, Part]]
@@ -100,22 +103,28 @@ class Progress:
 
     Args:
         files: In order.
-        quiet: Count only.
+        quiet: No bar.
+        is_main: Rank 0, which also names the first documents that are left out.
     """
 
-    def __init__(self, files: list[SourceFile], quiet: bool) -> None:
+    def __init__(self, files: list[SourceFile], quiet: bool, is_main: bool) -> None:
         from tqdm import tqdm
 
         self.ends = np.cumsum([0, *(file.n_bytes for file in files)])
-        self.tokens = self.text_bytes = 0
+        self.tokens = self.text_bytes = self.messages = 0
+        self.is_main = is_main
         self.began = time.perf_counter()
         self.bar = tqdm(
-            total=int(self.ends[-1]), disable=quiet, unit="B", unit_scale=True,
+            total=int(self.ends[-1]), disable=quiet or not is_main, unit="B", unit_scale=True,
             bar_format="{percentage:3.0f}% {bar:20} {elapsed}, {remaining} left{postfix}",
         )  # fmt: skip
 
     def show(self, block: Block, parts: list[Part], writer: ShardWriter) -> None:
         """Advance to the end of a block."""
+        for message in (message for part in parts for message in part.messages):
+            self.messages += 1
+            if self.messages <= MAX_MESSAGES and self.is_main:
+                self.bar.write(f"left out: {message.partition('. ')[0]}", file=sys.stderr)
         self.tokens += sum(part.n_tokens for part in parts)
         self.text_bytes += sum(part.text_bytes for part in parts)
         if self.bar.disable:

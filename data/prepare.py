@@ -42,6 +42,8 @@ def prepare(args: argparse.Namespace, comm: Any, prefix: str = "text") -> "Manif
     files, manifest = on_first_rank(comm, lambda: _look(args, prefix))
     if manifest.resume:
         manifest = _write(args, comm, files, manifest)
+    elif comm.rank == 0 and not args.quiet:
+        print("complete already", file=sys.stderr)
     return manifest
 
 
@@ -75,7 +77,7 @@ def _write(
         skip_bad=args.on_error == "skip",
     )
     opener, encoder = Opener(files, args.streaming), Encoder(args.tokenizer)
-    progress = Progress(files, args.quiet or comm.rank > 0)
+    progress = Progress(files, args.quiet, comm.rank == 0)
     pipeline = Pipeline(
         files, reading, opener, encoder, args.workers, args.val_every, comm, progress
     )
@@ -120,6 +122,9 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError("--val_tokens and --val_every: give one of them")
     if bool(args.inputs) == bool(args.dataset):
         raise ValueError("give either files and folders, or --dataset NAME")
+    for name in ("name", "revision", "streaming"):
+        if getattr(args, name) and not args.dataset:
+            raise ValueError(f"--{name}: only with --dataset")
     if args.out_dir.exists() and not args.out_dir.is_dir():
         raise ValueError(f"--out_dir {args.out_dir}: is a file; give a folder")
 
@@ -138,7 +143,7 @@ def _recipe(
         **{name: getattr(args, name) for name in (*names, *options)},
         "val_tokens": _val_tokens(args),
         "revision": commit,
-        "files": [{"name": file.name, "n_bytes": file.n_bytes} for file in files],
+        "files": [file.identity() for file in files],
     }
 
 
@@ -180,6 +185,8 @@ def _check_splits(args: argparse.Namespace, writer: "ShardWriter") -> None:
         return
     writer.remove()
     where = ", ".join(args.inputs) or args.dataset
+    if manifest.bad:
+        where += f" (left out: {_left_out(manifest)})"
     if train_tokens + val_tokens < 2:
         raise ValueError(f"{where}: no text in it. Give files that hold some")
     if args.val_every:
@@ -261,13 +268,16 @@ def run(args: argparse.Namespace, prefix: str) -> int:
     return 0
 
 
+def _left_out(manifest: "Manifest") -> str:
+    return ", ".join(f"{n} {what}" for what, n in manifest.bad.items())
+
+
 def _summarise(out_dir: Path, manifest: "Manifest", elapsed_s: float) -> None:
-    left_out = ", ".join(f"{n} {what}" for what, n in manifest.bad.items())
     print(
         f"{out_dir}: {manifest.tokens('train'):,} train and {manifest.tokens('val'):,} val tokens, "
         f"{sum(shard.documents for shard in manifest.shards):,} documents, "
         f"{len(manifest.shards)} shards, {elapsed_s:.1f} s"
-        + (f"; left out: {left_out}" if left_out else ""),
+        + (f"; left out: {_left_out(manifest)}" if manifest.bad else ""),
         file=sys.stderr,
     )
 

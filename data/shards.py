@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.manifest import MANIFEST, PARTIAL_SUFFIX, Manifest, hash_file, read_manifest
+from data.tokenizer import MERGES_SHA256
 
 Tokens = NDArray[np.uint16]
 
@@ -54,6 +55,8 @@ def open_shard(path: Path) -> Tokens:
         header = np.frombuffer(file.read(LLM_C_HEADER_BYTES)[:12], "<i4")
     if len(header) == 3 and LLM_C_MAGIC in (header[0], header[0].byteswap()):
         return _open_llm_c(path, *map(int, header))
+    if path.stem not in SPLITS:
+        raise ValueError(f"{path}: no llm.c header, magic {LLM_C_MAGIC}. {PREPARE}")
     return _open_nanogpt(path)
 
 
@@ -68,6 +71,8 @@ def _open_npy(path: Path) -> Tokens:
     size, header_size = path.stat().st_size, tokens.offset
     if size != header_size + tokens.nbytes:
         raise ValueError(f"{path}: header says {len(tokens)} tokens, the file has {size} bytes")
+    if not len(tokens):
+        raise ValueError(f"{path}: holds no token. {PREPARE}")
     return tokens
 
 
@@ -152,6 +157,9 @@ class TokenStream:
     def _compare(self, manifest: Manifest, data_dir: Path, split: str, verify: bool) -> None:
         if manifest.resume:
             raise ValueError(f"--data_dir {data_dir}: not finished; run the same preparation again")
+        made_with = manifest.recipe.get("tokenizer", {}).get("merges_sha256", MERGES_SHA256)
+        if made_with != MERGES_SHA256:
+            raise ValueError(f"{data_dir / MANIFEST}: made with another tokenizer. {PREPARE}")
         records = {shard.name: shard for shard in manifest.shards if shard.split == split}
         for missing in sorted(records.keys() - {path.name for path in self.paths}):
             raise ValueError(f"{data_dir / missing}: missing, {MANIFEST} names it. {PREPARE}")

@@ -8,6 +8,7 @@ Every token is read and every SHA-256 of `shards.json` compared; a difference is
 
 import argparse
 import json
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -204,6 +205,7 @@ def main() -> int:
     parser.add_argument("--config", type=Path, help="config.json of the run")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     try:
         if (args.step is None) != (args.config is None):
             raise ValueError("--step and --config: give both or neither")

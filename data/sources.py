@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import io
 import lzma
+import os
 from collections import Counter
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ KINDS = {
 }  # fmt: skip
 HUB = "hf://datasets/"
 BUFFER_BYTES = 2**20
+END_BYTES = 2**16  # at the beginning and the end of a file, which tell it from another
 READ_AHEAD_BYTES = 2**23  # of a file that is streamed from the hub
 
 
@@ -29,7 +31,7 @@ class SourceFile:
     """One input file.
 
     Args:
-        name: For messages and `shards.json`.
+        name: For `shards.json`.
         url: A local path, or `hf://datasets/REPO@COMMIT/PATH`.
         n_bytes: Size as stored.
     """
@@ -37,6 +39,17 @@ class SourceFile:
     name: str
     url: str
     n_bytes: int
+
+    def identity(self) -> dict[str, str | int]:
+        """Return what tells this content from another; a hub file's is its commit."""
+        values: dict[str, str | int] = {"name": self.name, "n_bytes": self.n_bytes}
+        if self.url.startswith(HUB):
+            return values
+        with open(self.url, "rb") as file:
+            head = file.read(END_BYTES)
+            file.seek(max(0, self.n_bytes - END_BYTES))
+            ends = hashlib.sha256(head + file.read(END_BYTES))
+        return values | {"sha256_of_ends": ends.hexdigest()}
 
     @property
     def kind(self) -> str:
@@ -82,7 +95,7 @@ def find_files(inputs: list[str]) -> list[SourceFile]:
             files.append(SourceFile(name, str(p), p.stat().st_size))
     if not files:
         raise ValueError(f"{' '.join(inputs)}: no file that ends in {' '.join(KINDS)}")
-    url, times = Counter(file.url for file in files).most_common(1)[0]
+    url, times = Counter(os.path.realpath(file.url) for file in files).most_common(1)[0]
     if times > 1:
         raise ValueError(f"{url}: given {times} times; name each file once")
     return files

@@ -40,6 +40,7 @@ class Part:
     n_tokens: int = 0
     text_bytes: int = 0
     bad: Counter[str] = field(default_factory=Counter)
+    messages: list[str] = field(default_factory=list)
     error: str = ""
 
 

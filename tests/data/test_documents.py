@@ -34,6 +34,7 @@ def line(text: object, key: str = "text") -> bytes:
 
 BAD_LINES = [
     (b"not json\n", "not JSON"),
+    (b"\xef\xbb\xbf\xef\xbb\xbf{}\n", "not JSON"),
     (b'{"text": "cut\n', "not JSON"),
     (b"[" * 100_000 + b"\n", "not JSON"),
     (b'["text"]\n', 'no "text" in this line'),
@@ -57,7 +58,7 @@ def test_a_bad_line_is_named_or_left_out(
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(gzip.compress(data) if suffix else data)
     options = (path, "--out_dir", tmp_path / "out", "--max_line_bytes", 150_000)
-    with pytest.raises(ValueError, match=rf"^a\.jsonl{suffix}:4: {what}\. .*--on_error skip"):
+    with pytest.raises(ValueError, match=rf"/a\.jsonl{suffix}:4: {what}\. .*--on_error skip"):
         run(*options)
     assert not list((tmp_path / "out").iterdir())
     manifest = run(*options, "--on_error", "skip")
@@ -154,3 +155,21 @@ def test_lone_surrogates_are_read_as_tiktoken_reads_them(tmp_path: Path) -> None
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a \\ud800 b \\ud83d\\ude42"}\n' * 30)
     run(tmp_path / "a.jsonl", "--out_dir", tmp_path / "out")
     assert all_tokens(tmp_path / "out") == tokenize("a \ud800 b 🙂").tolist() * 30
+
+
+def test_a_byte_order_mark_at_the_beginning_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + line(GOOD[0]))
+    run(tmp_path / "a.jsonl", "--out_dir", tmp_path / "out")
+    assert all_tokens(tmp_path / "out") == tokenize(GOOD[0]).tolist()
+
+
+def test_what_is_left_out_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"no\n" * 30 + line(GOOD[0]) + b"no\n")
+    assert run(tmp_path / "a.jsonl", "--out_dir", tmp_path / "out", "--on_error", "skip").bad == {
+        "not JSON": 31
+    }
+    named = [f"left out: {tmp_path}/a.jsonl:{i}: not JSON" for i in range(1, 11)]
+    assert capsys.readouterr().err.splitlines() == named
+    (tmp_path / "b.jsonl").write_bytes(b"no\n" * 3)
+    with pytest.raises(ValueError, match=r"left out: 3 not JSON\): no text in it"):
+        run(tmp_path / "b.jsonl", "--out_dir", tmp_path / "out2", "--on_error", "skip")

@@ -98,7 +98,8 @@ def test_the_manifest_tells_what_is_there(sources: Path, tmp_path: Path) -> None
         assert (len(tokens), tokens.max()) == (shard.tokens, shard.max_token)
         assert shard.documents == (tokens == 50256).sum()
     assert sum(shard.documents for shard in manifest.shards) == len(DOCUMENTS)
-    assert manifest.recipe["files"][0] == {"name": "a/0.txt", "n_bytes": len(LONG.encode())}
+    first = manifest.recipe["files"][0]
+    assert (first["name"], first["n_bytes"]) == ("a/0.txt", len(LONG.encode()))
 
 
 def test_globs_folders_and_files_come_in_the_order_given(sources: Path, tmp_path: Path) -> None:
@@ -145,6 +146,15 @@ def test_the_same_command_again_changes_nothing(sources: Path, tmp_path: Path) -
         run(sources / "a", "--out_dir", tmp_path / "out", "--val_tokens", 9000)
 
 
+def test_a_source_that_has_changed_is_another_dataset(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines([LONG]))
+    run(path, "--out_dir", tmp_path / "out", "--val_tokens", 900)
+    path.write_bytes(lines([LONG.replace("word", "wort")]))
+    with pytest.raises(ValueError, match=r"holds another dataset \(files\)"):
+        run(path, "--out_dir", tmp_path / "out", "--val_tokens", 900)
+
+
 def test_shards_of_others_are_not_mixed_with(sources: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "edufineweb_train_000001.npy", np.zeros(5, np.uint16))
     with pytest.raises(ValueError, match=r"holds shards already\. Give an empty folder"):
@@ -173,6 +183,7 @@ def test_a_split_that_would_be_empty_is_refused_and_leaves_nothing(
         (["--val_tokens", 0], "--val_tokens 0: must be"),
         (["--val_every", 1], "--val_every 1: must be"),
         (["--val_every", 2, "--val_tokens", 5], "give one of them"),
+        (["--streaming"], "--streaming: only with --dataset"),
         (["--dataset", "x/y"], "either files and folders, or --dataset"),
         (["no/such/place"], "no/such/place: no such file or folder"),
         (["README.md"], r"README\.md: not one of \.txt"),
@@ -190,7 +201,7 @@ def test_impossible_options_are_refused(
 
 def test_a_file_given_twice_is_refused(sources: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"b\.jsonl: given 2 times"):
-        run(sources, sources / "b.jsonl", "--out_dir", tmp_path)
+        run(sources, sources / "a" / ".." / "b.jsonl", "--out_dir", tmp_path)
 
 
 def test_a_mistake_is_one_line_and_status_2(sources: Path, tmp_path: Path) -> None:

@@ -147,6 +147,23 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path, fault: str) -> Non
         TokenStream(tmp_path, "train", 50257)
 
 
+def test_a_numbered_bin_without_header_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "fineweb_train_000001.bin").write_bytes(llm_c(TOKENS, magic=0))
+    with pytest.raises(ValueError, match=r"fineweb_train_000001\.bin: no llm\.c header"):
+        TokenStream(tmp_path, "train", 50257)
+
+
+def test_no_token_and_another_tokenizer_are_refused(folder: Path, tmp_path: Path) -> None:
+    records = read_records(folder)
+    recipe = {"tokenizer": {"merges_sha256": "0" * 64}}
+    write_manifest(folder, Manifest(recipe, records, {}, None))
+    with pytest.raises(ValueError, match=r"shards\.json: made with another tokenizer"):
+        TokenStream(folder, "train", 50257)
+    np.save(tmp_path / "text_val_000000.npy", np.zeros(0, np.uint16))
+    with pytest.raises(ValueError, match=r"text_val_000000\.npy: holds no token"):
+        TokenStream(tmp_path, "val", 50257)
+
+
 def test_characters_as_tokens_are_refused(tmp_path: Path) -> None:
     (tmp_path / "train.bin").write_bytes(np.arange(65, dtype="<u2").tobytes())
     (tmp_path / "meta.pkl").write_bytes(b"")  # nanoGPT's shakespeare_char
@@ -165,12 +182,15 @@ def test_two_kinds_in_a_folder_are_refused(tmp_path: Path) -> None:
 def folder(tmp_path: Path) -> Path:
     """Two shards and the manifest that fits them."""
     write(tmp_path, np.arange(10), np.arange(20, 35))
-    records = [
-        ShardRecord(path.name, "train", len(np.load(path)), 0, 34, hash_file(path))
-        for path in sorted(tmp_path.glob("*.npy"))
-    ]
-    write_manifest(tmp_path, Manifest({}, records, {}, None))
+    write_manifest(tmp_path, Manifest({}, read_records(tmp_path), {}, None))
     return tmp_path
+
+
+def read_records(folder: Path) -> list[ShardRecord]:
+    return [
+        ShardRecord(path.name, "train", len(np.load(path)), 0, 34, hash_file(path))
+        for path in sorted(folder.glob("*.npy"))
+    ]
 
 
 def test_shards_that_fit_their_manifest_are_taken(folder: Path) -> None:
