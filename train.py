@@ -24,7 +24,7 @@ from launch.config import (
     to_json,
 )
 from launch.ds_config import load_ds_config, precision, resolve_ds_config, zero_stage
-from launch.ranks import Ranks, check_extension_locks, read_ranks
+from launch.ranks import Ranks, check_extension_locks, read_ranks, say_once
 from launch.schedule import lr_at
 
 if TYPE_CHECKING:
@@ -69,11 +69,8 @@ def main(argv: list[str]) -> int:
             return 0
         run = Run(config, batch, ds_config, ranks)
         inputs = open_inputs(run)
-    except ValueError as error:  # every rank of a machine finds the same: one speaks
-        if ranks.local_rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        else:
-            time.sleep(2)  # launchers end all ranks when one ends: the one that speaks goes first
+    except ValueError as error:  # every rank of a machine finds the same
+        say_once(ranks, f"error: {error}")
         return 2
     try:
         train(run, inputs)

@@ -58,7 +58,7 @@ def check_layout(
     manifest = read_manifest(folder)
     given = {"world_size": world_size, "zero_stage": zero_stage, "precision": precision}
     given |= {k: v for k, v in asdict(model).items() if k != "dropout"}
-    saved = asdict(manifest) | manifest.model
+    saved = asdict(manifest) | asdict(GPTConfig(**manifest.model))
     differences = [f"{k}: {saved[k]} -> {v}" for k, v in given.items() if saved[k] != v]
     if differences:
         raise ValueError(

@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,17 @@ def read_ranks() -> Ranks:
         world_size=world_size,
         local_world_size=int(local_size),
     )
+
+
+def say_once(ranks: Ranks, line: str) -> None:
+    """Print a line that every rank of this machine would print; the others wait for it.
+
+    Launchers end all ranks when one ends: the one that speaks goes first.
+    """
+    if ranks.local_rank == 0:
+        print(line, file=sys.stderr, flush=True)
+    else:
+        time.sleep(2)
 
 
 def check_extension_locks(ranks: Ranks) -> None:

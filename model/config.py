@@ -9,9 +9,12 @@ VOCAB_ALIGNMENT = 128  # rows of wte: whole tiles of every matrix unit
 class GPTConfig:
     """Shape of a GPT: everything that a weight's size depends on, and dropout.
 
+    `gelu` is PyTorch's name: GPT-2's own approximation "tanh", or "none", the exact one that
+    nanoGPT trains with.
+
     Raises:
-        ValueError: A size is not positive, the heads do not divide the width, or dropout is
-            outside [0, 1).
+        ValueError: A size is not positive, the heads do not divide the width, dropout is outside
+            [0, 1), or no such GELU.
     """
 
     n_layer: int
@@ -20,6 +23,7 @@ class GPTConfig:
     block_size: int = 1024
     vocab_size: int = 50257
     dropout: float = 0.0
+    gelu: str = "tanh"
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
@@ -29,6 +33,8 @@ class GPTConfig:
             raise ValueError(f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout = {self.dropout}: must be in [0, 1)")
+        if self.gelu not in ("tanh", "none"):
+            raise ValueError(f"gelu = {self.gelu}: must be tanh or none")
 
     @property
     def padded_vocab_size(self) -> int:

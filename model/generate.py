@@ -72,7 +72,7 @@ def generate(
     `block_size` tokens the model sees the last `block_size` only, without a cache.
 
     Args:
-        model: `model(tokens, positions=…, cache=…) -> logits (N, V)`: a GPT or an engine of one.
+        model: `model(tokens, predict_at=…, cache=…) -> logits (N, V)`: a GPT or an engine of one.
         tokens: (B, T) prompt, T at least 1.
         max_new_tokens: How many tokens to draw.
         config: The model's shape: layers to cache, `block_size` to stay within.
@@ -90,7 +90,7 @@ def generate(
         context = tokens[:, cache.length :] if cache else tokens[:, -config.block_size :]
         B, T = context.shape
         last = torch.arange(1, B + 1, device=tokens.device) * T - 1  # (B,) flat positions
-        logits = model(context, positions=last, cache=cache).float()  # (B, V)
+        logits = model(context, predict_at=last, cache=cache).float()  # (B, V)
         if temperature == 0:
             drawn = logits.argmax(-1)  # (B,)
         else:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from model.config import GPTConfig
 from model.generate import KVCache, LayerCache
-from model.loss import linear_cross_entropy
+from model.linear import Linear, linear
+from model.loss import linear_cross_entropy, token_losses
 
 INIT_STD = 0.02  # GPT-2's N(0, 0.02) for Linear and Embedding weights
 
@@ -15,12 +16,14 @@ INIT_STD = 0.02  # GPT-2's N(0, 0.02) for Linear and Embedding weights
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
         self.n_head = config.n_head
         self.dropout = config.dropout
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         B, T, C = x.shape
         H, D = self.n_head, C // self.n_head
         q, k, v = self.c_attn(x).split(C, dim=2)
@@ -30,12 +33,14 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, S, D), S = cached + T
         S = k.shape[2]
-        mask = None
-        if 1 < T < S:  # new tokens after cached ones: token t sees the first S - T + t + 1 keys
+        is_causal = mask is None and T == S > 1
+        if (
+            mask is None and 1 < T < S
+        ):  # new tokens after cached ones: token t sees the first S - T + t + 1 keys
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=T == S > 1
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal
         )
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
@@ -44,12 +49,13 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+        self.gelu = config.gelu
         self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C)
+        x = F.gelu(self.c_fc(x), approximate=self.gelu)  # (B, T, 4C)
         return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
@@ -61,8 +67,10 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(
+        self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache, mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -107,7 +115,9 @@ class GPT(nn.Module):
         tokens: Tensor,
         targets: Tensor | None = None,
         *,
-        positions: Tensor | None = None,
+        predict_at: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attn_mask: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """Compute the loss, or logits over the `vocab_size` real tokens.
@@ -115,35 +125,40 @@ class GPT(nn.Module):
         Args:
             tokens: (B, T) token ids.
             targets: (B, T) ids to predict; -100 is ignored. In training mode the softmax runs
-                over all padded columns, otherwise over `vocab_size`.
-            positions: (N,) indices into the flattened B·T positions: logits are computed there
+                over all padded columns, otherwise over `vocab_size`. With predict_at: (N,).
+            predict_at: (N,) indices into the flattened B·T positions: predictions are made there
                 only.
+            position_ids: (B, T) positions of the tokens, for sequences that share a beginning;
+                0 to T - 1 without.
+            attn_mask: (B, 1, T, T), True where a token (row) sees another; causal without.
             cache: Keys and values of the tokens before these; extended in place.
 
         Returns:
-            Mean cross-entropy in nats (scalar, fp32) with targets; else logits (B, T, V), or
-            (N, V) with positions.
+            Mean cross-entropy in nats (scalar, fp32) with targets, with predict_at too that of
+            each (N,), without a gradient; else logits (B, T, V), or (N, V) with predict_at.
 
         Raises:
             ValueError: More tokens than `block_size`.
         """
         B, T = tokens.shape
-        past = 0 if cache is None else cache.length
-        if past + T > self.config.block_size:
-            raise ValueError(
-                f"{past + T} tokens: the model's block_size is {self.config.block_size}"
-            )
-        position_ids = torch.arange(past, past + T, device=tokens.device)
+        if position_ids is None:
+            past = 0 if cache is None else cache.length
+            if past + T > self.config.block_size:
+                raise ValueError(
+                    f"{past + T} tokens: the model's block_size is {self.config.block_size}"
+                )
+            position_ids = torch.arange(past, past + T, device=tokens.device)
         x = self.wte(tokens) + self.wpe(position_ids)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.h):
-            x = block(x, None if cache is None else cache.layers[i])
+            x = block(x, None if cache is None else cache.layers[i], attn_mask)
         x = self.ln_f(x).flatten(0, 1)  # (B·T, C)
         if targets is not None and self.training:
             return linear_cross_entropy(x, self.wte.weight, targets.flatten())
         head = self.wte.weight[: self.config.vocab_size]  # (V, C)
+        if predict_at is not None:
+            x = x[predict_at]  # (N, C)
+            return linear(x, head) if targets is None else token_losses(x, head, targets)
         if targets is not None:
             return linear_cross_entropy(x, head, targets.flatten())
-        if positions is not None:
-            return F.linear(x[positions], head)  # (N, V)
-        return F.linear(x, head).view(B, T, -1)  # (B, T, V)
+        return linear(x, head).view(B, T, -1)  # (B, T, V)

@@ -8,16 +8,20 @@ computed once and freed. docs/LOG.md holds the measurements against the alternat
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.linear import linear
+
 IGNORE_INDEX = -100  # PyTorch's convention for targets that do not count
 CHUNK_LOGITS = 2**25  # fp32 logits held at a time: 128 MiB
+EVAL_CHUNK_LOGITS = 2**24  # without a gradient: 64 MiB, and as fast
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, with_grad: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         N, V = x.shape[0], weight.shape[0]
         dtype = _matmul_dtype(x)
         head = weight.to(dtype)  # (V, C)
@@ -25,32 +29,29 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scale = counts / counts.sum().clamp(min=1)  # (N,) weight of each row in the mean
         rows = max(1, CHUNK_LOGITS // V)
         loss = torch.zeros((), device=x.device)
-        dx = torch.empty_like(x) if with_grad else None
-        dw = torch.zeros(weight.shape, device=x.device) if with_grad else None
+        dx, dw = torch.empty_like(x), torch.zeros(weight.shape, device=x.device)
         for start in range(0, N, rows):
             part = slice(start, start + rows)
             x_part = x[part].to(dtype)  # (n, C)
             target = targets[part].clamp(min=0)[:, None]  # (n, 1); an ignored row weighs 0
             log_probs = (x_part @ head.T).log_softmax(1, dtype=torch.float32)  # (n, V)
             loss -= (log_probs.gather(1, target)[:, 0] * scale[part]).sum()
-            if dx is not None and dw is not None:
-                dlogits = log_probs.exp_()  # (n, V): probabilities, less 1 at the target
-                dlogits.scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
-                dlogits, row_scale = dlogits.to(dtype), scale[part, None]
-                dx[part] = (dlogits @ head * row_scale).to(x.dtype)
-                dw += dlogits.T @ (x_part * row_scale).to(dtype)
-        if with_grad:
-            ctx.save_for_backward(dx, dw)
+            dlogits = log_probs.exp_()  # (n, V): probabilities, less 1 at the target
+            dlogits.scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
+            dlogits, row_scale = dlogits.to(dtype), scale[part, None]
+            dx[part] = (dlogits @ head * row_scale).to(x.dtype)
+            dw += dlogits.T @ (x_part * row_scale).to(dtype)
+        ctx.save_for_backward(dx, dw)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides names
         ctx: Any, *grad_outputs: Any
-    ) -> tuple[Tensor, Tensor, None, None]:
+    ) -> tuple[Tensor, Tensor, None]:
         (grad,) = grad_outputs
         dx, dw = ctx.saved_tensors
-        return dx * grad, dw * grad, None, None
+        return dx * grad, dw * grad, None
 
 
 def _matmul_dtype(x: Tensor) -> torch.dtype:
@@ -66,5 +67,23 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         weight: (V, C) head.
         targets: (N,) token ids; -100 does not count. With no target at all the loss is 0.
     """
-    with_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return _ChunkedCrossEntropy.apply(x, weight, targets, with_grad)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _ChunkedCrossEntropy.apply(x, weight, targets)
+    counted = (targets != IGNORE_INDEX).sum().clamp(min=1)
+    return token_losses(x, weight, targets).sum() / counted
+
+
+@torch.no_grad()
+def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Return the cross-entropy of each row in nats, (N,) fp32, 0 where the target is -100.
+
+    Args as in `linear_cross_entropy`; no gradient.
+    """
+    dtype = _matmul_dtype(x)
+    x, head = x.to(dtype), weight.to(dtype)
+    rows = max(1, EVAL_CHUNK_LOGITS // len(weight))
+    losses = [
+        F.cross_entropy(linear(x_part, head).float(), target, reduction="none")
+        for x_part, target in zip(x.split(rows), targets.split(rows), strict=True)
+    ]
+    return torch.cat(losses)

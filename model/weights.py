@@ -24,10 +24,10 @@ NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", "lm_head.weight")  # masks, an
 SHARD_BYTES = 5 * 10**9  # Hugging Face's own limit for one file
 EOT_TOKEN = 50256
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # -> our `gelu`
 # What our network computes; a folder that says otherwise is not this model.
 FIXED = {
     "model_type": "gpt2",
-    "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
@@ -42,6 +42,7 @@ def hf_config(config: GPTConfig) -> dict[str, object]:
     last_token = min(EOT_TOKEN, config.vocab_size - 1)
     return FIXED | {
         "architectures": ["GPT2LMHeadModel"],
+        "activation_function": next(k for k, v in ACTIVATIONS.items() if v == config.gelu),
         "vocab_size": config.vocab_size,
         "n_positions": config.block_size,
         "n_embd": config.n_embd,
@@ -70,8 +71,14 @@ def load_hf_config(folder: Path) -> GPTConfig:
                 raise ValueError(f"{path}: {key} = {raw[key]!r}, only {ours!r} is supported")
         if raw.get("n_inner") not in (None, 4 * raw["n_embd"]):
             raise ValueError(f"{path}: n_inner = {raw['n_inner']}, only 4·n_embd is supported")
+        activation = raw.get("activation_function", "gelu_new")
+        if activation not in ACTIVATIONS:
+            supported = ", ".join(map(repr, ACTIVATIONS))
+            raise ValueError(
+                f"{path}: activation_function = {activation!r}, only {supported} are supported"
+            )
         shape = {key: raw[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
-        return GPTConfig(**shape, block_size=raw["n_positions"])
+        return GPTConfig(**shape, block_size=raw["n_positions"], gelu=ACTIVATIONS[activation])
     except FileNotFoundError:
         raise ValueError(
             f"{folder}: no config.json; give a Hugging Face GPT-2 folder "

@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from model import GPT, GPTConfig
+from model.gpt import MLP
 
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=130)
 
@@ -70,12 +73,12 @@ def test_one_batch_is_overfitted_below_a_twentieth_of_a_nat() -> None:
     assert loss.item() < 0.05
 
 
-def test_positions_select_rows_of_the_full_logits() -> None:
+def test_predict_at_selects_rows_of_the_full_logits() -> None:
     model = GPT(TINY).eval()
     tokens = torch.randint(130, (3, 10))
     positions = torch.tensor([0, 9, 17, 29])
     full = model(tokens).flatten(0, 1)  # (30, 130)
-    torch.testing.assert_close(model(tokens, positions=positions), full[positions])
+    torch.testing.assert_close(model(tokens, predict_at=positions), full[positions])
 
 
 def test_padded_columns_count_in_training_only() -> None:
@@ -99,3 +102,32 @@ def test_dropout_draws_in_training_only() -> None:
 def test_too_long_a_sequence_is_refused() -> None:
     with pytest.raises(ValueError, match="17 tokens: the model's block_size is 16"):
         GPT(TINY)(torch.zeros(1, 17, dtype=torch.long))
+
+
+def test_branches_after_a_shared_beginning_are_sequences_of_their_own() -> None:
+    model = GPT(TINY).eval()
+    start, branches = torch.randint(130, (5,)), torch.randint(130, (3, 4))
+    alone = model(torch.cat([start.expand(3, 5), branches], 1))  # (3, 9, 130)
+    packed = torch.cat([start, branches.flatten()])[None]  # (1, 17)
+    position_ids = torch.cat([torch.arange(5), torch.arange(5, 9).repeat(3)])[None]
+    branch = torch.cat([torch.zeros(5), torch.arange(1, 4).repeat_interleave(4)])  # (17,)
+    sees = (branch == 0) | (branch == branch[:, None])  # (17, 17)
+    logits = model(packed, position_ids=position_ids, attn_mask=sees.tril()[None, None])[0]
+    torch.testing.assert_close(logits[:5], alone[0, :5])
+    torch.testing.assert_close(logits[5:].view(3, 4, -1), alone[:, 5:])
+
+
+def test_losses_of_chosen_positions_are_those_of_the_full_logits() -> None:
+    model = GPT(TINY).eval()
+    tokens, targets = torch.randint(130, (3, 10)), torch.randint(130, (5,))
+    at = torch.tensor([0, 9, 9, 17, 29])
+    expected = nn.functional.cross_entropy(
+        model(tokens).flatten(0, 1)[at], targets, reduction="none"
+    )
+    torch.testing.assert_close(model(tokens, targets, predict_at=at), expected)
+
+
+def test_exact_gelu_is_pytorchs() -> None:
+    mlp, x = MLP(replace(TINY, gelu="none")), torch.randn(4, 32)
+    torch.testing.assert_close(mlp(x), mlp.c_proj(nn.GELU()(mlp.c_fc(x))))
+    assert not torch.equal(mlp(x), mlp.c_proj(nn.GELU("tanh")(mlp.c_fc(x))))

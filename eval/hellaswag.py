@@ -1,0 +1,188 @@
+"""HellaSwag (Zellers et al. 2019) in completion style, as build-nanogpt scores it.
+
+    python eval/hellaswag.py --ckpt runs/x
+    deepspeed --num_gpus 8 eval/hellaswag.py --ckpt runs/x --details details.jsonl
+
+acc takes the ending of the smallest summed, acc_norm that of the smallest mean cross-entropy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if not __package__:  # run as a file: import from the repository root, exactly as train.py does
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from eval.packing import FORWARD_TOKENS, N_ENDINGS, Example, crop_contexts, evaluate
+from eval.session import add_model_flags, run_command, say, start_session
+from launch.ranks import Ranks
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+VALIDATION = Path(__file__).parent / "published" / "hellaswag_val.jsonl.xz"
+VALIDATION_SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # unpacked
+
+
+def load_examples(path: Path = VALIDATION, limit: int | None = None) -> list[Example]:
+    """Read and tokenise HellaSwag rows: JSON lines, also as .gz, .xz, .zst.
+
+    Args:
+        path: The rows; the validation set is carried in the repository.
+        limit: Only the first so many rows.
+
+    Raises:
+        ValueError: Not such a file; names the line.
+    """
+    from data.tokenizer import load_tokenizer
+
+    rows = [_read_row(line, f"{path}:{n}") for n, line in enumerate(_read_lines(path)[:limit], 1)]
+    if not rows:
+        raise ValueError(f"{path}: no rows; give HellaSwag's JSON lines")
+    if len({label is None for *_, label in rows}) > 1:
+        raise ValueError(f"{path}: some rows have a label, some have none")
+    encode = load_tokenizer().encode_ordinary_batch
+    contexts = encode([context for context, _, _ in rows])
+    endings = iter(encode([" " + ending for _, endings, _ in rows for ending in endings]))
+    return [
+        Example(context, [next(endings) for _ in range(N_ENDINGS)], label)
+        for context, (*_, label) in zip(contexts, rows, strict=True)
+    ]
+
+
+def _read_lines(path: Path) -> list[bytes]:
+    import hashlib
+
+    from data.sources import unpack
+
+    try:
+        with path.open("rb") as raw, unpack(raw, path.suffix) as text:
+            content = text.read()
+    except (OSError, EOFError, ValueError) as error:
+        raise ValueError(f"--data {path}: cannot be read ({error})") from error
+    if path == VALIDATION and hashlib.sha256(content).hexdigest() != VALIDATION_SHA256:
+        raise ValueError(f"{path}: not the published validation set (SHA-256); restore the file")
+    return content.splitlines()
+
+
+def _read_row(line: bytes, where: str) -> tuple[str, list[str], int | None]:
+    try:
+        row = json.loads(line)
+        context, endings, label = row["ctx"], row["endings"], row.get("label")
+        label = None if label in (None, "") else int(label)
+        fits = len(endings) == N_ENDINGS and (label is None or 0 <= label < N_ENDINGS)
+        texts = [context, *endings]
+        if not fits or not all(isinstance(text, str) and text for text in texts):
+            raise ValueError("needs a context, four endings and a label of 0 to 3")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{where}: not a HellaSwag row ({error!r})") from error
+    return context, endings, label
+
+
+def predict(losses: Tensor, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """Return the endings of the smallest summed and of the smallest mean loss, (n,) each."""
+    import torch
+
+    lengths = torch.tensor([[len(ending) for ending in e.endings] for e in examples])
+    return losses.argmin(1), (losses / lengths).argmin(1)
+
+
+def score(losses: Tensor, examples: Sequence[Example]) -> dict[str, float | int | None]:
+    """Return n, acc (summed loss) and acc_norm (mean loss), with their standard errors.
+
+    Accuracies are None where the labels are hidden.
+    """
+    result: dict[str, float | int | None] = {"n": len(examples)}
+    hidden = examples[0].label is None
+    for name, predicted in zip(("acc", "acc_norm"), predict(losses, examples), strict=True):
+        hits = [p == e.label for p, e in zip(predicted.tolist(), examples, strict=True)]
+        acc = sum(hits) / len(hits)
+        result[name] = None if hidden else acc
+        result[f"{name}_stderr"] = None if hidden else math.sqrt(acc * (1 - acc) / len(hits))
+    return result
+
+
+def write_details(path: Path, losses: Tensor, examples: Sequence[Example]) -> None:
+    """Write one JSON line per row: its losses in nats, what was predicted, and the label."""
+    columns = (losses.tolist(), *(column.tolist() for column in predict(losses, examples)))
+    with path.open("w") as file:
+        for row, (sums, by_sum, by_mean) in enumerate(zip(*columns, strict=True)):
+            example = examples[row]
+            lengths = [len(ending) for ending in example.endings]
+            line = {"row": row, "label": example.label, "pred": by_sum, "pred_norm": by_mean}
+            line |= {"loss_sums": sums, "ending_tokens": lengths}
+            file.write(json.dumps(line) + "\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_model_flags(parser)
+    parser.add_argument(
+        "--data", type=Path, default=VALIDATION,
+        help="rows: .jsonl, also .gz .xz .zst (default: the validation set)",
+    )  # fmt: skip
+    parser.add_argument("--limit", type=int, help="only the first so many rows (default: all)")
+    parser.add_argument("--details", type=Path, help="file for the losses of every row, JSON lines")
+    parser.add_argument(
+        "--forward_tokens", type=int, default=FORWARD_TOKENS, help="of a batch (default: 8192)"
+    )
+    return parser
+
+
+def run(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
+    """Score the checkpoint (all ranks) and return the result.
+
+    Raises:
+        ValueError: Bad checkpoint, rows or flag; names it.
+    """
+    for name in ("limit", "forward_tokens"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"--{name} {value}: must be at least 1")
+    if args.details and not args.details.parent.is_dir():
+        raise ValueError(f"--details {args.details}: no such folder")
+    examples = load_examples(args.data, args.limit)
+    from checkpoint.reader import load_model
+
+    model, run_precision = load_model(args.ckpt)
+    fitting = crop_contexts(examples, model.config)
+    session = start_session(model, args.dtype or run_precision, ranks)
+    with session.context():
+        losses = evaluate(
+            session.model,
+            fitting,
+            forward_tokens=args.forward_tokens,
+            device=session.device,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            show_progress=ranks.is_main,
+        )
+    losses = session.sum(losses)
+    if args.details and ranks.is_main:
+        write_details(args.details, losses, fitting)
+    n_cropped = sum(len(a.context) > len(b.context) for a, b in zip(examples, fitting, strict=True))
+    result = score(losses, fitting) | {"cropped": n_cropped, "dtype": session.precision}
+    say(ranks, describe(result))
+    return {"ckpt": args.ckpt, "data": args.data.name} | result
+
+
+def describe(result: dict[str, Any]) -> str:
+    """Return the result as a line for people."""
+    if result["acc"] is None:
+        return f"HellaSwag: {result['n']:,} rows without labels; --details has the predictions"
+    return (
+        "HellaSwag: acc {acc:.4f} ± {acc_stderr:.4f}, acc_norm {acc_norm:.4f} ± "
+        "{acc_norm_stderr:.4f} of {n:,} rows (± one standard error)".format(**result)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(build_parser(), run))

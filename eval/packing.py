@@ -1,0 +1,160 @@
+"""The loss of every ending of a context, with the context computed once.
+
+The endings are packed behind their context into one sequence, each with the positions that it would
+have alone and a mask that hides it from the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from model import GPTConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+N_ENDINGS = 4
+GPT2_VOCAB_SIZE = GPTConfig.vocab_size
+FORWARD_TOKENS = 8192  # of a batch: few enough for the memory of a laptop
+LENGTH_MULTIPLE = 16  # batches have few lengths, so few shapes to compile
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row as tokens; the label is None where a split hides it."""
+
+    context: list[int]
+    endings: list[list[int]]
+    label: int | None
+
+    @property
+    def packed_tokens(self) -> int:
+        """Tokens that the model sees: of each ending all but the last, which is only predicted."""
+        return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
+
+
+def crop_contexts(examples: Sequence[Example], config: GPTConfig) -> list[Example]:
+    """Drop the first tokens of contexts that leave their endings no room in the model.
+
+    Raises:
+        ValueError: The model does not know GPT-2's tokens, or an ending alone is longer than it.
+    """
+    if config.vocab_size < GPT2_VOCAB_SIZE:
+        raise ValueError(
+            f"the model has {config.vocab_size} tokens: HellaSwag is text in GPT-2's "
+            f"{GPT2_VOCAB_SIZE}"
+        )
+    block_size = config.block_size
+    cropped = []
+    for i, example in enumerate(examples):
+        room = block_size + 1 - max(map(len, example.endings))  # the last token is not an input
+        if room < 1:
+            raise ValueError(
+                f"HellaSwag row {i + 1} has an ending of {block_size + 1 - room} tokens, the "
+                f"model's block_size is {block_size}: use a model with a larger one"
+            )
+        cropped.append(replace(example, context=example.context[-room:]))
+    return cropped
+
+
+def plan_batches(examples: Sequence[Example], forward_tokens: int) -> list[tuple[int, list[int]]]:
+    """Sort rows by length into batches: (tokens per row, row numbers), longest first."""
+    order = sorted(range(len(examples)), key=lambda i: -examples[i].packed_tokens)
+    batches = []
+    while order:
+        longest = examples[order[0]].packed_tokens
+        T = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+        n_rows = max(1, forward_tokens // T)
+        batches.append((T, order[:n_rows]))
+        order = order[n_rows:]
+    return batches
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch as the model's inputs; prediction n belongs to ending `ending[n]` of the batch."""
+
+    tokens: Tensor  # (B, T)
+    position_ids: Tensor  # (B, T)
+    branch: Tensor  # (B, T) 0: context, 1 to 4: endings, 5: padding
+    predict_at: Tensor  # (N,) into B·T
+    targets: Tensor  # (N,)
+    ending: Tensor  # (N,) row · 4 + number of the ending
+
+
+def pack(examples: Sequence[Example], T: int) -> Packed:
+    """Lay each example out as its context and then its endings, in one sequence of T tokens."""
+    import numpy as np
+    import torch
+
+    tokens, position_ids = np.zeros((2, len(examples), T), np.int64)
+    branch = np.full((len(examples), T), N_ENDINGS + 1)
+    predict_at, targets, of_ending = [], [], []
+    for row, example in enumerate(examples):
+        C = end = len(example.context)
+        tokens[row, :C], position_ids[row, :C], branch[row, :C] = example.context, range(C), 0
+        for i, ending in enumerate(example.endings):
+            start, end = end, end + len(ending) - 1
+            tokens[row, start:end] = ending[:-1]
+            position_ids[row, start:end] = range(C, C + end - start)
+            branch[row, start:end] = i + 1
+            predict_at += [row * T + at for at in (C - 1, *range(start, end))]
+            targets += ending
+            of_ending += [row * N_ENDINGS + i] * len(ending)
+    columns = (tokens, position_ids, branch, predict_at, targets, of_ending)
+    return Packed(*(torch.as_tensor(column) for column in columns))
+
+
+def evaluate(
+    model: Callable[..., Tensor],
+    examples: Sequence[Example],
+    *,
+    forward_tokens: int = FORWARD_TOKENS,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
+    show_progress: bool = False,
+) -> Tensor:
+    """Return the summed cross-entropy of every ending in nats, (n, 4) fp64, on the CPU.
+
+    Rows of other ranks are 0: the sum over all ranks is the whole. Every rank does the same number
+    of forwards; what is in a batch does not depend on the ranks.
+
+    Args:
+        model: `model(tokens, targets, predict_at=…, position_ids=…, attn_mask=…)` -> the loss at
+            each of N positions: a GPT or an engine of one, in eval mode.
+        examples: Rows that fit the model (`crop_contexts`).
+        forward_tokens: Tokens of a batch, padding included.
+        device: Where the model is.
+        rank: This process.
+        world_size: All processes.
+        show_progress: Draw a bar, on a terminal.
+    """
+    import torch
+    from tqdm import tqdm
+
+    losses = torch.zeros(len(examples), N_ENDINGS, dtype=torch.float64)
+    batches = plan_batches(examples, forward_tokens)
+    rounds = range(0, len(batches), world_size)
+    for first in tqdm(rounds, desc="HellaSwag", disable=None if show_progress else True):
+        is_mine = first + rank < len(batches)  # else it keeps this rank in step
+        T, rows = batches[first + rank if is_mine else -1]
+        batch = pack([examples[i] for i in rows], T)
+        branch = batch.branch.to(device)
+        sees = (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])  # (B, T, T)
+        with torch.no_grad():
+            token_losses = model(
+                batch.tokens.to(device),
+                batch.targets.to(device),
+                predict_at=batch.predict_at.to(device),
+                position_ids=batch.position_ids.to(device),
+                attn_mask=sees.tril()[:, None],
+            )  # (N,)
+        if is_mine:
+            sums = torch.zeros(len(rows) * N_ENDINGS, dtype=torch.float64)
+            sums.index_add_(0, batch.ending, token_losses.double().cpu())
+            losses[rows] = sums.view(-1, N_ENDINGS)
+    return losses

@@ -1,0 +1,93 @@
+"""What the evaluation commands share: --ckpt as a model on this rank's device, sums over ranks."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from launch.ranks import Ranks, read_ranks, say_once
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from model import GPT
+
+TIMEOUT_S = 1800  # until a rank that waits for others gives up, as in training
+CKPT_HELP = "run, step or Hugging Face folder, hub name, build-nanogpt or nanoGPT .pt, llm.c .bin"
+
+Command = Callable[[argparse.Namespace, Ranks], dict[str, Any] | None]
+
+
+@dataclass(frozen=True)
+class Session:
+    """A model in evaluation mode where this rank computes, with the precision to compute in."""
+
+    model: GPT
+    precision: str
+    device: torch.device
+    ranks: Ranks
+
+    def context(self) -> contextlib.AbstractContextManager[object]:
+        """Return the context in which forwards have the session's precision."""
+        from checkpoint.reader import precision_context
+
+        return precision_context(self.precision, self.device.type)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over the ranks (all ranks), on the CPU, in fp64."""
+        import torch.distributed as dist
+
+        values = values.to(self.device).double()
+        if self.ranks.world_size > 1:
+            dist.all_reduce(values)
+        return values.cpu()
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which model, and in which precision."""
+    parser.add_argument("--ckpt", required=True, help=CKPT_HELP)
+    parser.add_argument(
+        "--dtype", choices=("fp32", "autocast", "bf16"),
+        help="default: the run's precision, fp32 outside a run",
+    )  # fmt: skip
+    # The deepspeed launcher appends it; the environment's LOCAL_RANK is what counts.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+
+
+def start_session(model: GPT, precision: str, ranks: Ranks) -> Session:
+    """Join the other ranks, if there are any (all ranks), and send the model to the device."""
+    import torch
+
+    if ranks.world_size > 1:
+        from launch.engine import init_process_group
+
+        device = init_process_group(ranks, TIMEOUT_S)
+    else:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    return Session(model.eval(), precision, device, ranks)
+
+
+def run_command(parser: argparse.ArgumentParser, command: Command) -> int:
+    """Run a command on all ranks; print its result as one JSON line; return the exit status."""
+    args, ranks = parser.parse_args(), read_ranks()
+    try:
+        result = command(args, ranks)
+    except ValueError as error:
+        say_once(ranks, f"error: {error}")
+        return 2
+    if ranks.is_main and result is not None:
+        print(json.dumps(result), flush=True)
+    return 0
+
+
+def say(ranks: Ranks, line: str) -> None:
+    """Tell people something, once."""
+    if ranks.is_main:
+        print(line, file=sys.stderr, flush=True)
