@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from checkpoint.manifest import Manifest
     from data.shards import TokenStream
+    from eval.packing import Example
 
 N_SAMPLES, TOP_K = 4, 50  # of the in-loop samples, as in build-nanogpt
 
@@ -52,6 +53,7 @@ class Inputs:
 
     train_stream: TokenStream
     val_stream: TokenStream
+    hellaswag: list[Example]  # none where it is off
     init_folder: Path | None
     checkpoint: tuple[Path, Manifest] | None
 
@@ -89,7 +91,9 @@ def open_inputs(run: Run) -> Inputs:
     from checkpoint.resuming import check_layout, find_checkpoint
     from data.order import Order
     from data.shards import TokenStream
-    from eval.val_loss import count_windows
+    from eval.hellaswag import load_examples
+    from eval.packing import crop_contexts
+    from eval.val_loss import check_eval_tokens
     from model.weights import load_hf_config, locate_hf_folder
 
     config, gpt = run.config, run.config.gpt_config
@@ -100,7 +104,9 @@ def open_inputs(run: Run) -> Inputs:
     train_stream = TokenStream(config.data_dir, "train", gpt.vocab_size, verify)
     val_stream = TokenStream(config.data_dir, "val", gpt.vocab_size, verify)
     Order(len(train_stream), config.seq_len)
-    count_windows(val_stream, config.seq_len, config.eval_tokens)
+    check_eval_tokens(val_stream, config.eval_tokens)
+    rows = load_examples(limit=config.hellaswag_limit) if config.hellaswag_every else []
+    data = (train_stream, val_stream, crop_contexts(rows, gpt))
     if folder := find_checkpoint(run.config.run_dir, config.resume):
         manifest = check_layout(
             folder,
@@ -111,16 +117,16 @@ def open_inputs(run: Run) -> Inputs:
         )
         if manifest.step > config.max_steps:
             raise ValueError(f"--max_steps {config.max_steps}: {folder} is beyond it")
-        return Inputs(train_stream, val_stream, None, (folder, manifest))
+        return Inputs(*data, None, (folder, manifest))
     if not config.init_from:
-        return Inputs(train_stream, val_stream, None, None)
+        return Inputs(*data, None, None)
     init_folder = locate_hf_folder(config.init_from)
     found = replace(load_hf_config(init_folder), dropout=config.dropout)
     if found != gpt:
         raise ValueError(
             f"--init_from {config.init_from} is {found}, --model {config.model} is {gpt}"
         )
-    return Inputs(train_stream, val_stream, init_folder, None)
+    return Inputs(*data, init_folder, None)
 
 
 def start_engine(run: Run, inputs: Inputs, device: torch.device) -> Any:
@@ -184,6 +190,20 @@ def evaluate_and_sample(
     return loss / n_tokens, texts
 
 
+def score_hellaswag(engine: Any, run: Run, examples: list[Example], device: torch.device) -> Any:
+    """Return the HellaSwag score (all ranks, in step)."""
+    from eval.hellaswag import score
+    from eval.packing import evaluate
+    from launch.engine import sum_over_ranks
+
+    engine.eval()
+    rank, world_size = run.ranks.rank, run.ranks.world_size
+    losses = evaluate(engine, examples, device=device, rank=rank, world_size=world_size)
+    engine.train()
+    whole = sum_over_ranks(losses.flatten().tolist(), device)
+    return score(losses.new_tensor(whole).view_as(losses), examples)
+
+
 def train(run: Run, inputs: Inputs) -> None:
     """Train until `max_steps`, then leave a consolidated folder (all ranks).
 
@@ -212,16 +232,23 @@ def train(run: Run, inputs: Inputs) -> None:
     loader = Loader(inputs.train_stream, order, batch.micro_batch_size, batch.grad_accum_steps,
                     ranks.rank, ranks.world_size, samples)  # fmt: skip
     engine.train()
+
+    def is_due(every: int) -> bool:
+        return step != resumed and (step == config.max_steps or step % every == 0)
+
     while True:
-        is_last = step == config.max_steps
-        if step != resumed and (is_last or step % config.eval_every == 0):
+        if is_due(config.eval_every):
             val_loss, texts = evaluate_and_sample(engine, run, inputs.val_stream, device)
             if metrics:
                 metrics.evaluation(step, val_loss, texts)
-        if 0 < step != resumed and (is_last or step % config.checkpoint_every == 0):
+        if inputs.hellaswag and is_due(config.hellaswag_every):
+            result = score_hellaswag(engine, run, inputs.hellaswag, device)
+            if metrics:
+                metrics.hellaswag(step, result)
+        if step > 0 and is_due(config.checkpoint_every):
             save_checkpoint(engine, run.config.run_dir / "checkpoints", step=step, samples=samples,
                             precision=precision(run.ds_config))  # fmt: skip
-        if is_last:
+        if step == config.max_steps:
             break
         started = time.perf_counter()
         lr = lr_at(step, config.lr, config.warmup_steps, config.decay_steps, config.min_lr_ratio)

@@ -28,12 +28,14 @@ if TYPE_CHECKING:
 
     from model import GPT
 
+    Logits = Callable[[Tensor], Tensor]  # (B, T) tokens -> (B, T, V)
+
 EVERY = 50  # rows between those of the small set: 201 of 10,042
 CHUNK = 500  # rows of the full set between two writes
 CLOSE = 1e-5  # nats: two endings nearer than this may change places in fp32
 
 
-def build_models(name: str, dtype: str) -> tuple[GPT, Callable[[Tensor], Tensor]]:
+def build_models(name: str, dtype: str) -> tuple[GPT, Logits]:
     """Build "30m" (nanoGPT's 6 x 384) or a preset with fresh weights, ours and Hugging Face's."""
     import torch
     from transformers import GPT2LMHeadModel
@@ -61,33 +63,38 @@ def read_rows(every: int) -> list[bytes]:
     return lzma.decompress(VALIDATION.read_bytes()).splitlines()[::every]
 
 
-def reference(model: Callable[[Tensor], Tensor], lines: list[bytes]) -> Tensor:
+def reference(model: Logits, lines: list[bytes]) -> Tensor:
     """Return the summed loss of each ending, (n, 4): one example per forward, full logits."""
     import torch
-    import torch.nn.functional as F
 
     from data.tokenizer import load_tokenizer
 
-    tokenizer, device = load_tokenizer(), "cuda" if torch.cuda.is_available() else "cpu"
-    sums = torch.zeros(len(lines), 4, dtype=torch.float64)
-    for n, line in enumerate(lines):
-        row = json.loads(line)
-        context = tokenizer.encode_ordinary(row["ctx"])
-        endings = [tokenizer.encode_ordinary(" " + ending) for ending in row["endings"]]
-        T = len(context) + max(map(len, endings))
-        tokens = torch.zeros(4, T, dtype=torch.long)
-        counts = torch.zeros(4, T, dtype=torch.bool)
-        for i, ending in enumerate(endings):
-            tokens[i, : len(context) + len(ending)] = torch.tensor(context + ending)
-            counts[i, len(context) : len(context) + len(ending)] = True
-        tokens, counts = tokens.to(device), counts.to(device)
-        with torch.no_grad():
-            logits = model(tokens)  # (4, T, V)
-        logits = logits[:, :-1].flatten(0, 1)
-        targets = tokens[:, 1:].flatten()
-        losses = F.cross_entropy(logits.float(), targets, reduction="none").view(4, -1)
-        sums[n] = losses.where(counts[:, 1:], 0.0).sum(1).double().cpu()
-    return sums
+    encode = load_tokenizer().encode_ordinary
+    sums = []
+    for row in map(json.loads, lines):
+        endings = [encode(" " + ending) for ending in row["endings"]]
+        sums.append(reference_row(model, encode(row["ctx"]), endings))
+    return torch.stack(sums)
+
+
+def reference_row(model: Logits, context: list[int], endings: list[list[int]]) -> Tensor:
+    """Return the summed loss of each ending of one example, (4,) fp64."""
+    import torch
+    import torch.nn.functional as F
+
+    T = len(context) + max(map(len, endings))
+    tokens = torch.zeros(4, T, dtype=torch.long)
+    counts = torch.zeros(4, T)
+    for i, ending in enumerate(endings):
+        tokens[i, : len(context) + len(ending)] = torch.tensor(context + ending)
+        counts[i, len(context) : len(context) + len(ending)] = 1
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokens, counts = tokens.to(device), counts.to(device)
+    with torch.no_grad():
+        logits = model(tokens)[:, :-1].flatten(0, 1)  # (4 · (T - 1), V)
+    targets = tokens[:, 1:].flatten()
+    losses = F.cross_entropy(logits.float(), targets, reduction="none").view(4, -1)
+    return (losses * counts[:, 1:]).sum(1).double().cpu()
 
 
 def ours(model: GPT, lines: list[bytes], path: Path) -> Tensor:

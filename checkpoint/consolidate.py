@@ -88,12 +88,11 @@ def step_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    import torch
-
     from checkpoint.resuming import allow_deepspeed_types
+    from checkpoint.unpickling import load_weights_only
 
     allow_deepspeed_types()
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return load_weights_only(path)
 
 
 def _param_shapes(path: Path) -> list[dict[str, Any]]:

@@ -1,43 +1,46 @@
-"""--ckpt -> model: a run, step or consolidated folder, a Hugging Face folder or hub name."""
+"""--ckpt -> model, for every format that people have."""
 
 from pathlib import Path
 
 import torch
 
 from checkpoint.consolidate import step_weights
+from checkpoint.foreign import ACCEPTED, load_foreign
 from checkpoint.manifest import MANIFEST, newest_step, read_manifest
 from model import GPT, GPTConfig
-from model.weights import load_hf_folder, locate_hf_folder
+from model.weights import fill_model, load_hf_folder, locate_hf_folder
 
 
 def load_model(ckpt: str) -> tuple[GPT, str]:
     """Build the model of a checkpoint, fp32 weights in evaluation mode, on the CPU.
 
+    Args:
+        ckpt: A run folder (its newest complete step), a step folder, a Hugging Face folder or hub
+            name, a build-nanogpt or nanoGPT .pt, or an llm.c .bin.
+
     Returns:
         The model, and the precision of the run that it is from ("fp32" outside a run).
 
     Raises:
-        ValueError: Nothing that can be read; names what was found.
+        ValueError: Nothing that can be read; names what was found and what is accepted.
     """
     path = Path(ckpt)
+    if path.is_file():
+        return load_foreign(path), "fp32"
     if (path / MANIFEST).is_file() or (path / "checkpoints").is_dir():
         step = newest_step(path)
-        return _load_step(step), read_manifest(step).precision
-    folder = locate_hf_folder(ckpt).resolve()
+        manifest = read_manifest(step)
+        return fill_model(GPTConfig(**manifest.model), step_weights(step), step), manifest.precision
+    if path.is_dir() and not (path / "config.json").is_file():
+        names = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
+        raise ValueError(f"{path}: a folder that holds {names}; {ACCEPTED}")
+    try:
+        folder = locate_hf_folder(ckpt).resolve()
+    except ValueError as error:
+        raise ValueError(f"{error}; {ACCEPTED}") from error
     step = folder.parents[1] / "checkpoints" / folder.name  # where a run's own folder is from
     is_ours = (step / MANIFEST).is_file()
     return load_hf_folder(folder), read_manifest(step).precision if is_ours else "fp32"
-
-
-def _load_step(folder: Path) -> GPT:
-    model = GPT(GPTConfig(**read_manifest(folder).model))
-    params = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, weight in step_weights(folder):
-            params.pop(name).copy_(weight)
-    if params:
-        raise ValueError(f"{folder}: lacks the weights {', '.join(sorted(params)[:5])}")
-    return model.eval()
 
 
 def precision_context(precision: str, device: str) -> torch.autocast:

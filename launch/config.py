@@ -53,6 +53,8 @@ class TrainConfig:
     shuffle: bool = _flag(True, "permute the windows in each epoch; false: in stream order")
     eval_every: int = _flag(250, "steps between validations and samples")
     eval_tokens: int = _flag(10_485_760, "validation tokens, the first of the split")
+    hellaswag_every: int = _flag(None, "steps between HellaSwag scores; 0: none (preset's)")
+    hellaswag_limit: int = _flag(10_042, "HellaSwag rows, the first of the validation set")
     sample_tokens: int = _flag(32, "tokens of each in-loop sample")
     sample_prompt: str = _flag("Hello, I'm a language model,", "prompt of the in-loop samples")
     checkpoint_every: int = _flag(5000, "steps between checkpoints")
@@ -101,6 +103,7 @@ def resolve_train_config(config: TrainConfig) -> TrainConfig:
         "batch_tokens": batch_tokens,
         "seq_len": preset.config.block_size,
         "lr": preset.lr,
+        "hellaswag_every": preset.hellaswag_every,
     } | {name: max(1, tokens // batch_tokens) for name, tokens in steps.items()}
     given = {k: v for k in filled if (v := getattr(config, k)) is not None}
     config = dataclasses.replace(config, **(filled | given))
@@ -110,7 +113,8 @@ def resolve_train_config(config: TrainConfig) -> TrainConfig:
 
 def _check_ranges(config: TrainConfig) -> None:
     positive = ("batch_tokens", "seq_len", "max_steps", "lr", "eps", "eval_every", "eval_tokens",
-                "sample_tokens", "checkpoint_every", "log_every", "dist_timeout_s")  # fmt: skip
+                "hellaswag_limit", "sample_tokens", "checkpoint_every", "log_every",
+                "dist_timeout_s")  # fmt: skip
     for name in positive:
         if getattr(config, name) <= 0:
             raise ValueError(f"--{name} {getattr(config, name)}: must be positive")
@@ -126,6 +130,7 @@ def _check_ranges(config: TrainConfig) -> None:
         "grad_clip",
         "min_lr_ratio",
         "seed",
+        "hellaswag_every",
     ):
         if getattr(config, name) < 0:
             raise ValueError(f"--{name} {getattr(config, name)}: must not be negative")

@@ -111,6 +111,16 @@ class Metrics:
             _say(f"step {step:5d} | sample: {text!r}")
         self._write({"step": step, "val/loss": loss, "samples": samples}, f"{step} val {loss:.4f}")
 
+    def hellaswag(self, step: int, result: dict[str, Any]) -> None:
+        """Write the HellaSwag score after `step` updates: `eval.hellaswag.score`'s."""
+        acc, acc_norm = result["acc"], result["acc_norm"]
+        _say(
+            f"step {step:5d} | HellaSwag: acc {acc:.4f} acc_norm {acc_norm:.4f} "
+            f"± {result['acc_norm_stderr']:.4f} of {result['n']}"
+        )
+        row = {"step": step, "eval/hellaswag_acc": acc, "eval/hellaswag_acc_norm": acc_norm}
+        self._write(row, f"{step} hella {acc_norm:.4f}")
+
     def close(self) -> None:
         """Flush and close every file."""
         for file in (self.log, self.jsonl, self.board):

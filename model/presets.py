@@ -20,7 +20,7 @@ GPT3_175B_BATCH = 1536 * 2048  # "3.2M" of the table, in whole sequences
 
 @dataclass(frozen=True)
 class Preset:
-    """One model with the recipe that it is trained with; all counts are tokens."""
+    """One model with the recipe that it is trained with; counts are tokens, intervals steps."""
 
     config: GPTConfig
     batch_tokens: int
@@ -28,6 +28,7 @@ class Preset:
     max_tokens: int
     decay_tokens: int
     warmup_tokens: int = WARMUP_TOKENS
+    hellaswag_every: int = 250
 
 
 def _gpt2(n_layer: int, n_head: int, n_embd: int, batch_tokens: int, lr: float) -> Preset:
@@ -42,7 +43,7 @@ def _gpt3(n_layer: int, n_embd: int, n_head: int, batch_tokens: int, lr: float) 
 
 def _small(config: GPTConfig, batch_tokens: int, lr: float, steps: int, warmup: int) -> Preset:
     tokens = steps * batch_tokens
-    return Preset(config, batch_tokens, lr, tokens, tokens, warmup * batch_tokens)
+    return Preset(config, batch_tokens, lr, tokens, tokens, warmup * batch_tokens, 0)
 
 
 PRESETS: dict[str, Preset] = {

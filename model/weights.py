@@ -125,9 +125,6 @@ def _files_by_key(folder: Path) -> dict[str, Path]:
 def load_hf_weights(folder: Path, config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
     """Yield every weight in our name, layout and padding, one at a time, in the model's order.
 
-    The rows that pad `wte` are the mean of the others: by Jensen's inequality such a column is at
-    most as likely as the average token, so training starts within 0.001 nats of the unpadded loss.
-
     Raises:
         ValueError: A weight is missing, unknown, or has another shape than `config` says.
     """
@@ -144,21 +141,48 @@ def load_hf_weights(folder: Path, config: GPTConfig) -> Iterator[tuple[str, Tens
             weight = weight.t().contiguous()
         if tuple(weight.shape) != shape:
             raise ValueError(f"{file}: {key} is {tuple(weight.shape)}, config.json says {shape}")
-        if name == "wte.weight":
-            padding = config.padded_vocab_size - config.vocab_size
-            weight = torch.cat([weight, weight.mean(0, keepdim=True).expand(padding, -1)])
-        yield name, weight
+        yield name, pad_vocabulary(weight, config) if name == "wte.weight" else weight
 
 
 def load_hf_folder(folder: Path) -> GPT:
     """Build the GPT of a Hugging Face folder, in fp32, in evaluation mode."""
     config = load_hf_config(folder)
-    model = GPT(config)
+    return fill_model(config, load_hf_weights(folder, config), folder)
+
+
+def fill_model(config: GPTConfig, weights: Iterable[tuple[str, Tensor]], source: Path) -> GPT:
+    """Build a GPT in evaluation mode with the given weights, by our names, in fp32.
+
+    Raises:
+        ValueError: A weight is missing, unknown, or has another shape; names `source`.
+    """
+    model = GPT(config).eval()
     params = dict(model.named_parameters())
     with torch.no_grad():
-        for name, weight in load_hf_weights(folder, config):
-            params[name].copy_(weight)
-    return model.eval()
+        for name, weight in weights:
+            if name not in params:
+                raise ValueError(f"{source}: unknown weights: {name}")
+            if name == "wte.weight":
+                weight = pad_vocabulary(weight, config)
+            if weight.shape != params[name].shape:
+                found, needed = tuple(weight.shape), tuple(params[name].shape)
+                raise ValueError(f"{source}: {name} is {found}, the model needs {needed}")
+            params.pop(name).copy_(weight)
+    if params:
+        raise ValueError(f"{source}: missing weights: {', '.join(sorted(params)[:5])}")
+    return model
+
+
+def pad_vocabulary(wte: Tensor, config: GPTConfig) -> Tensor:
+    """Pad `wte` of exactly `vocab_size` rows to `padded_vocab_size`; else return it as it is.
+
+    The rows added are the mean of the others: by Jensen's inequality such a column is at most as
+    likely as the average token, so training starts within 0.001 nats of the unpadded loss.
+    """
+    if len(wte) != config.vocab_size:
+        return wte
+    padding = config.padded_vocab_size - config.vocab_size
+    return torch.cat([wte, wte.mean(0, keepdim=True).expand(padding, -1)])
 
 
 def save_hf_folder(

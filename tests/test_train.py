@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +13,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
+import eval.hellaswag as hellaswag
 from bench import parity, reference
+from bench.hellaswag import reference_row
 from checkpoint.consolidate import check_empty
 from checkpoint.manifest import complete_steps
 from checkpoint.reader import load_model
 from data.shards import TokenStream
 from data.tokenizer import VOCAB_SIZE
+from eval.packing import evaluate
 from eval.val_loss import build_parser, run
-from model import PRESETS
-from model.weights import load_hf_folder
+from launch.ranks import read_ranks
+from model import GPT, PRESETS
+from model.weights import load_hf_folder, save_hf_folder
 from train import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,6 +75,25 @@ def test_resumed_run_has_the_same_bits(data_dir: Path, tmp_path: Path, stage: in
     assert [p.name for p in complete_steps(parts / "checkpoints")] == ["step_000010", "step_000020"]
 
 
+def same_predictions_as_hugging_face(folder: Path) -> None:
+    """On every 50th row of HellaSwag's validation set: 201; rows too long for 64 tokens are cut."""
+    hf, model = AutoModelForCausalLM.from_pretrained(folder).eval(), load_hf_folder(folder)
+    examples = [
+        replace(e, context=e.context[-30:], endings=[ending[:34] for ending in e.endings])
+        for e in hellaswag.load_examples()[::50]
+    ]
+    expected = torch.stack(
+        [reference_row(lambda t: hf(t).logits, e.context, e.endings) for e in examples]
+    )
+    losses = evaluate(model, examples)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-4)
+    for a, b in zip(
+        hellaswag.predict(expected, examples), hellaswag.predict(losses, examples), strict=True
+    ):
+        assert len(a) == 201
+        assert torch.equal(a, b)
+
+
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("stage", [0, 1, 2, 3, pytest.param("3_offload", marks=NEEDS_COMPILER)])
 def test_consolidated_folder_is_the_model_that_was_trained(
@@ -86,7 +111,9 @@ def test_consolidated_folder_is_the_model_that_was_trained(
     assert torch.equal(from_live(tokens), from_step(tokens))
     args = build_parser().parse_args(["--ckpt", str(live), "--data_dir", str(data_dir),
                                       "--eval_tokens", "2944"])  # fmt: skip
-    assert run(args)["val_loss"] == pytest.approx(rows(run_dir, "val/loss")[3], abs=1e-3)
+    assert run(args, read_ranks())["val_loss"] == pytest.approx(
+        rows(run_dir, "val/loss")[3], abs=1e-3
+    )
     out = subprocess.run(
         [sys.executable, "checkpoint/consolidate.py", "--ckpt", run_dir,
          "--out_dir", tmp_path / "x"],
@@ -96,6 +123,7 @@ def test_consolidated_folder_is_the_model_that_was_trained(
     with pytest.raises(ValueError, match="exists and is not an empty folder"):
         check_empty(tmp_path / "x")
     files = ("model.safetensors", "config.json", "vocab.json")
+    same_predictions_as_hugging_face(live)
     monkeypatch.chdir(tmp_path)
     assert torch.equal(load_model("x")[0](tokens), from_live(tokens))
     assert all((tmp_path / "x" / f).read_bytes() == (live / f).read_bytes() for f in files)
@@ -166,21 +194,65 @@ def test_zero0_is_the_seeds_own_arithmetic(tmp_path: Path) -> None:
     assert parity.largest_difference(got, expected) < 2e-3
 
 
-def test_torchrun_and_three_ranks_evaluate_in_step(data_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", [0, 3])
+def test_three_ranks_evaluate_in_step(data_dir: Path, tmp_path: Path, stage: int) -> None:
+    options = ["--max_steps", 2, "--batch_tokens", 6 * 64, "--micro_batch_size", 2,
+               "--hellaswag_every", 2, "--hellaswag_limit", 201]  # fmt: skip
+    three, one = tmp_path / "three", tmp_path / "one"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "3", "train.py"]
-    options = ["--max_steps", 2, "--batch_tokens", 6 * 64, "--micro_batch_size", 2]
-    three = arguments(data_dir, tmp_path / "three", 3, *options)
-    done = parity.run_with_children([*command, *three], timeout_s=180)
+    command += ["--nproc_per_node", "3", "train.py", *arguments(data_dir, three, stage, *options)]
+    done = parity.run_with_children(command, timeout_s=180)
     assert done.returncode == 0, done.stderr
-    one = arguments(data_dir, tmp_path / "one", 3, *options)
-    alone = parity.run_with_children([sys.executable, "train.py", *one], timeout_s=100)
+    command = [sys.executable, "train.py", *arguments(data_dir, one, stage, *options)]
+    alone = parity.run_with_children(command, timeout_s=100)
     assert alone.returncode == 0, alone.stderr
     # 46 windows of 64 tokens over 3 ranks of 2: the last round is two thirds empty
-    losses = [rows(tmp_path / name, "val/loss") for name in ("three", "one")]
+    losses = [rows(run_dir, "val/loss") for run_dir in (three, one)]
     assert losses[0][0] == pytest.approx(losses[1][0], abs=1e-5)
     assert losses[0][2] == pytest.approx(losses[1][2], abs=2e-3)
-    assert_step_is_consolidated(tmp_path / "three")
+    for key in ("eval/hellaswag_acc", "eval/hellaswag_acc_norm"):
+        scores = [rows(run_dir, key) for run_dir in (three, one)]
+        assert list(scores[0]) == [0, 2]
+        assert scores[0][0] == scores[1][0]  # the weights differ after the first step only
+        assert scores[0][2] == pytest.approx(scores[1][2], abs=2.5 / 201)
+    assert (three / "log.txt").read_text().count(" hella ") == 2
+    assert_step_is_consolidated(three)
+    in_loop = rows(three, "eval/hellaswag_acc_norm")[2]
+    for ckpt in (three, three / "consolidated" / "step_000002"):
+        args = hellaswag.build_parser().parse_args(["--ckpt", str(ckpt), "--limit", "201"])
+        assert hellaswag.run(args, read_ranks())["acc_norm"] == in_loop
+
+
+def test_evaluation_on_several_ranks_gives_the_numbers_of_one(
+    data_dir: Path, tmp_path: Path
+) -> None:
+    config = PRESETS["debug"].config
+    save_hf_folder(tmp_path / "hf", config, GPT(config).named_parameters(), lambda _: None)
+    rows_wanted = ["--ckpt", tmp_path / "hf", "--limit", "201", "--details"]
+    losses = ["--ckpt", tmp_path / "hf", "--data_dir", data_dir, "--eval_tokens", "2999"]
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = ["--master_port", str(free.getsockname()[1])]
+    results = {}
+    for name, command in {
+        "one": [sys.executable, "eval/hellaswag.py", *rows_wanted, one],
+        "two": [*launcher, *port, "eval/hellaswag.py", *rows_wanted, two],
+        "one val": [sys.executable, "eval/val_loss.py", *losses],
+        "three val": [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                      "--nproc_per_node", "3", "eval/val_loss.py", *losses],
+    }.items():  # fmt: skip
+        done = parity.run_with_children(list(map(str, command)), timeout_s=100)
+        assert done.returncode == 0, done.stderr
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        results[name] = json.loads(line)
+    assert results["one"] == results["two"]
+    assert one.read_text() == two.read_text()
+    assert results["one val"]["tokens"] == results["three val"]["tokens"] == 2999
+    assert results["one val"]["val_loss"] == pytest.approx(
+        results["three val"]["val_loss"], abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("model", PRESETS)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from data.shards import TokenStream
-from eval.val_loss import build_parser, count_windows, evaluate, run, unigram_entropy
+from eval.val_loss import build_parser, check_eval_tokens, evaluate, run, unigram_entropy
+from launch.ranks import read_ranks
 from model import GPT, GPTConfig
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=64)
@@ -19,11 +20,14 @@ def model() -> GPT:
 
 def test_loss_is_the_mean_over_all_tokens_of_the_windows(model: GPT, data_dir: Path) -> None:
     stream = TokenStream(data_dir, "val", 50257)
-    total, n_tokens = evaluate(model, stream, seq_len=64, eval_tokens=46 * 64, batch_size=7)
-    tokens = torch.from_numpy(stream.read(0, 46 * 64 + 1).astype(np.int64))
-    logits = model(tokens[:-1].view(46, 64)).flatten(0, 1)
-    expected = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="sum").item()
-    assert n_tokens == 46 * 64
+    total, n_tokens = evaluate(model, stream, seq_len=64, eval_tokens=46 * 64 + 55, batch_size=7)
+    tokens = torch.from_numpy(stream.read(0, 3000).astype(np.int64))  # all: the last has no target
+    whole = model(tokens[: 46 * 64].view(46, 64)).flatten(0, 1)
+    rest = model(tokens[46 * 64 : -1][None])[0]
+    expected = torch.nn.functional.cross_entropy(
+        torch.cat([whole, rest]), tokens[1:], reduction="sum"
+    ).item()
+    assert n_tokens == 2999
     assert total == pytest.approx(expected, rel=1e-6)
 
 
@@ -50,7 +54,7 @@ def test_result_does_not_depend_on_batches_or_ranks(
     assert len(set(forwards)) == 1  # in lock-step
     total, n_tokens = map(sum, zip(*sums, strict=True))
     alone, n_alone = evaluate(model, stream, seq_len=64, eval_tokens=2000, batch_size=31)
-    assert n_tokens == n_alone == 31 * 64
+    assert n_tokens == n_alone == 2000
     assert total / n_tokens == pytest.approx(alone / n_alone, abs=1e-5)
 
 
@@ -64,16 +68,13 @@ def test_unigram_entropy_is_that_of_the_counts(tmp_path: Path) -> None:
 def test_values_out_of_range_name_their_flag(name: str) -> None:
     args = build_parser().parse_args(["--ckpt", "x", f"--{name}", "0"])
     with pytest.raises(ValueError, match=f"--{name} 0: must be at least 1"):
-        run(args)
+        run(args, read_ranks())
 
 
 def test_too_few_tokens_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "text_val_000000.npy", np.zeros(129, np.uint16))
     stream = TokenStream(tmp_path, "val", 50257)
-    assert count_windows(stream, 64, 128) == 2
-    assert count_windows(stream, 64, 127) == 1
+    check_eval_tokens(stream, 128)
     message = r"text_val_000000\.npy: the validation split has 129 tokens.*give --eval_tokens 128$"
     with pytest.raises(ValueError, match=message):
-        count_windows(stream, 64, 1000)
-    with pytest.raises(ValueError, match=r"--eval_tokens 63: less than one window of 64"):
-        count_windows(stream, 64, 63)
+        check_eval_tokens(stream, 129)

@@ -1,0 +1,222 @@
+"""Every format that --ckpt takes gives the logits of Hugging Face's model with the same weights."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from checkpoint.reader import load_model
+
+V = 50257
+SEED_SCRIPT = """
+import sys
+from dataclasses import dataclass
+import torch
+
+@dataclass
+class GPTConfig:
+    block_size: int = 32
+    vocab_size: int = 50304
+    n_layer: int = 2
+    n_head: int = 2
+    n_embd: int = 32
+
+content = torch.load(sys.argv[1], weights_only=True)
+torch.save(content | {"config": GPTConfig(), "step": 5, "val_loss": 3.3}, sys.argv[2])
+"""
+
+
+def build_hf(activation: str = "gelu_new", biases: bool = True) -> GPT2LMHeadModel:
+    config = GPT2Config(
+        vocab_size=V, n_positions=32, n_embd=32, n_layer=2, n_head=2, activation_function=activation
+    )
+    model = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            param.mul_(3) if param.dim() > 1 else param.add_(torch.randn_like(param) * 0.1)
+            if name.endswith(".bias") and not biases:
+                param.zero_()
+    return model
+
+
+def linear_weights(hf: GPT2LMHeadModel) -> dict[str, Tensor]:
+    """The names and orientation of nn.Linear, which all three trainers have."""
+    state = hf.state_dict()
+    conv1d = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    return {k: (w.t() if k.endswith(conv1d) else w).contiguous() for k, w in state.items()}
+
+
+def padded(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    wte = torch.cat([weights["transformer.wte.weight"], torch.randn(47, 32)])
+    return weights | {"transformer.wte.weight": wte, "lm_head.weight": wte}
+
+
+def assert_same_logits(path: Path, hf: GPT2LMHeadModel) -> None:
+    model, precision = load_model(str(path))
+    tokens = torch.randint(V, (2, 32))
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), hf(tokens).logits, rtol=1e-4, atol=1e-4)
+    assert precision == "fp32"
+    assert not model.training
+
+
+@pytest.fixture(scope="module")
+def seed_pt(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GPT2LMHeadModel]:
+    """A file as build-nanogpt saves it: its config is an object of a class of that script."""
+    torch.manual_seed(0)
+    folder, hf = tmp_path_factory.mktemp("seed"), build_hf()
+    torch.save({"model": padded(linear_weights(hf))}, folder / "weights.pt")
+    (folder / "train_gpt2.py").write_text(SEED_SCRIPT)
+    command = [sys.executable, "train_gpt2.py", "weights.pt", "model_00005.pt"]
+    subprocess.run(command, cwd=folder, check=True, timeout=60)
+    return folder / "model_00005.pt", hf
+
+
+def test_build_nanogpts_pt_is_read(seed_pt: tuple[Path, GPT2LMHeadModel]) -> None:
+    assert_same_logits(*seed_pt)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_nanogpts_pt_is_read_with_its_exact_gelu(
+    tmp_path: Path, bias: bool, compiled: bool
+) -> None:
+    hf = build_hf("gelu", biases=bias)
+    weights = padded(linear_weights(hf))
+    if not bias:
+        weights = {k: w for k, w in weights.items() if not k.endswith(".bias")}
+    weights["transformer.h.0.attn.bias"] = torch.ones(1, 1, 32, 32)  # its mask, without flash
+    args = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "bias": bias}
+    args |= {"vocab_size": 50304, "dropout": 0.0}
+    prefix = "_orig_mod." if compiled else ""
+    content = {"model": {prefix + k: w for k, w in weights.items()}, "model_args": args}
+    content |= {"optimizer": {}, "iter_num": 5, "best_val_loss": torch.tensor(3.0), "config": {}}
+    torch.save(content, tmp_path / "ckpt.pt")
+    assert_same_logits(tmp_path / "ckpt.pt", hf)
+
+
+def write_llm_c(path: Path, hf: GPT2LMHeadModel, version: int) -> None:
+    header = np.zeros(256, "<i4")
+    header[:8] = (20240326, version, 32, V, 2, 2, 32, 50304)
+    weights = {k.removeprefix("transformer."): w for k, w in padded(linear_weights(hf)).items()}
+    parts = [weights["wte.weight"], weights["wpe.weight"]]
+    for part in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"):
+        for kind in ("weight", "bias"):
+            parts += [weights[f"h.{layer}.{part}.{kind}"] for layer in range(2)]
+    parts += [weights["ln_f.weight"], weights["ln_f.bias"]]
+    flat = torch.cat([part.flatten() for part in parts])
+    body = flat.bfloat16().view(torch.int16) if version == 5 else flat
+    path.write_bytes(header.tobytes() + body.numpy().tobytes())
+
+
+def test_llm_cs_fp32_is_read(tmp_path: Path) -> None:
+    hf = build_hf()
+    write_llm_c(tmp_path / "model.bin", hf, 3)
+    assert_same_logits(tmp_path / "model.bin", hf)
+
+
+def test_llm_cs_bf16_is_read(tmp_path: Path) -> None:
+    hf = build_hf()
+    write_llm_c(tmp_path / "model.bin", hf, 5)
+    assert_same_logits(tmp_path / "model.bin", hf.bfloat16().float())
+
+
+def test_a_hugging_face_folder_with_the_exact_gelu_is_read(tmp_path: Path) -> None:
+    hf = build_hf("gelu")
+    hf.save_pretrained(tmp_path / "hf")
+    assert_same_logits(tmp_path / "hf", hf)
+
+
+class Trap:
+    """Leaves a file behind if it is ever unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (self.path,))
+
+
+def test_a_strangers_code_is_not_run(tmp_path: Path) -> None:
+    sprung = tmp_path / "sprung"
+    torch.save({"model": {}, "config": Trap(sprung)}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match=r"evil\.pt: holds the pickled object .*only tensors"):
+        load_model(str(tmp_path / "evil.pt"))
+    assert not sprung.exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda b: b[:-100], "damaged"),
+        (lambda b: b[:700], "damaged"),
+        (lambda b: b"GGUF" + b[4:], r"begins with b'GGUF.*accepted are a run, step"),
+        (lambda b: b"", r"begins with b''.*accepted are"),
+    ],
+)
+def test_a_damaged_pt_is_one_line(
+    seed_pt: tuple[Path, GPT2LMHeadModel],
+    tmp_path: Path,
+    damage: Callable[[bytes], bytes],
+    message: str,
+) -> None:
+    (tmp_path / "x.pt").write_bytes(damage(seed_pt[0].read_bytes()))
+    with pytest.raises(ValueError, match=rf"x\.pt: {message}") as caught:
+        load_model(str(tmp_path / "x.pt"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cut_or_old_llm_c_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    write_llm_c(path, build_hf(), 3)
+    content = path.read_bytes()
+    path.write_bytes(content[:-4])
+    with pytest.raises(ValueError, match=r"model\.bin: damaged: the header says"):
+        load_model(str(path))
+    path.write_bytes(content[:4] + b"\x01" + content[5:])
+    with pytest.raises(ValueError, match=r"llm\.c version 1; accepted are .*version 3 or 5"):
+        load_model(str(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_args": {"n_head": 2, "use_rmsnorm": True}}, "does not have: use_rmsnorm"),
+        ({"model_args": {"n_layer": 2}}, "n_head"),
+        ({"weights": 1, "model": None}, "no 'model'"),
+    ],
+)
+def test_another_network_is_refused(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    content = {"model": linear_weights(build_hf("gelu"))}
+    torch.save(content | change, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=message):
+        load_model(str(tmp_path / "x.pt"))
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    weights = linear_weights(build_hf("gelu"))
+    content = {"model_args": {"n_head": 2}, "model": dict(weights)}
+    content["model"].pop("transformer.h.1.ln_2.bias")
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"x\.pt: missing weights: h\.1\.ln_2\.bias"):
+        load_model(str(tmp_path / "x.pt"))
+    content["model"] = weights | {"lm_head.weight": torch.zeros(V, 32)}
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="not tied"):
+        load_model(str(tmp_path / "x.pt"))
+
+
+def test_what_is_there_and_what_is_accepted_is_said(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ValueError, match=r"holds notes\.txt; accepted are a run"):
+        load_model(str(tmp_path))
+    with pytest.raises(ValueError, match=r"no such folder.*accepted are a run"):
+        load_model(str(tmp_path / "nothing"))
