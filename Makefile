@@ -38,8 +38,8 @@ quickstart: $(VENV)/installed
 	@echo "== 4/5 samples"
 	@$(BIN)/python eval/sample.py --ckpt $(CKPT)/* --prompt "My fellow citizens," --max_new_tokens 40 --top_k 50
 	@echo "== 5/5 curves"
-	@$(BIN)/python eval/report.py $(RUN) --out $(RUN)
-	@echo "Done. The curves: $(RUN)/loss.png. The model, for AutoModelForCausalLM: $(CKPT)/"
+	@$(BIN)/python eval/report.py $(RUN) --out $(RUN)/report
+	@echo "Done. The curves: $(RUN)/report/index.html. The model, for AutoModelForCausalLM: $(CKPT)/"
 	@echo "Next: $(BIN)/tensorboard --logdir runs"
 	@echo "      $(BIN)/python train.py --model quickstart --data_dir $(DATA) --run_dir $(RUN) --max_steps 300 --decay_steps 300"
 	@echo "      $(BIN)/deepspeed --num_gpus 8 train.py --model gpt2 --data_dir YOUR_SHARDS   (README.md: the 124M recipe)"

@@ -106,7 +106,7 @@ def open_inputs(run: Run) -> Inputs:
     Order(len(train_stream), config.seq_len)
     check_eval_tokens(val_stream, config.eval_tokens)
     rows = load_examples(limit=config.hellaswag_limit) if config.hellaswag_every else []
-    data = (train_stream, val_stream, crop_contexts(rows, gpt))
+    data = (train_stream, val_stream, crop_contexts(rows, gpt.block_size))
     if folder := find_checkpoint(run.config.run_dir, config.resume):
         manifest = check_layout(
             folder,

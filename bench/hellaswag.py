@@ -103,7 +103,7 @@ def ours(model: GPT, lines: list[bytes], path: Path) -> Tensor:
     from eval.packing import crop_contexts, evaluate
 
     path.write_bytes(b"\n".join(lines) + b"\n")
-    examples = crop_contexts(load_examples(path), model.config)
+    examples = crop_contexts(load_examples(path), model.config.block_size)
     return evaluate(model, examples, device=next(model.parameters()).device)
 
 

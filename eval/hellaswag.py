@@ -20,7 +20,7 @@ if not __package__:  # run as a file: import from the repository root, exactly a
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from eval.packing import FORWARD_TOKENS, N_ENDINGS, Example, crop_contexts, evaluate
-from eval.session import add_model_flags, run_command, say, start_session
+from eval.session import add_model_flags, check_gpt2_tokens, run_command, say, start_session
 from launch.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -153,7 +153,8 @@ def run(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     from checkpoint.reader import load_model
 
     model, run_precision = load_model(args.ckpt)
-    fitting = crop_contexts(examples, model.config)
+    check_gpt2_tokens(model.config)
+    fitting = crop_contexts(examples, model.config.block_size)
     session = start_session(model, args.dtype or run_precision, ranks)
     with session.context():
         losses = evaluate(

@@ -1,59 +1,73 @@
-"""The loss curves of one or more runs, as a picture.
+"""The curves of one or more runs as pictures and a page, or a verdict on one.
 
 python eval/report.py runs/a runs/b --out report
+python eval/report.py runs/a --check gpt2-124m-fineweb-edu    status 0: on track, 1: off, 2: no step
 """
 
+from __future__ import annotations
+
 import argparse
+import base64
+import html
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-Curve = list[tuple[int, float]]
+from eval.curves import RunCurves, check, extremes, hellaswag_lines, read_run
+
+STYLE = "body{font:16px/1.5 sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
+STYLE += "img{max-width:100%}td,th{padding:.2rem .8rem;text-align:right}pre{white-space:pre-wrap}"
 
 
-def read_log(path: Path) -> dict[str, Curve]:
-    """Read a log.txt, ours or build-nanogpt's; of a step that a restart repeats the last counts.
-
-    Raises:
-        ValueError: No such file, or a line that is not `{step} {kind} {value}`; names the line.
-    """
-    curves: dict[str, dict[int, float]] = {}
-    try:
-        lines = path.read_text().splitlines()
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; give a run folder") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            step, kind, value = line.split()
-            curves.setdefault(kind, {})[int(step)] = float(value)
-        except ValueError:
-            raise ValueError(f"{path}:{number}: not 'step kind value': {line!r}") from None
-    return {kind: sorted(points.items()) for kind, points in curves.items()}
+def write_page(runs: Sequence[RunCurves], pictures: Sequence[Path], path: Path) -> None:
+    """Write one HTML file that holds the pictures, the numbers and the last samples themselves."""
+    parts = ["<!doctype html><html lang='en'><head><meta charset='utf-8'>"]
+    parts += [f"<title>Runs</title><style>{STYLE}</style></head><body><h1>Runs</h1>", _table(runs)]
+    for picture in pictures:
+        encoded = base64.b64encode(picture.read_bytes()).decode()
+        name = html.escape(picture.stem)
+        parts.append(f"<h2>{name}</h2><img alt='{name}' src='data:image/png;base64,{encoded}'>")
+    for run in runs:
+        if run.samples:
+            parts.append(f"<h2>Last samples of {html.escape(run.name)}</h2>")
+            parts += [f"<pre>{html.escape(text)}</pre>" for text in run.samples]
+    parts.append("</body></html>\n")
+    path.write_text("\n".join(parts), encoding="utf-8")
 
 
-def plot_losses(runs: dict[str, dict[str, Curve]], path: Path) -> None:
-    """Draw train and validation loss of each run, in nats per token on a log axis."""
-    import matplotlib
+def _table(runs: Sequence[RunCurves]) -> str:
+    """Return the extremes of each run, and the published HellaSwag scores at its size."""
+    heads = ("run", "last step", "lowest train loss", "lowest val loss", "highest HellaSwag",
+             "published at this size")  # fmt: skip
+    rows = ["".join(f"<th>{head}</th>" for head in heads)]
+    for run in runs:
+        best = extremes(run)
+        cells = [run.name, str(last_step(run))]
+        for key in ("min_train", "min_val", "max_hella"):
+            cells.append("{value:.4f} at {step}".format(**best[key]) if key in best else "")
+        cells.append(", ".join(f"{k}: {v:.4f}" for k, v in hellaswag_lines(run.model).items()))
+        rows.append("".join(f"<td>{html.escape(cell)}</td>" for cell in cells))
+    return "<table>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5))
-    for name, curves in runs.items():
-        for kind, marker in (("train", ""), ("val", "o")):
-            if kind in curves:
-                steps, losses = zip(*curves[kind], strict=True)
-                axes.plot(steps, losses, label=f"{name} {kind}", marker=marker, alpha=0.7)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", yscale="log")
-    axes.yaxis.set_major_formatter("{x:.1f}")
-    axes.yaxis.set_minor_formatter("{x:.1f}")
-    axes.grid(visible=True, which="both", alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
+def last_step(run: RunCurves) -> int:
+    """Return the last step that the run has logged."""
+    return max(step for curve in run.curves.values() for step, _ in curve)
+
+
+def write_report(runs: Sequence[RunCurves], out: Path) -> dict[str, object]:
+    """Write the pictures and the page into `out`; return where they are and the extremes."""
+    from eval.plots import draw_all
+
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: is a file; give a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    write_page(runs, draw_all(runs, out), out / "index.html")
+    return {"page": str(out / "index.html"), "runs": {run.name: extremes(run) for run in runs}}
 
 
 def main() -> int:
@@ -61,25 +75,31 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
-    parser.add_argument("--out", type=Path, help="folder for loss.png (default: the first run)")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, help="run folders, or build-nanogpt's log.txt"
+    )
+    parser.add_argument("--out", type=Path, default=Path("report"), help="folder (default: report)")
+    parser.add_argument("--check", help="compare validation losses with this published curve")
     args = parser.parse_args()
     try:
-        runs = {str(run): read_log(run / "log.txt") for run in args.runs}
-        out = args.out or args.runs[0]
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"--out {out}: is a file; give a folder")
+        runs = [read_run(path) for path in args.runs]
+        for run in runs:
+            if not run.curves:
+                raise ValueError(f"{run.name}: the log is empty")
+        if args.check and len(runs) > 1:
+            raise ValueError("--check compares one run; give one")
+        result = check(runs[0], args.check) if args.check else write_report(runs, args.out)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    out.mkdir(parents=True, exist_ok=True)
-    plot_losses(runs, out / "loss.png")
-    lowest = {
-        name: {kind: min(value for _, value in curve) for kind, curve in curves.items()}
-        for name, curves in runs.items()
-    }
-    print(json.dumps({"picture": str(out / "loss.png"), "lowest": lowest}))
-    return 0
+    for run in runs:
+        best = extremes(run).items()
+        found = ", ".join(
+            f"{k.replace('_', ' ')} {v['value']:.4f} (step {v['step']})" for k, v in best
+        )
+        print(f"{run.name}: {found}", file=sys.stderr)
+    print(json.dumps(result))
+    return {True: 0, False: 1, None: 2}[result["on_track"]] if args.check else 0
 
 
 if __name__ == "__main__":

@@ -1,20 +1,25 @@
 """Text from a prompt.
 
 python eval/sample.py --ckpt runs/x --prompt "Hello, I'm a language model," --top_k 50
+python eval/sample.py --ckpt runs/x --prompt_file prompt.txt --temperature 0.8 --top_p 0.95
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import codecs
+import functools
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from eval.session import add_model_flags, check_gpt2_tokens, run_command, start_session
+from launch.ranks import Ranks
 from model import GPTConfig
 
 if TYPE_CHECKING:
@@ -22,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PROMPT = "Hello, I'm a language model,"  # build-nanogpt's
+UNKNOWN_BYTE = b"\xff"  # shown as U+FFFD: a column of the model beyond GPT-2's vocabulary
 
 
 def sample_texts(
@@ -75,12 +81,37 @@ def sample_texts(
     return [prompt + tokenizer.decode(row) for row in new_tokens.tolist()]
 
 
-def until_end_of_text(texts: list[str]) -> Iterator[str]:
-    """Cut each text at its first `<|endoftext|>`."""
-    from data.tokenizer import END_OF_TEXT
+def stream_texts(drawn: Iterator[Tensor], n_samples: int, show: Callable[[str], None]) -> list[str]:
+    """Decode tokens as they come; each text ends at its `<|endoftext|>`, the drawing with the last.
 
-    for text in texts:
-        yield text.split(END_OF_TEXT)[0]
+    Args:
+        drawn: (n_samples,) tokens at a time, as `model.generate.generate` yields them.
+        n_samples: How many texts.
+        show: Is given the first text piece by piece, and the others when all is drawn.
+    """
+    from data.tokenizer import EOT_TOKEN, VOCAB_SIZE, load_tokenizer
+
+    token_bytes = load_tokenizer().decode_single_token_bytes
+    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(n_samples)]
+    texts, going_on = [""] * n_samples, set(range(n_samples))
+    for tokens in drawn:
+        for i, token in enumerate(tokens.tolist()):
+            if token == EOT_TOKEN:
+                going_on.discard(i)
+            if i in going_on:  # a character may be spread over several tokens
+                known = token < VOCAB_SIZE
+                piece = decoders[i].decode(token_bytes(token) if known else UNKNOWN_BYTE)
+                texts[i] += piece
+                if i == 0:
+                    show(piece)
+        if not going_on:
+            break
+    for i, decoder in enumerate(decoders):
+        rest = decoder.decode(b"", final=True)
+        texts[i] += rest
+        show(rest if i == 0 else f"\n---------------\n{texts[i]}")
+    show("\n")
+    return texts
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -88,8 +119,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ckpt", required=True, help="run, step or Hugging Face folder, hub name")
-    parser.add_argument("--prompt", default=PROMPT, help="text (default: %(default)s)")
+    add_model_flags(parser)
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", default=PROMPT, help="text (default: %(default)s)")
+    prompt.add_argument("--prompt_file", type=Path, help="file that holds the prompt, UTF-8")
     parser.add_argument("--n_samples", type=int, default=4, help="sequences (default: 4)")
     parser.add_argument("--max_new_tokens", type=int, default=32, help="(default: 32)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: best (default: 1)")
@@ -108,41 +141,60 @@ def check_options(args: argparse.Namespace) -> None:
     for name in ("n_samples", "max_new_tokens", "top_k"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name} {value}: must be at least 1")
-    if args.temperature < 0:
-        raise ValueError(f"--temperature {args.temperature}: must not be negative")
+    if not (math.isfinite(args.temperature) and args.temperature >= 0):
+        raise ValueError(f"--temperature {args.temperature}: must be a number of at least 0")
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise ValueError(f"--top_p {args.top_p}: must be above 0 and at most 1")
+    if not 0 <= args.seed < 2**64:
+        raise ValueError(f"--seed {args.seed}: must be at least 0 and below 2^64")
 
 
-def main() -> int:
-    """Run the command line; return the exit status."""
-    args = build_parser().parse_args()
+def read_prompt(args: argparse.Namespace) -> str:
+    """Return the prompt, from its flag or its file.
+
+    Raises:
+        ValueError: No such file, or not UTF-8.
+    """
+    if not args.prompt_file:
+        return args.prompt
+    try:
+        return args.prompt_file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompt_file {args.prompt_file}: cannot be read ({error})") from error
+
+
+def run(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
+    """Draw texts, show them on stderr as they come, and return them.
+
+    Raises:
+        ValueError: Bad checkpoint, prompt or flag; names it.
+    """
     import torch
 
     from checkpoint.reader import load_model
+    from data.tokenizer import EOT_TOKEN, load_tokenizer
+    from model.generate import generate
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        check_options(args)
-        model, _ = load_model(args.ckpt)
-        texts = sample_texts(
-            model.to(device),
-            model.config,
-            args.prompt,
-            n_samples=args.n_samples,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            seed=args.seed,
-            device=device,
+    check_options(args)
+    prompt = read_prompt(args)
+    model, run_precision = load_model(args.ckpt)
+    check_gpt2_tokens(model.config)
+    prompt_tokens = load_tokenizer().encode_ordinary(prompt) or [EOT_TOKEN]
+    if len(prompt_tokens) > model.config.block_size:
+        raise ValueError(
+            f"the prompt has {len(prompt_tokens)} tokens, the model's block_size is "
+            f"{model.config.block_size}; give a shorter one"
         )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps({"ckpt": args.ckpt, "samples": list(until_end_of_text(texts))}))
-    return 0
+    session = start_session(model, args.dtype or run_precision, ranks)
+    tokens = torch.tensor([prompt_tokens] * args.n_samples, device=session.device)  # (n, T)
+    options = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
+    drawn = generate(session.model, tokens, args.max_new_tokens, model.config, **options)
+    show = functools.partial(print, end="", file=sys.stderr, flush=True)
+    with session.context():
+        show(prompt)
+        texts = stream_texts(drawn, args.n_samples, show)
+    return {"ckpt": args.ckpt, "prompt": prompt, "samples": [prompt + text for text in texts]}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(build_parser(), run))

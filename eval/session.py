@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from launch.ranks import Ranks, read_ranks, say_once
+from model import GPTConfig
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +60,19 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     # The deepspeed launcher appends it; the environment's LOCAL_RANK is what counts.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+
+
+def check_gpt2_tokens(config: GPTConfig) -> None:
+    """Refuse a model that does not know GPT-2's tokens.
+
+    Raises:
+        ValueError: Its vocabulary is smaller.
+    """
+    if config.vocab_size < GPTConfig.vocab_size:
+        raise ValueError(
+            f"the model has {config.vocab_size} tokens, GPT-2's tokenizer {GPTConfig.vocab_size}: "
+            "it was trained on other tokens"
+        )
 
 
 def start_session(model: GPT, precision: str, ranks: Ranks) -> Session:

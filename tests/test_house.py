@@ -20,9 +20,14 @@ ALLOWED = {
     "launch": {"launch", "model"},
 }
 # A Hugging Face folder is weights and tokenizer: whoever writes one needs both.
-EXCEPTIONS = {("checkpoint/consolidate.py", "data.tokenizer")}
+# An evaluation command runs on one rank or on many.
+EXCEPTIONS = {("checkpoint/consolidate.py", "data.tokenizer")} | {
+    (f"eval/{name}.py", f"launch.{door}")
+    for name in ("session", "hellaswag", "val_loss", "sample")
+    for door in ("ranks", "engine")
+}
 ENTRY_POINTS = ["train.py", "data/prepare.py", "data/fineweb.py", "data/show.py",
-                "eval/val_loss.py", "eval/sample.py",
+                "eval/hellaswag.py", "eval/val_loss.py", "eval/sample.py", "bench/hellaswag.py",
                 "eval/report.py", "checkpoint/consolidate.py", "bench/parity.py",
                 "bench/cross_entropy.py", "bench/prepare_kills.py", "bench/prepare.py",
                 "bench/loader.py"]  # fmt: skip

@@ -13,6 +13,7 @@ import eval.hellaswag as hellaswag
 from bench.hellaswag import reference
 from eval.hellaswag import VALIDATION, load_examples, score
 from eval.packing import Example, crop_contexts, evaluate, plan_batches
+from eval.session import check_gpt2_tokens
 from model import GPT, GPTConfig
 from model.weights import save_hf_folder
 
@@ -135,13 +136,13 @@ def test_endings_are_tokenised_apart_with_a_space(tmp_path: Path) -> None:
 def test_long_contexts_lose_their_beginning(tmp_path: Path) -> None:
     (example,) = load_examples(write(tmp_path / "a.jsonl", ROW | {"ctx": "word " * 40}))
     longest = max(map(len, example.endings))
-    (cropped,) = crop_contexts([example], GPTConfig(1, 1, 8, block_size=16))
+    (cropped,) = crop_contexts([example], 16)
     assert cropped.context == example.context[-(17 - longest) :]
     assert len(cropped.context) + longest - 1 == 16
     with pytest.raises(ValueError, match=r"row 1 has an ending of 4 tokens.*block_size is 3"):
-        crop_contexts([example], GPTConfig(1, 1, 8, block_size=3))
+        crop_contexts([example], 3)
     with pytest.raises(ValueError, match="the model has 65 tokens"):
-        crop_contexts([example], GPTConfig(1, 1, 8, vocab_size=65))
+        check_gpt2_tokens(GPTConfig(1, 1, 8, vocab_size=65))
 
 
 @pytest.mark.parametrize(
