@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
 
-.PHONY: quickstart test debian check parity bench kills clean
+.PHONY: quickstart test debian check parity bench hellaswag kills clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -63,6 +63,12 @@ parity: $(VENV)/installed
 
 kills: $(VENV)/installed
 	$(BIN)/python bench/prepare_kills.py --kills 50 --out runs/prepare_kills.json
+
+hellaswag: $(VENV)/installed
+	$(BIN)/python bench/hellaswag.py --model 30m --full --out runs/hellaswag.json
+	$(BIN)/python bench/hellaswag.py --model 30m --dtype bf16 --full --out runs/hellaswag.json
+	$(BIN)/python bench/hellaswag.py --model 30m --out runs/hellaswag.json
+	$(BIN)/python bench/hellaswag.py --model gpt2 --out runs/hellaswag.json
 
 bench: $(VENV)/installed
 	$(BIN)/python bench/cross_entropy.py --out runs/cross_entropy.json

@@ -126,10 +126,8 @@ class GPT(nn.Module):
             tokens: (B, T) token ids.
             targets: (B, T) ids to predict; -100 is ignored. In training mode the softmax runs
                 over all padded columns, otherwise over `vocab_size`. With predict_at: (N,).
-            predict_at: (N,) indices into the flattened B·T positions: predictions are made there
-                only.
-            position_ids: (B, T) positions of the tokens, for sequences that share a beginning;
-                0 to T - 1 without.
+            predict_at: (N,) indices into the flattened B·T positions to predict at; else all.
+            position_ids: (B, T) positions of tokens that share a beginning; else 0 to T - 1.
             attn_mask: (B, 1, T, T), True where a token (row) sees another; causal without.
             cache: Keys and values of the tokens before these; extended in place.
 
