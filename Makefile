@@ -65,8 +65,8 @@ kills: $(VENV)/installed
 	$(BIN)/python bench/prepare_kills.py --kills 50 --out runs/prepare_kills.json
 
 hellaswag: $(VENV)/installed
-	$(BIN)/python bench/hellaswag.py --model 30m --full --out runs/hellaswag.json
-	$(BIN)/python bench/hellaswag.py --model 30m --dtype bf16 --full --out runs/hellaswag.json
+	$(BIN)/python bench/hellaswag.py --model 30m --every 1 --out runs/hellaswag.json
+	$(BIN)/python bench/hellaswag.py --model 30m --dtype bf16 --every 1 --out runs/hellaswag.json
 	$(BIN)/python bench/hellaswag.py --model 30m --out runs/hellaswag.json
 	$(BIN)/python bench/hellaswag.py --model gpt2 --out runs/hellaswag.json
 

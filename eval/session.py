@@ -58,7 +58,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("fp32", "autocast", "bf16"),
         help="default: the run's precision, fp32 outside a run",
     )  # fmt: skip
-    # The deepspeed launcher appends it; the environment's LOCAL_RANK is what counts.
+    # The deepspeed launcher appends it; launch.ranks knows better.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
 
