@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,9 +66,15 @@ def read_run(path: Path) -> RunCurves:
         ]
         curves |= _forget_what_was_redone(points)
         samples = next((row["samples"] for row in reversed(rows) if "samples" in row), [])
-        config = log.parent / "config.json"
-        model = json.loads(config.read_text()).get("model", model) if config.is_file() else model
+        model = _read_model(log.parent / "config.json") or model
     return RunCurves(str(path), model, curves, samples)
+
+
+def _read_model(config: Path) -> str | None:
+    try:
+        return json.loads(config.read_text())["model"] if config.is_file() else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{config}: not the configuration of a run ({error!r})") from error
 
 
 def read_log(path: Path) -> dict[str, Curve]:
@@ -84,7 +90,7 @@ def read_log(path: Path) -> dict[str, Curve]:
     return _forget_what_was_redone(points)
 
 
-def _whole_lines(path: Path, is_whole: Any) -> Iterator[str]:
+def _whole_lines(path: Path, is_whole: Callable[[str], bool]) -> Iterator[str]:
     """Yield the lines of a file; a last one that a kill has torn is left out."""
     try:
         lines = path.read_text(errors="replace").splitlines(keepends=True)

@@ -147,8 +147,8 @@ def run(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     for name in ("limit", "forward_tokens"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name} {value}: must be at least 1")
-    if args.details and not args.details.parent.is_dir():
-        raise ValueError(f"--details {args.details}: no such folder")
+    if args.details and (args.details.is_dir() or not args.details.parent.is_dir()):
+        raise ValueError(f"--details {args.details}: give a file in a folder that there is")
     examples = load_examples(args.data, args.limit)
     from checkpoint.reader import load_model
 

@@ -79,7 +79,8 @@ def _draw_hellaswag(axes: Any, runs: Sequence[RunCurves]) -> None:
 def _line(axes: Any, run: RunCurves, key: str, label: str, **style: Any) -> None:
     if points := [(s, v) for s, v in run.curves.get(key, []) if math.isfinite(v)]:
         steps, values = zip(*points, strict=True)
-        axes.plot(steps, values, label=label, alpha=0.8, linewidth=1, **style)
+        plain = label.replace("$", r"\$")  # a pair of dollars would be a formula
+        axes.plot(steps, values, label=plain, alpha=0.8, linewidth=1, **style)
 
 
 def _golden(axes: Any, key: str, runs: Sequence[RunCurves]) -> None:

@@ -60,7 +60,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_holds_pictures_and_numbers_and_no_address(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b")]
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b & $c$ é")]
     done = report(*runs, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "out" / "index.html").read_text()
@@ -110,6 +110,14 @@ def test_damage_is_named_and_a_torn_end_left_out(tmp_path: Path) -> None:
     assert read_log(log) == {"val": [(0, 10.9)]}
     with pytest.raises(ValueError, match=r"none/log\.txt: cannot be read .*give a run folder"):
         read_run(tmp_path / "none")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n[]\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not a line of a log"):
+        read_run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"st')
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json: not the configuration of a run"):
+        read_run(tmp_path)
+    (tmp_path / "config.json").unlink()
     log.write_text("")
     assert "the log is empty" in report(tmp_path).stderr
 
