@@ -94,7 +94,8 @@ def open_inputs(run: Run) -> Inputs:
     from eval.hellaswag import load_examples
     from eval.packing import crop_contexts
     from eval.val_loss import check_eval_tokens
-    from model.weights import load_hf_config, locate_hf_folder
+    from model.hub import locate_hf_folder
+    from model.weights import load_hf_config
 
     config, gpt = run.config, run.config.gpt_config
     check_extension_locks(run.ranks)

@@ -4,6 +4,8 @@ llm.c's format: its train_gpt2.py, write_model. nanoGPT trains with the exact GE
 with GPT-2's approximation.
 """
 
+import math
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from checkpoint.unpickling import load_weights_only
 from model import GPT, GPTConfig
-from model.weights import PREFIX, fill_model, weight_shapes
+from model.weights import HEAD, MASKS, NOT_TIED, PREFIX, fill_model, weight_shapes
 
 ACCEPTED = (
     "accepted are a run, step or Hugging Face folder, a hub name, a build-nanogpt or nanoGPT .pt "
@@ -25,7 +27,6 @@ LLM_C_MAGIC = 20240326
 LLM_C_DTYPES = {3: torch.float32, 5: torch.bfloat16}
 LLM_C_HEADER = 256  # int32 values
 WRAPPERS = ("_orig_mod.", "module.", PREFIX)  # torch.compile's, DDP's, GPT-2's
-MASKS = (".attn.bias", ".attn.masked_bias")  # buffers of older versions
 NANOGPT_OPTIONS = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout"}
 
 
@@ -52,29 +53,34 @@ def load_foreign(path: Path) -> GPT:
 
 
 def _load_pt(path: Path) -> GPT:
-    unsafe = torch.serialization.get_unsafe_globals_in_checkpoint
     try:
-        names = [name for name in unsafe(path) if name.endswith(".GPTConfig")]
-    except RuntimeError as error:
-        raise ValueError(f"{path}: damaged ({str(error).splitlines()[0][:80]})") from error
-    content = load_weights_only(path, [(ConfigFields, name) for name in names])
+        with zipfile.ZipFile(path) as container:
+            broken = container.testzip()
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path}: damaged ({error})") from error
+    if broken:
+        raise ValueError(f"{path}: damaged (checksum of {broken})")
+    content = load_weights_only(path, (ConfigFields, "GPTConfig"))
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        found = sorted(content) if isinstance(content, dict) else type(content).__name__
+        found = list(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path}: holds {found}, no 'model'; {ACCEPTED}")
-    weights = {_plain_name(k): w for k, w in content["model"].items() if not k.endswith(MASKS)}
+    weights = {_plain_name(str(k)): w for k, w in content["model"].items()}
+    weights = {name: w for name, w in weights.items() if not name.endswith(MASKS)}
+    if odd := [name for name, w in weights.items() if not isinstance(w, Tensor)]:
+        raise ValueError(f"{path}: {odd[0]} is no tensor; {ACCEPTED}")
     try:
+        options, gelu = _options(content)
         wte, wpe = weights["wte.weight"], weights["wpe.weight"]
-        options, gelu = _options(content, path)
         n_layer = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("h."))
-        config = GPTConfig(
-            n_layer, options["n_head"], wte.shape[1], wpe.shape[0], _vocab_size(len(wte)), gelu=gelu
-        )
-    except (KeyError, ValueError, AttributeError) as error:
-        reason = error if isinstance(error, ValueError) else f"lacks {error}"
-        raise ValueError(f"{path}: not a GPT-2 ({reason}); {ACCEPTED}") from error
-    head = weights.pop("lm_head.weight", wte)
+        sizes = (wte.shape[-1], wpe.shape[0], _vocab_size(len(wte)))
+        config = GPTConfig(n_layer, options["n_head"], *sizes, gelu=gelu)
+    except KeyError as error:
+        raise ValueError(f"{path}: not a GPT-2, it lacks {error}; {ACCEPTED}") from error
+    except (ValueError, TypeError, IndexError) as error:
+        raise ValueError(f"{path}: not a GPT-2 ({error}); {ACCEPTED}") from error
+    head = weights.pop(HEAD, wte)
     if head.data_ptr() != wte.data_ptr() and not torch.equal(head, wte):
-        raise ValueError(f"{path}: lm_head is not tied to wte, as GPT-2's is")
+        raise ValueError(f"{path}: {NOT_TIED}")
     if not options.get("bias", True):  # nanoGPT without biases is GPT-2 with biases of 0
         for name, shape in weight_shapes(config).items():
             if name.endswith(".bias"):
@@ -82,18 +88,19 @@ def _load_pt(path: Path) -> GPT:
     return fill_model(config, weights.items(), path)
 
 
-def _options(content: dict[str, Any], path: Path) -> tuple[dict[str, Any], str]:
+def _options(content: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """Return what the shapes of the weights do not say, and the GELU."""
     if "model_args" not in content:
-        return vars(content["config"]), "tanh"
-    options = content["model_args"]
+        fields = content["config"]
+        return vars(fields) if isinstance(fields, ConfigFields) else dict(fields), "tanh"
+    options = dict(content["model_args"])
     if unknown := sorted(options.keys() - NANOGPT_OPTIONS):
         raise ValueError(f"options that GPT-2 does not have: {', '.join(unknown)}")
     return options, "none"
 
 
 def _plain_name(name: str) -> str:
-    for wrapper in WRAPPERS:
+    while wrapper := next((w for w in WRAPPERS if name.startswith(w)), None):
         name = name.removeprefix(wrapper)
     return name
 
@@ -108,10 +115,13 @@ def _load_llm_c(path: Path, header: np.ndarray) -> GPT:
     version, block_size, vocab_size, n_layer, n_head, n_embd, rows = header[1:8].tolist()
     if version not in LLM_C_DTYPES:
         raise ValueError(f"{path}: llm.c version {version}; {ACCEPTED}")
-    config = GPTConfig(n_layer, n_head, n_embd, block_size, vocab_size)
+    try:
+        config = GPTConfig(n_layer, n_head, n_embd, block_size, vocab_size)
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged header ({error})") from error
     dtype, shapes = LLM_C_DTYPES[version], weight_shapes(config)
     shapes["wte.weight"] = (rows, n_embd)
-    n_values = sum(int(np.prod(shape)) for shape in shapes.values())
+    n_values = sum(map(math.prod, shapes.values()))
     n_bytes = 4 * LLM_C_HEADER + n_values * dtype.itemsize
     if path.stat().st_size != n_bytes:
         found = path.stat().st_size
@@ -135,6 +145,6 @@ def _llm_c_weights(
     kinds = list(dict.fromkeys(map(kind, names)))  # in the order of GPT-2's block
     start = 0
     for name in sorted(names, key=lambda name: kinds.index(kind(name))):  # stable: by layer
-        n_values = int(np.prod(shapes[name]))
+        n_values = math.prod(shapes[name])
         yield name, flat[start : start + n_values].view(shapes[name])
         start += n_values

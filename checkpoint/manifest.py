@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model import GPTConfig
+
 MANIFEST = "manifest.json"
+PRECISIONS = ("fp32", "autocast", "bf16")
 LATEST = "latest"
 PARTIAL_SUFFIX = ".tmp"
 STEP_NAME = re.compile(r"step_\d{6,}")
@@ -78,10 +81,14 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         raw = json.loads(path.read_text())
         files = {name: FileRecord(**record) for name, record in raw.pop("files").items()}
+        GPTConfig(**raw["model"])
+        known = raw["precision"] in PRECISIONS and raw["zero_stage"] in range(4)
+        if not known or type(raw["world_size"]) is not int:
+            raise ValueError("precision, zero_stage or world_size")
         return Manifest(**raw, files=files)
     except FileNotFoundError:
         raise ValueError(f"{folder}: no {MANIFEST}: not a complete checkpoint") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: damaged ({error!r}); delete {folder} to go back one") from error
 
 

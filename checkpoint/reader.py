@@ -8,7 +8,18 @@ from checkpoint.consolidate import step_weights
 from checkpoint.foreign import ACCEPTED, load_foreign
 from checkpoint.manifest import MANIFEST, newest_step, read_manifest
 from model import GPT, GPTConfig
-from model.weights import fill_model, load_hf_folder, locate_hf_folder
+from model.hub import locate_hf_folder
+from model.weights import fill_model, load_hf_folder
+
+
+def resolve_ckpt(ckpt: str) -> str:
+    """Return `ckpt`, of a run folder the newest complete step in it.
+
+    Raises:
+        ValueError: A run without a complete step.
+    """
+    is_run = not Path(ckpt, MANIFEST).exists() and Path(ckpt, "checkpoints").is_dir()
+    return str(newest_step(Path(ckpt))) if is_run else ckpt
 
 
 def load_model(ckpt: str) -> tuple[GPT, str]:
@@ -24,13 +35,18 @@ def load_model(ckpt: str) -> tuple[GPT, str]:
     Raises:
         ValueError: Nothing that can be read; names what was found and what is accepted.
     """
-    path = Path(ckpt)
+    try:
+        return _load(Path(resolve_ckpt(ckpt)), ckpt)
+    except OSError as error:
+        raise ValueError(f"{ckpt}: cannot be read ({error.strerror}); {ACCEPTED}") from error
+
+
+def _load(path: Path, ckpt: str) -> tuple[GPT, str]:
     if path.is_file():
         return load_foreign(path), "fp32"
-    if (path / MANIFEST).is_file() or (path / "checkpoints").is_dir():
-        step = newest_step(path)
-        manifest = read_manifest(step)
-        return fill_model(GPTConfig(**manifest.model), step_weights(step), step), manifest.precision
+    if (path / MANIFEST).is_file():
+        manifest = read_manifest(path)
+        return fill_model(GPTConfig(**manifest.model), step_weights(path), path), manifest.precision
     if path.is_dir() and not (path / "config.json").is_file():
         names = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
         raise ValueError(f"{path}: a folder that holds {names}; {ACCEPTED}")

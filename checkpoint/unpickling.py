@@ -2,26 +2,32 @@
 
 import pickle
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+# What PyTorch's readers raise on files that are damaged or not theirs.
+DAMAGE = (RuntimeError, EOFError, KeyError, TypeError, ValueError, AttributeError, IndexError)
 
-def load_weights_only(path: Path, stand_ins: Sequence[tuple[type, str]] = ()) -> Any:
+
+def load_weights_only(path: Path, stand_in: tuple[type, str] | None = None) -> Any:
     """Load a file of `torch.save` without running anything in it; tensors stay mapped.
 
     Args:
         path: The file.
-        stand_ins: (class, "module.Name"): the class takes the fields of pickled objects of that
-            name, whose own class is neither imported nor run.
+        stand_in: (class, "Name"): the class takes the fields of pickled objects whose own class,
+            in whatever module, has that name; that class is neither imported nor run.
 
     Raises:
         ValueError: A missing or damaged file, or one that holds more than tensors and plain values.
     """
+    allowed: list[Any] = []
     try:
-        with torch.serialization.safe_globals([*stand_ins]):
+        if stand_in:
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            allowed = [(stand_in[0], n) for n in names if n.endswith(f".{stand_in[1]}")]
+        with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: missing") from None
@@ -29,5 +35,5 @@ def load_weights_only(path: Path, stand_ins: Sequence[tuple[type, str]] = ()) ->
         refused = re.search(r"GLOBAL (\S+)", str(error))
         what = f"the pickled object {refused[1]}" if refused else "pickled objects"
         raise ValueError(f"{path}: holds {what}; only tensors are loaded") from error
-    except (RuntimeError, EOFError, OSError, KeyError) as error:
+    except DAMAGE as error:
         raise ValueError(f"{path}: damaged ({str(error).splitlines()[0][:80]})") from error

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 VALIDATION = Path(__file__).parent / "published" / "hellaswag_val.jsonl.xz"
 VALIDATION_SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # unpacked
+LABELS = ("0", "1", "2", "3")
 
 
 def load_examples(path: Path = VALIDATION, limit: int | None = None) -> list[Example]:
@@ -58,13 +59,15 @@ def load_examples(path: Path = VALIDATION, limit: int | None = None) -> list[Exa
 
 def _read_lines(path: Path) -> list[bytes]:
     import hashlib
+    import lzma
+    import zlib
 
     from data.sources import unpack
 
     try:
         with path.open("rb") as raw, unpack(raw, path.suffix) as text:
             content = text.read()
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise ValueError(f"--data {path}: cannot be read ({error})") from error
     if path == VALIDATION and hashlib.sha256(content).hexdigest() != VALIDATION_SHA256:
         raise ValueError(f"{path}: not the published validation set (SHA-256); restore the file")
@@ -75,14 +78,16 @@ def _read_row(line: bytes, where: str) -> tuple[str, list[str], int | None]:
     try:
         row = json.loads(line)
         context, endings, label = row["ctx"], row["endings"], row.get("label")
-        label = None if label in (None, "") else int(label)
-        fits = len(endings) == N_ENDINGS and (label is None or 0 <= label < N_ENDINGS)
-        texts = [context, *endings]
-        if not fits or not all(isinstance(text, str) and text for text in texts):
-            raise ValueError("needs a context, four endings and a label of 0 to 3")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{where}: not a HellaSwag row ({error!r})") from error
-    return context, endings, label
+        fits = isinstance(endings, list) and len(endings) == N_ENDINGS
+        if not fits or not all(isinstance(text, str) and text for text in (context, *endings)):
+            raise ValueError("needs a context and four endings")
+        if label in (None, ""):
+            return context, endings, None
+        if str(label) not in LABELS:
+            raise ValueError(f"label {label!r} is not 0 to 3")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{where}: not a HellaSwag row ({error})") from error
+    return context, endings, int(label)
 
 
 def predict(losses: Tensor, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
@@ -133,7 +138,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, help="only the first so many rows (default: all)")
     parser.add_argument("--details", type=Path, help="file for the losses of every row, JSON lines")
     parser.add_argument(
-        "--forward_tokens", type=int, default=FORWARD_TOKENS, help="of a batch (default: 8192)"
+        "--forward_tokens",
+        type=int,
+        default=FORWARD_TOKENS,
+        help="most tokens in a forward (default: 8192)",
     )
     return parser
 
@@ -147,12 +155,16 @@ def run(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     for name in ("limit", "forward_tokens"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name} {value}: must be at least 1")
-    if args.details and (args.details.is_dir() or not args.details.parent.is_dir()):
-        raise ValueError(f"--details {args.details}: give a file in a folder that there is")
+    if args.details:
+        try:
+            args.details.open("a").close()  # before the work, not after it
+        except OSError as error:
+            raise ValueError(f"--details {args.details}: {error.strerror}") from error
     examples = load_examples(args.data, args.limit)
-    from checkpoint.reader import load_model
+    from checkpoint.reader import load_model, resolve_ckpt
 
-    model, run_precision = load_model(args.ckpt)
+    ckpt = resolve_ckpt(args.ckpt)
+    model, run_precision = load_model(ckpt)
     check_gpt2_tokens(model.config)
     fitting = crop_contexts(examples, model.config.block_size)
     session = start_session(model, args.dtype or run_precision, ranks)
@@ -167,12 +179,14 @@ def run(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
             show_progress=ranks.is_main,
         )
     losses = session.sum(losses)
+    if not losses.isfinite().all():
+        raise ValueError(f"{ckpt}: gives losses that are no finite numbers")
     if args.details and ranks.is_main:
         write_details(args.details, losses, fitting)
     n_cropped = sum(len(a.context) > len(b.context) for a, b in zip(examples, fitting, strict=True))
     result = score(losses, fitting) | {"cropped": n_cropped, "dtype": session.precision}
     say(ranks, describe(result))
-    return {"ckpt": args.ckpt, "data": args.data.name} | result
+    return {"ckpt": ckpt, "data": args.data.name} | result
 
 
 def describe(result: dict[str, Any]) -> str:

@@ -45,7 +45,7 @@ def crop_contexts(examples: Sequence[Example], block_size: int) -> list[Example]
         if room < 1:
             raise ValueError(
                 f"HellaSwag row {i + 1} has an ending of {block_size + 1 - room} tokens, the "
-                f"model's block_size is {block_size}: use a model with a larger one"
+                f"model's block_size is {block_size}: use a larger one, or fewer rows"
             )
         cropped.append(replace(example, context=example.context[-room:]))
     return cropped

@@ -17,7 +17,7 @@ from pathlib import Path
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from eval.curves import RunCurves, check, extremes, hellaswag_lines, read_run
+from eval.curves import PUBLISHED, RunCurves, check, extremes, hellaswag_lines, read_run
 
 STYLE = "body{font:16px/1.5 sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
 STYLE += "img{max-width:100%}td,th{padding:.2rem .8rem;text-align:right}pre{white-space:pre-wrap}"
@@ -63,9 +63,10 @@ def write_report(runs: Sequence[RunCurves], out: Path) -> dict[str, object]:
     """Write the pictures and the page into `out`; return where they are and the extremes."""
     from eval.plots import draw_all
 
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out}: is a file; give a folder")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot be made ({error.strerror})") from error
     write_page(runs, draw_all(runs, out), out / "index.html")
     return {"page": str(out / "index.html"), "runs": {run.name: extremes(run) for run in runs}}
 
@@ -78,8 +79,11 @@ def main() -> int:
     parser.add_argument(
         "runs", nargs="+", type=Path, help="run folders, or build-nanogpt's log.txt"
     )
-    parser.add_argument("--out", type=Path, default=Path("report"), help="folder (default: report)")
-    parser.add_argument("--check", help="compare validation losses with this published curve")
+    parser.add_argument(
+        "--out", type=Path, default=Path("report"), help="folder of the page (default: report)"
+    )
+    known = sorted(path.stem for path in PUBLISHED.glob("*.csv"))
+    parser.add_argument("--check", choices=known, help="compare validation losses with this curve")
     args = parser.parse_args()
     try:
         runs = [read_run(path) for path in args.runs]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import codecs
-import functools
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -125,9 +124,16 @@ def build_parser() -> argparse.ArgumentParser:
     prompt.add_argument("--prompt_file", type=Path, help="file that holds the prompt, UTF-8")
     parser.add_argument("--n_samples", type=int, default=4, help="sequences (default: 4)")
     parser.add_argument("--max_new_tokens", type=int, default=32, help="(default: 32)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: best (default: 1)")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="below 1 sharper, 0: the best token (default: 1)",
+    )
     parser.add_argument("--top_k", type=int, help="draw from the k best (default: all)")
-    parser.add_argument("--top_p", type=float, help="draw from probability p (default: 1)")
+    parser.add_argument(
+        "--top_p", type=float, help="draw from the best of probability p (default: 1)"
+    )
     parser.add_argument("--seed", type=int, default=42, help="(default: 42)")
     return parser
 
@@ -171,13 +177,14 @@ def run(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     """
     import torch
 
-    from checkpoint.reader import load_model
+    from checkpoint.reader import load_model, resolve_ckpt
     from data.tokenizer import EOT_TOKEN, load_tokenizer
     from model.generate import generate
 
     check_options(args)
     prompt = read_prompt(args)
-    model, run_precision = load_model(args.ckpt)
+    ckpt = resolve_ckpt(args.ckpt)
+    model, run_precision = load_model(ckpt)
     check_gpt2_tokens(model.config)
     prompt_tokens = load_tokenizer().encode_ordinary(prompt) or [EOT_TOKEN]
     if len(prompt_tokens) > model.config.block_size:
@@ -189,11 +196,15 @@ def run(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     tokens = torch.tensor([prompt_tokens] * args.n_samples, device=session.device)  # (n, T)
     options = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
     drawn = generate(session.model, tokens, args.max_new_tokens, model.config, **options)
-    show = functools.partial(print, end="", file=sys.stderr, flush=True)
+
+    def show(piece: str) -> None:
+        if ranks.is_main:
+            print(piece, end="", file=sys.stderr, flush=True)
+
     with session.context():
         show(prompt)
         texts = stream_texts(drawn, args.n_samples, show)
-    return {"ckpt": args.ckpt, "prompt": prompt, "samples": [prompt + text for text in texts]}
+    return {"ckpt": ckpt, "prompt": prompt, "samples": [prompt + text for text in texts]}
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from data.shards import TokenStream
 
+LARGEST_EXPONENT = 700  # of e, in fp64
 EVAL_TOKENS = 10_485_760  # build-nanogpt's 20 batches of 64 x 1,024 on 8 GPUs
 
 
@@ -132,10 +133,11 @@ def run(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
             raise ValueError(f"--{name} {value}: must be at least 1")
     import torch
 
-    from checkpoint.reader import load_model
+    from checkpoint.reader import load_model, resolve_ckpt
     from data.shards import TokenStream
 
-    model, run_precision = load_model(args.ckpt)
+    ckpt = resolve_ckpt(args.ckpt)
+    model, run_precision = load_model(ckpt)
     seq_len = args.seq_len or model.config.block_size
     if seq_len > model.config.block_size:
         raise ValueError(f"--seq_len {seq_len}: block_size is {model.config.block_size}")
@@ -154,13 +156,16 @@ def run(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
             world_size=ranks.world_size,
         )
     total, n_tokens = session.sum(torch.tensor(sums, dtype=torch.float64)).tolist()
+    if not math.isfinite(total):
+        raise ValueError(f"{ckpt}: gives a loss that is no finite number")
     loss, entropy = total / n_tokens, unigram_entropy(stream, args.eval_tokens)
     say(
         ranks,
         f"validation loss {loss:.4f}, unigram entropy of the same {args.eval_tokens:,} tokens "
         f"{entropy:.4f} (nats per token)",
     )
-    result = {"ckpt": args.ckpt, "val_loss": loss, "perplexity": math.exp(loss)}
+    perplexity = math.exp(loss) if loss < LARGEST_EXPONENT else None
+    result = {"ckpt": ckpt, "val_loss": loss, "perplexity": perplexity}
     result |= {"unigram_entropy": entropy, "tokens": int(n_tokens), "seq_len": seq_len}
     return result | {"dtype": session.precision}
 

@@ -48,7 +48,8 @@ def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Ten
     if top_p is not None:
         ranked, order = logits.sort(descending=True)  # (B, V)
         mass_before = ranked.softmax(-1).cumsum(-1) - ranked.softmax(-1)
-        outside = (mass_before >= top_p).scatter(-1, order, mass_before >= top_p)
+        is_rest = (mass_before >= top_p) & (mass_before > 0)  # the best stays, however small top_p
+        outside = is_rest.scatter(-1, order, is_rest)
         logits = logits.masked_fill(outside, -torch.inf)
     return logits
 
@@ -94,7 +95,8 @@ def generate(
         if temperature == 0:
             drawn = logits.argmax(-1)  # (B,)
         else:
-            logits = filter_logits(logits / temperature, top_k, top_p)
+            logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # never overflows
+            logits = filter_logits(logits, top_k, top_p)
             drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]  # (B,)
         tokens = torch.cat([tokens, drawn[:, None]], dim=1)  # (B, T + 1)
         yield drawn

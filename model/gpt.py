@@ -95,6 +95,8 @@ class GPT(nn.Module):
         # Through Module.apply, the one path on which zero.Init gathers the weights, and in
         # float32 from a generator of our own: the same values at every ZeRO stage and dtype.
         device = self.ln_f.weight.device
+        if device.type == "meta":  # a shape without values
+            return
         generator = torch.Generator(device).manual_seed(seed)
         residual_std = INIT_STD * (2 * self.config.n_layer) ** -0.5
         residual = {m for name, m in self.named_modules() if name.endswith(".c_proj")}

@@ -4,7 +4,6 @@ The names are GPT-2's own. Hugging Face adds the prefix `transformer.` and store
 of a block as Conv1D, which is transposed; its vocabulary is not padded.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -20,10 +19,11 @@ from model.gpt import GPT
 
 PREFIX = "transformer."
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", "lm_head.weight")  # masks, and the tied head
+MASKS = (".attn.bias", ".attn.masked_bias")  # buffers of older versions
+NOT_TIED = "lm_head is not tied to wte, as GPT-2's is"
+HEAD = "lm_head.weight"  # a second name of wte in some files
 SHARD_BYTES = 5 * 10**9  # Hugging Face's own limit for one file
 EOT_TOKEN = 50256
-HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # -> our `gelu`
 # What our network computes; a folder that says otherwise is not this model.
 FIXED = {
@@ -84,7 +84,7 @@ def load_hf_config(folder: Path) -> GPTConfig:
             f"{folder}: no config.json; give a Hugging Face GPT-2 folder "
             "(of a run: consolidated/step_…)"
         ) from None
-    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: not a GPT-2 configuration ({error!r}); give a Hugging Face "
             "GPT-2 folder (of a run: consolidated/step_…)"
@@ -119,7 +119,19 @@ def _files_by_key(folder: Path) -> dict[str, Path]:
                 keys |= dict.fromkeys(tensors.keys(), file)
         except Exception as error:  # safetensors raises its own type for every kind of damage
             raise ValueError(f"{file}: not a readable safetensors file ({error})") from error
-    return {k: f for k, f in keys.items() if not k.endswith(NOT_WEIGHTS)}
+    return {k: f for k, f in keys.items() if not k.endswith(MASKS)}
+
+
+def _check_head(folder: Path, files: dict[str, tuple[str, Path]]) -> None:
+    """Take the head out of `files`; refuse one that is not `wte`."""
+    if HEAD not in files or "wte.weight" not in files:
+        return
+    weights = []
+    for key, file in (files.pop(HEAD), files["wte.weight"]):
+        with safe_open(file, framework="pt") as tensors:
+            weights.append(tensors.get_tensor(key))
+    if not torch.equal(*weights):
+        raise ValueError(f"{folder}: {NOT_TIED}")
 
 
 def load_hf_weights(folder: Path, config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
@@ -129,6 +141,7 @@ def load_hf_weights(folder: Path, config: GPTConfig) -> Iterator[tuple[str, Tens
         ValueError: A weight is missing, unknown, or has another shape than `config` says.
     """
     files = {key.removeprefix(PREFIX): (key, file) for key, file in _files_by_key(folder).items()}
+    _check_head(folder, files)
     shapes = weight_shapes(config)
     for problem, names in (("missing", shapes.keys() - files), ("unknown", files.keys() - shapes)):
         if names:
@@ -151,37 +164,46 @@ def load_hf_folder(folder: Path) -> GPT:
 
 
 def fill_model(config: GPTConfig, weights: Iterable[tuple[str, Tensor]], source: Path) -> GPT:
-    """Build a GPT in evaluation mode with the given weights, by our names, in fp32.
+    """Build a GPT in evaluation mode of copies of the given weights, by our names, in fp32.
 
     Raises:
-        ValueError: A weight is missing, unknown, or has another shape; names `source`.
+        ValueError: A weight is missing, unknown, of another shape, or not of finite numbers; names
+            `source`.
     """
-    model = GPT(config).eval()
-    params = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, weight in weights:
-            if name not in params:
-                raise ValueError(f"{source}: unknown weights: {name}")
-            if name == "wte.weight":
-                weight = pad_vocabulary(weight, config)
-            if weight.shape != params[name].shape:
-                found, needed = tuple(weight.shape), tuple(params[name].shape)
-                raise ValueError(f"{source}: {name} is {found}, the model needs {needed}")
-            params.pop(name).copy_(weight)
-    if params:
-        raise ValueError(f"{source}: missing weights: {', '.join(sorted(params)[:5])}")
-    return model
+    shapes, held = weight_shapes(config), {}
+    for name, weight in weights:
+        if name not in shapes:
+            raise ValueError(f"{source}: unknown weights: {name}")
+        if weight.layout != torch.strided or weight.is_meta or not weight.is_floating_point():
+            kind = f"{weight.dtype}, {weight.layout}"
+            raise ValueError(f"{source}: {name} is {kind}; needs dense floating-point numbers")
+        if name == "wte.weight":
+            weight = pad_vocabulary(weight, config)
+            shapes[name] = (config.padded_vocab_size, config.n_embd)
+        if tuple(weight.shape) != shapes[name]:
+            raise ValueError(
+                f"{source}: {name} is {tuple(weight.shape)}, the model needs {shapes[name]}"
+            )
+        if not weight.isfinite().all():
+            raise ValueError(f"{source}: {name} holds values that are no finite numbers")
+        held[name] = weight.to(torch.float32, copy=True)
+    if missing := sorted(shapes.keys() - held):
+        raise ValueError(f"{source}: missing weights: {', '.join(missing[:5])}")
+    with torch.device("meta"):  # neither memory nor values of its own
+        model = GPT(config)
+    model.load_state_dict(held, assign=True)
+    return model.eval()
 
 
 def pad_vocabulary(wte: Tensor, config: GPTConfig) -> Tensor:
-    """Pad `wte` of exactly `vocab_size` rows to `padded_vocab_size`; else return it as it is.
+    """Pad `wte` of `vocab_size` rows or more to `padded_vocab_size`.
 
     The rows added are the mean of the others: by Jensen's inequality such a column is at most as
     likely as the average token, so training starts within 0.001 nats of the unpadded loss.
     """
-    if len(wte) != config.vocab_size:
+    padding = config.padded_vocab_size - len(wte)
+    if len(wte) < config.vocab_size or padding <= 0:
         return wte
-    padding = config.padded_vocab_size - config.vocab_size
     return torch.cat([wte, wte.mean(0, keepdim=True).expand(padding, -1)])
 
 
@@ -240,39 +262,3 @@ def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> Non
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def locate_hf_folder(name: str) -> Path:
-    """Return the folder that `name` says: a local path, or a hub name, which is downloaded.
-
-    A download takes `config.json` and the safetensors files only; each safetensors file is
-    checked against the SHA-256 that the hub states for it.
-
-    Raises:
-        ValueError: Neither a folder nor a hub name that can be had, or a wrong checksum.
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    repo = f"openai-community/{name}" if name in HUB_NAMES else name
-    if repo.count("/") != 1 or repo.startswith((".", "/")):
-        raise ValueError(
-            f"{name}: no such folder; hub names are {', '.join(HUB_NAMES)}, owner/name"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        folder = Path(snapshot_download(repo, allow_patterns=["config.json", "*.safetensors"]))
-    except (OSError, HfHubHTTPError) as error:
-        raise ValueError(
-            f"{name}: neither a folder nor to be had from the hub ({error})"
-        ) from error
-    for file in folder.glob("*.safetensors"):
-        blob = file.resolve()  # the hub's cache names a large file by the SHA-256 that it states
-        with blob.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        if digest != blob.name:
-            file.unlink()
-            blob.unlink()
-            raise ValueError(f"{repo}: {file.name} does not have the hub's SHA-256; try again")
-    return folder

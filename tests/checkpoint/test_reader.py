@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -156,6 +157,8 @@ def test_a_strangers_code_is_not_run(tmp_path: Path) -> None:
     [
         (lambda b: b[:-100], "damaged"),
         (lambda b: b[:700], "damaged"),
+        (lambda b: b[:5000] + bytes([b[5000] ^ 1]) + b[5001:], r"damaged \(checksum of "),
+        (lambda b: b[:-3000] + bytes([b[-3000] ^ 1]) + b[-2999:], r"damaged \(checksum of "),
         (lambda b: b"GGUF" + b[4:], r"begins with b'GGUF.*accepted are a run, step"),
         (lambda b: b"", r"begins with b''.*accepted are"),
     ],
@@ -190,6 +193,11 @@ def test_a_cut_or_old_llm_c_file_is_refused(tmp_path: Path) -> None:
         ({"model_args": {"n_head": 2, "use_rmsnorm": True}}, "does not have: use_rmsnorm"),
         ({"model_args": {"n_layer": 2}}, "n_head"),
         ({"weights": 1, "model": None}, "no 'model'"),
+        ({"model_args": {"n_head": "2"}}, "n_head = '2'"),
+        ({"model_args": None}, "not a GPT-2"),
+        ({"config": 3}, "not a GPT-2"),
+        ({"model": {"wte.weight": torch.zeros(3), "wpe.weight": torch.tensor(1)}}, "not a GPT-2"),
+        ({"model": {1: 2}}, "1 is no tensor"),
     ],
 )
 def test_another_network_is_refused(
@@ -199,6 +207,46 @@ def test_another_network_is_refused(
     torch.save(content | change, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=message):
         load_model(str(tmp_path / "x.pt"))
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.full((32,), torch.nan), "holds values that are no finite numbers"),
+        (torch.zeros(32, dtype=torch.int32), "is torch.int32, .*needs dense floating-point"),
+        (torch.zeros(32).to_sparse(), "is .*sparse_coo; needs dense floating-point"),
+        (torch.zeros(33), r"is \(33,\), the model needs \(32,\)"),
+    ],
+)
+def test_values_that_are_no_weights_are_named(tmp_path: Path, weight: Tensor, message: str) -> None:
+    weights = linear_weights(build_hf("gelu")) | {"transformer.ln_f.bias": weight}
+    torch.save({"model_args": {"n_head": 2}, "model": weights}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=rf"x\.pt: ln_f\.bias {message}"):
+        load_model(str(tmp_path / "x.pt"))
+
+
+def test_a_vocabulary_padded_otherwise_is_read(tmp_path: Path) -> None:
+    hf = build_hf("gelu")
+    weights = padded(linear_weights(hf))
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        weights[name] = weights[name][: V + 20]
+    torch.save({"model_args": {"n_head": 2}, "model": weights}, tmp_path / "x.pt")
+    assert_same_logits(tmp_path / "x.pt", hf)
+
+
+def test_a_hugging_face_folder_with_a_head_of_its_own_is_refused(tmp_path: Path) -> None:
+    hf = build_hf()
+    hf.save_pretrained(tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    weights = load_file(file)
+    for head, refused in ((weights["transformer.wte.weight"].clone(), False),
+                          (torch.zeros(V, 32), True)):  # fmt: skip
+        save_file(weights | {"lm_head.weight": head}, file, metadata={"format": "pt"})
+        if refused:
+            with pytest.raises(ValueError, match="hf: lm_head is not tied to wte"):
+                load_model(str(tmp_path / "hf"))
+        else:
+            assert_same_logits(tmp_path / "hf", hf)
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
@@ -220,3 +268,14 @@ def test_what_is_there_and_what_is_accepted_is_said(tmp_path: Path) -> None:
         load_model(str(tmp_path))
     with pytest.raises(ValueError, match=r"no such folder.*accepted are a run"):
         load_model(str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match=r"cannot be read \(File name too long\); accepted are"):
+        load_model("x" * 300)
+
+
+def test_a_path_whose_folder_is_there_is_no_hub_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^runs/gpt2: no such folder; hub names are"):
+        load_model("runs/gpt2")

@@ -150,6 +150,9 @@ def test_long_contexts_lose_their_beginning(tmp_path: Path) -> None:
     [
         ({"ctx": "a", "endings": ["b"] * 3, "label": 0}, r"a\.jsonl:2: not a HellaSwag row"),
         ({"ctx": "a", "endings": ["b"] * 4, "label": 4}, r"a\.jsonl:2: not a HellaSwag row"),
+        ({"ctx": "a", "endings": "bcde", "label": 0}, r"a\.jsonl:2: not a HellaSwag row"),
+        ({"ctx": "a", "endings": ["b"] * 4, "label": 2.7}, r"a\.jsonl:2: .*label 2\.7"),
+        ({"ctx": "a", "endings": ["b"] * 4, "label": True}, r"a\.jsonl:2: .*label True"),
         ({"ctx": "", "endings": ["b"] * 4, "label": 0}, r"a\.jsonl:2: not a HellaSwag row"),
         ({"text": "a"}, r"a\.jsonl:2: not a HellaSwag row"),
         ([], r"a\.jsonl:2: not a HellaSwag row"),
@@ -164,7 +167,9 @@ def test_rows_that_are_none_are_named(tmp_path: Path, row: object, message: str)
 def test_files_that_are_none_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "damaged.jsonl.xz").write_bytes(VALIDATION.read_bytes()[:5000])
-    for name, message in (("empty.jsonl", "no rows"), ("damaged.jsonl.xz", "cannot be read"),
+    (tmp_path / "text.jsonl.gz").write_bytes(b"\x1f\x8b\x08" + b"\xff" * 40)
+    for name, message in (("empty.jsonl", "no rows"), ("text.jsonl.gz", "cannot be read"),
+                          ("damaged.jsonl.xz", "cannot be read"),
                           ("none.jsonl", "cannot be read")):  # fmt: skip
         with pytest.raises(ValueError, match=f"{name}.*{message}"):
             load_examples(tmp_path / name)

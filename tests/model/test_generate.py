@@ -62,6 +62,13 @@ def test_seed_decides_and_the_global_generator_does_not(model: GPT) -> None:
     assert not torch.equal(draw(model, tokens, 10, seed=2), first)
 
 
+def test_extreme_options_take_the_best_token(model: GPT) -> None:
+    tokens = torch.randint(130, (2, 5))
+    best = draw(model, tokens, 3, temperature=0)
+    assert torch.equal(draw(model, tokens, 3, temperature=1e-40), best)
+    assert torch.equal(draw(model, tokens, 3, top_p=1e-300), best)
+
+
 def test_top_k_and_top_p_keep_the_best() -> None:
     logits = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log()
     kept = lambda k, p: filter_logits(logits, k, p)[0].isfinite().tolist()  # noqa: E731

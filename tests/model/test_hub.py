@@ -67,7 +67,7 @@ def hub(tmp_path: Path) -> Iterator[str]:
 
 
 def locate(hub: str, home: Path, name: str) -> subprocess.CompletedProcess[str]:
-    code = "import sys; from model.weights import locate_hf_folder as f; print(f(sys.argv[1]))"
+    code = "import sys; from model.hub import locate_hf_folder as f; print(f(sys.argv[1]))"
     environment = os.environ | {"HF_ENDPOINT": hub, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
     return subprocess.run(
         [sys.executable, "-c", code, name],

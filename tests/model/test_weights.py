@@ -9,7 +9,8 @@ import model.weights
 from checkpoint.consolidate import save_consolidated
 from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
-from model.weights import load_hf_config, load_hf_folder, locate_hf_folder
+from model.hub import locate_hf_folder
+from model.weights import load_hf_config, load_hf_folder
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=64)
 

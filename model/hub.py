@@ -1,0 +1,44 @@
+"""Weights by hub name: openai-community/gpt2 and its like."""
+
+import hashlib
+from pathlib import Path
+
+HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+
+
+def locate_hf_folder(name: str) -> Path:
+    """Return the folder that `name` says: a local path, or a hub name, which is downloaded.
+
+    A download takes `config.json` and the safetensors files only; each safetensors file is
+    checked against the SHA-256 that the hub states for it.
+
+    Raises:
+        ValueError: Neither a folder nor a hub name that can be had, or a wrong checksum.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    repo = f"openai-community/{name}" if name in HUB_NAMES else name
+    is_local = name not in HUB_NAMES and Path(name).parent.is_dir()  # runs/x, where runs/ exists
+    if is_local or repo.count("/") != 1 or repo.startswith((".", "/")):
+        raise ValueError(
+            f"{name}: no such folder; hub names are {', '.join(HUB_NAMES)}, owner/name"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        folder = Path(snapshot_download(repo, allow_patterns=["config.json", "*.safetensors"]))
+    except (OSError, HfHubHTTPError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{name}: neither a folder nor to be had from the hub ({reason})"
+        ) from error
+    for file in folder.glob("*.safetensors"):
+        blob = file.resolve()  # the hub's cache names a large file by the SHA-256 that it states
+        with blob.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if digest != blob.name:
+            file.unlink()
+            blob.unlink()
+            raise ValueError(f"{repo}: {file.name} does not have the hub's SHA-256; try again")
+    return folder
