@@ -55,7 +55,7 @@ class MLP(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.c_fc(x), approximate=self.gelu)  # (B, T, 4C)
+        x = self.c_fc(x, gelu=self.gelu)  # (B, T, 4C)
         return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 

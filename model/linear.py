@@ -12,8 +12,10 @@ from torch import Tensor
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return `x @ weight.T + bias`: (..., C) by (V, C) to (..., V)."""
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: str | None = None
+) -> Tensor:
+    """Return `x @ weight.T + bias`: (..., C) by (V, C) to (..., V); its GELU, if one is named."""
     takes_onednn = (
         HAS_ONEDNN
         and x.device.type == "cpu"
@@ -22,10 +24,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         and not torch.is_autocast_enabled("cpu")
     )
     if takes_onednn:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+        after = ("none", [], "") if gelu is None else ("gelu", [], gelu)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *after)
+    y = F.linear(x, weight, bias)
+    return y if gelu is None else F.gelu(y, approximate=gelu)
 
 
 class Linear(nn.Linear):
-    def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias)
+    def forward(self, input: Tensor, gelu: str | None = None) -> Tensor:
+        return linear(input, self.weight, self.bias, gelu)

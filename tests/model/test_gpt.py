@@ -6,6 +6,7 @@ from torch import nn
 
 from model import GPT, GPTConfig
 from model.gpt import MLP
+from model.linear import Linear, linear
 
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=130)
 
@@ -131,3 +132,16 @@ def test_exact_gelu_is_pytorchs() -> None:
     mlp, x = MLP(replace(TINY, gelu="none")), torch.randn(4, 32)
     torch.testing.assert_close(mlp(x), mlp.c_proj(nn.GELU()(mlp.c_fc(x))))
     assert not torch.equal(mlp(x), mlp.c_proj(nn.GELU("tanh")(mlp.c_fc(x))))
+
+
+@pytest.mark.parametrize("gelu", ["none", "tanh"])
+def test_products_without_a_gradient_are_pytorchs(gelu: str) -> None:
+    x, layer = torch.randn(3, 5, 32), Linear(32, 100)
+    expected = nn.functional.gelu(
+        nn.functional.linear(x, layer.weight, layer.bias), approximate=gelu
+    )
+    torch.testing.assert_close(layer(x, gelu=gelu), expected)
+    with torch.no_grad():  # another library computes these
+        torch.testing.assert_close(layer(x, gelu=gelu), expected, rtol=1e-4, atol=1e-4)
+        plain = nn.functional.linear(x, layer.weight)
+        torch.testing.assert_close(linear(x, layer.weight), plain, rtol=1e-5, atol=1e-5)
