@@ -85,6 +85,7 @@ def _line(axes: Any, run: RunCurves, key: str, label: str, **style: Any) -> None
 
 def _golden(axes: Any, key: str, runs: Sequence[RunCurves]) -> None:
     last = max(step for run in runs for curve in run.curves.values() for step, _ in curve)
-    if points := [(step, value) for step, value in read_golden(GOLDEN)[key] if step <= last]:
+    points = [(step, value) for step, value in read_golden(GOLDEN)[key] if step <= last]
+    if len(points) > 1:  # its first is before training
         steps, values = zip(*points, strict=True)
         axes.plot(steps, values, color="goldenrod", linewidth=1.5, label=f"golden, {key}")

@@ -80,10 +80,13 @@ def sample_texts(
     return [prompt + tokenizer.decode(row) for row in new_tokens.tolist()]
 
 
-def stream_texts(drawn: Iterator[Tensor], n_samples: int, show: Callable[[str], None]) -> list[str]:
+def stream_texts(
+    prompt: str, drawn: Iterator[Tensor], n_samples: int, show: Callable[[str], None]
+) -> list[str]:
     """Decode tokens as they come; each text ends at its `<|endoftext|>`, the drawing with the last.
 
     Args:
+        prompt: What the texts begin with.
         drawn: (n_samples,) tokens at a time, as `model.generate.generate` yields them.
         n_samples: How many texts.
         show: Is given the first text piece by piece, and the others when all is drawn.
@@ -91,8 +94,9 @@ def stream_texts(drawn: Iterator[Tensor], n_samples: int, show: Callable[[str], 
     from data.tokenizer import EOT_TOKEN, VOCAB_SIZE, load_tokenizer
 
     token_bytes = load_tokenizer().decode_single_token_bytes
+    show(prompt)
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(n_samples)]
-    texts, going_on = [""] * n_samples, set(range(n_samples))
+    texts, going_on = [prompt] * n_samples, set(range(n_samples))
     for tokens in drawn:
         for i, token in enumerate(tokens.tolist()):
             if token == EOT_TOKEN:
@@ -202,9 +206,8 @@ def run(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
             print(piece, end="", file=sys.stderr, flush=True)
 
     with session.context():
-        show(prompt)
-        texts = stream_texts(drawn, args.n_samples, show)
-    return {"ckpt": ckpt, "prompt": prompt, "samples": [prompt + text for text in texts]}
+        texts = stream_texts(prompt, drawn, args.n_samples, show)
+    return {"ckpt": ckpt, "prompt": prompt, "samples": texts}
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def test_values_out_of_range_name_their_flag(option: str, value: float) -> None:
 def test_a_text_ends_at_end_of_text_and_the_drawing_with_the_last() -> None:
     rows = [[464, 464], [EOT_TOKEN, 3290], [464, EOT_TOKEN], [464, 464]]
     drawn = iter(map(torch.tensor, rows))
-    assert stream_texts(drawn, 2, lambda _: None) == ["The", "The dog"]
+    assert stream_texts("> ", drawn, 2, lambda _: None) == ["> The", "> The dog"]
     assert next(drawn).tolist() == [464, 464]  # not drawn
 
 
@@ -66,7 +66,7 @@ def test_the_first_text_is_shown_as_it_comes() -> None:
             seen_at_each_token.append("".join(shown))
             yield torch.tensor([token])
 
-    assert stream_texts(draw(), 1, shown.append) == ["A cat. \N{THUMBS UP SIGN}!"]
+    assert stream_texts("", draw(), 1, shown.append) == ["A cat. \N{THUMBS UP SIGN}!"]
     assert seen_at_each_token[:3] == ["", "A", "A cat"]
     assert "".join(shown) == "A cat. \N{THUMBS UP SIGN}!\n"  # its four bytes are several tokens
 
@@ -74,7 +74,7 @@ def test_the_first_text_is_shown_as_it_comes() -> None:
 def test_an_unfinished_character_and_an_unknown_token_are_marked() -> None:
     tokens = [*load_tokenizer().encode_ordinary("\N{THUMBS UP SIGN}")[:1], 50_300]
     drawn = iter(torch.tensor([token]) for token in tokens)
-    assert set(stream_texts(drawn, 1, lambda _: None)[0]) == {"\N{REPLACEMENT CHARACTER}"}
+    assert set(stream_texts("", drawn, 1, lambda _: None)[0]) == {"\N{REPLACEMENT CHARACTER}"}
 
 
 @pytest.fixture(scope="module")
