@@ -195,14 +195,13 @@ def score_hellaswag(engine: Any, run: Run, examples: list[Example], device: torc
     """Return the HellaSwag score (all ranks, in step)."""
     from eval.hellaswag import score
     from eval.packing import evaluate
-    from launch.engine import sum_over_ranks
+    from launch.engine import sum_tensor
 
     engine.eval()
     rank, world_size = run.ranks.rank, run.ranks.world_size
     losses = evaluate(engine, examples, device=device, rank=rank, world_size=world_size)
     engine.train()
-    whole = sum_over_ranks(losses.flatten().tolist(), device)
-    return score(losses.new_tensor(whole).view_as(losses), examples)
+    return score(sum_tensor(losses, device), examples)
 
 
 def train(run: Run, inputs: Inputs) -> None:

@@ -18,7 +18,10 @@ def resolve_ckpt(ckpt: str) -> str:
     Raises:
         ValueError: A run without a complete step.
     """
-    is_run = not Path(ckpt, MANIFEST).exists() and Path(ckpt, "checkpoints").is_dir()
+    try:
+        is_run = not Path(ckpt, MANIFEST).exists() and Path(ckpt, "checkpoints").is_dir()
+    except OSError:  # load_model says what is wrong with it
+        return ckpt
     return str(newest_step(Path(ckpt))) if is_run else ckpt
 
 

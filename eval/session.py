@@ -44,11 +44,9 @@ class Session:
         """Sum each value over the ranks (all ranks)."""
         if self.ranks.world_size == 1:
             return values
-        from launch.engine import sum_over_ranks
+        from launch.engine import sum_tensor
 
-        return values.new_tensor(sum_over_ranks(values.flatten().tolist(), self.device)).view_as(
-            values
-        )
+        return sum_tensor(values, self.device)
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:

@@ -200,6 +200,13 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 def sum_over_ranks(values: Sequence[float | Tensor], device: torch.device) -> list[float]:
     """Sum each value over the ranks, in fp64 (all ranks)."""
-    sums = torch.tensor([float(v) for v in values], dtype=torch.float64, device=device)
+    return sum_tensor(
+        torch.tensor([float(v) for v in values], dtype=torch.float64), device
+    ).tolist()
+
+
+def sum_tensor(values: Tensor, device: torch.device) -> Tensor:
+    """Sum each element over the ranks (all ranks), on `device`; return the sums on the CPU."""
+    sums = values.to(device)
     dist.all_reduce(sums)
-    return sums.tolist()
+    return sums.cpu()

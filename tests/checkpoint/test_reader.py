@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from checkpoint.reader import load_model
+from checkpoint.reader import load_model, resolve_ckpt
 
 V = 50257
 SEED_SCRIPT = """
@@ -269,7 +269,7 @@ def test_what_is_there_and_what_is_accepted_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no such folder.*accepted are a run"):
         load_model(str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match=r"cannot be read \(File name too long\); accepted are"):
-        load_model("x" * 300)
+        load_model(resolve_ckpt("x" * 300))
 
 
 def test_a_path_whose_folder_is_there_is_no_hub_name(
