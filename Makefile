@@ -66,7 +66,7 @@ kills: $(VENV)/installed
 
 hellaswag: $(VENV)/installed
 	$(BIN)/python bench/hellaswag.py --model 30m --every 1 --out runs/hellaswag.json
-	$(BIN)/python bench/hellaswag.py --model 30m --dtype bf16 --every 1 --out runs/hellaswag.json
+	$(BIN)/python bench/hellaswag.py --model 30m --dtype bf16 --reference own --every 1 --out runs/hellaswag.json
 	$(BIN)/python bench/hellaswag.py --model 30m --out runs/hellaswag.json
 	$(BIN)/python bench/hellaswag.py --model gpt2 --out runs/hellaswag.json
 

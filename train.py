@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from launch.schedule import lr_at
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from checkpoint.manifest import Manifest
     from data.shards import TokenStream
@@ -204,19 +206,50 @@ def score_hellaswag(engine: Any, run: Run, examples: list[Example], device: torc
     return score(sum_tensor(losses, device), examples)
 
 
+def take_step(
+    engine: Any, run: Run, batches: Iterator[Tensor], step: int, device: torch.device
+) -> tuple[Tensor, Tensor | float, float]:
+    """Do optimizer step `step` (all ranks).
+
+    Returns:
+        The sum of this rank's losses in nats and the gradient norm, both still on the device, and
+        the learning rate.
+    """
+    import torch
+
+    from data.loader import split_windows
+    from launch.engine import optimizer_step, set_optimizer
+
+    config, phase = run.config, torch.profiler.record_function
+    lr = lr_at(step, config.lr, config.warmup_steps, config.decay_steps, config.min_lr_ratio)
+    set_optimizer(engine, config, lr)
+    loss_sum = torch.zeros((), device=device)
+    for micro_step in range(run.batch.grad_accum_steps):
+        with phase("data"):
+            tokens, targets = split_windows(next(batches), device)  # (B, T) each
+        with phase("forward"):
+            loss = engine(tokens, targets)
+        with phase("backward"):
+            engine.backward(loss)  # divides by grad_accum_steps
+            loss_sum += loss.detach()
+            if micro_step + 1 < run.batch.grad_accum_steps:
+                engine.step()  # counts the micro-step; the weights stay
+    with phase("optimizer"):
+        return loss_sum, optimizer_step(engine, config.grad_clip), lr
+
+
 def train(run: Run, inputs: Inputs) -> None:
     """Train until `max_steps`, then leave a consolidated folder (all ranks).
 
     Raises:
         ValueError: Damaged data, checkpoint or initial weights; names the file.
     """
-    import torch
 
     from checkpoint.consolidate import consolidate_engine
     from checkpoint.saving import save_checkpoint
-    from data.loader import Loader, split_windows
+    from data.loader import Loader
     from data.order import Order
-    from launch.engine import init_process_group, optimizer_step, set_optimizer, sum_over_ranks
+    from launch.engine import init_process_group, sum_over_ranks
     from launch.metrics import Metrics
 
     config, batch, ranks = run.config, run.batch, run.ranks
@@ -251,22 +284,12 @@ def train(run: Run, inputs: Inputs) -> None:
         if step == config.max_steps:
             break
         started = time.perf_counter()
-        lr = lr_at(step, config.lr, config.warmup_steps, config.decay_steps, config.min_lr_ratio)
-        set_optimizer(engine, config, lr)
-        loss_sum = torch.zeros((), device=device)
-        for micro_step in range(batch.grad_accum_steps):
-            tokens, targets = split_windows(next(loader), device)  # (B, T) each
-            loss = engine(tokens, targets)
-            engine.backward(loss)  # divides by grad_accum_steps
-            loss_sum += loss.detach()
-            if micro_step + 1 < batch.grad_accum_steps:
-                engine.step()  # counts the micro-step; the weights stay
-        grad_norm = optimizer_step(engine, config.grad_clip)
+        loss_sum, grad_norm, lr = take_step(engine, run, loader, step, device)
         if step % config.log_every == 0:
             n_losses = batch.grad_accum_steps * ranks.world_size
             loss = sum_over_ranks([loss_sum], device)[0] / n_losses
             if metrics:
-                metrics.train(step, loss, lr, grad_norm, time.perf_counter() - started)
+                metrics.train(step, loss, lr, float(grad_norm), time.perf_counter() - started)
         step += 1
         samples += batch.batch_sequences
     loader.close()

@@ -3,6 +3,8 @@ then time and memory.
 
 python bench/hellaswag.py --model 30m --every 1 --out hellaswag.json     equality on every row
 python bench/hellaswag.py --model gpt2 --dtype bf16 --out hellaswag.json  timings on 201 rows
+
+--reference own: our own network, one example per forward with full logits, rounds as ours does.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -35,23 +36,21 @@ CHUNK = 500  # rows of the full set between two writes
 CLOSE = 1e-5  # nats: two endings nearer than this may change places in fp32
 
 
-def build_models(name: str, dtype: str) -> tuple[GPT, Logits]:
-    """Build "30m" (nanoGPT's 6 x 384) or a preset with fresh weights, ours and Hugging Face's."""
+def build_models(args: argparse.Namespace) -> tuple[GPT, Logits]:
+    """Build "30m" (nanoGPT's 6 x 384) or a preset with fresh weights, ours and the reference."""
     import torch
-    from transformers import GPT2LMHeadModel
 
+    from bench.plain_train import hf_twin
     from model import GPT, GPTConfig
     from model.presets import get_preset
-    from model.weights import save_hf_folder
 
-    config = GPTConfig(6, 6, 384) if name == "30m" else get_preset(name).config
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    to = {"device": device, "dtype": torch.bfloat16 if dtype == "bf16" else torch.float32}
-    model = GPT(config).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        save_hf_folder(Path(folder) / "hf", config, model.named_parameters(), lambda _: None)
-        theirs = GPT2LMHeadModel.from_pretrained(Path(folder) / "hf").eval().to(**to)
-    return model.to(**to), lambda tokens: theirs(tokens, use_cache=False).logits
+    config = GPTConfig(6, 6, 384) if args.model == "30m" else get_preset(args.model).config
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    model = GPT(config).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    if args.reference == "own":
+        return model.to(dtype), lambda tokens: model(tokens)
+    theirs = hf_twin(model).eval().to(dtype=dtype)
+    return model.to(dtype), lambda tokens: theirs(tokens, use_cache=False).logits
 
 
 def read_rows(every: int) -> list[bytes]:
@@ -136,11 +135,12 @@ def compare_rows(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Run both sides, equality only; the reference is written down chunk by chunk."""
     import torch
 
-    (model, theirs), lines = build_models(args.model, args.dtype), read_rows(args.every)
+    (model, theirs), lines = build_models(args), read_rows(args.every)
     started = time.perf_counter()
     mine = ours(model, lines, scratch)
     ours_s = time.perf_counter() - started
-    written = args.out.with_suffix(f".{args.model}.{args.dtype}.{args.every}.json")
+    kind = f"{args.model}.{args.dtype}.{args.reference}"
+    written = args.out.with_suffix(f".{kind}.{args.every}.json")
     rows, reference_s = json.loads(written.read_text()) if written.exists() else ([], 0.0)
     while len(rows) < len(lines):
         started = time.perf_counter()
@@ -154,7 +154,7 @@ def compare_rows(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 def compare_in_turns(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Time both sides in turns on the small set, end to end from JSON lines to losses."""
-    (model, theirs), lines = build_models(args.model, args.dtype), read_rows(EVERY)
+    (model, theirs), lines = build_models(args), read_rows(EVERY)
     sides = {
         "reference": lambda: reference(theirs, lines),
         "ours": lambda: ours(model, lines, scratch),
@@ -176,7 +176,7 @@ def peaks(args: argparse.Namespace) -> dict[str, int]:
     found = {}
     for side in ("reference", "ours"):
         command = [sys.executable, __file__, "--side", side]
-        command += ["--model", args.model, "--dtype", args.dtype, "--out", str(args.out)]
+        command += [f"--{k}={getattr(args, k)}" for k in ("model", "dtype", "reference", "out")]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         found[side] = int(done.stdout)
     return found
@@ -186,7 +186,7 @@ def run_side(args: argparse.Namespace, scratch: Path) -> None:
     """Run one side and print how far this process's memory rose meanwhile, in MiB."""
     import torch
 
-    (model, theirs), lines = build_models(args.model, args.dtype), read_rows(EVERY)
+    (model, theirs), lines = build_models(args), read_rows(EVERY)
     before = resident_mib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
     if args.side == "reference":
@@ -211,6 +211,9 @@ def main() -> None:
     )
     parser.add_argument("--model", default="30m", help="30m or a preset (default: 30m)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="(default: fp32)")
+    parser.add_argument(
+        "--reference", choices=("hf", "own"), default="hf", help="whose network (default: hf)"
+    )
     parser.add_argument("--blocks", type=int, default=7, help="pairs of timings (default: 7)")
     parser.add_argument(
         "--every", type=int, help="equality only, on every so-manieth row; 1: all; resumable"
@@ -230,7 +233,7 @@ def main() -> None:
     result |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
     what = "equality" if args.every else "times"
-    results[f"{what}: {args.model} {args.dtype} {result['rows']} rows"] = result
+    results[f"{what}: {args.model} {args.dtype} {args.reference} {result['rows']} rows"] = result
     args.out.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps({k: v for k, v in result.items() if k != "times_s"}), file=sys.stderr)
 

@@ -59,6 +59,8 @@ class TrainConfig:
     sample_prompt: str = _flag("Hello, I'm a language model,", "prompt of the in-loop samples")
     checkpoint_every: int = _flag(5000, "steps between checkpoints")
     log_every: int = _flag(1, "steps between log lines")
+    compile: bool = _flag(False, "compile each block's training pass: minutes once, then faster")
+    profile: str = _flag("", "FIRST:END: trace these steps into RUN_DIR/profile")
     dist_timeout_s: int = _flag(1800, "seconds until a rank that waits for others gives up")
     dry_run: bool = _flag(False, "print the resolved run and stop")
 

@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from launch.config import TrainConfig
 from launch.ds_config import uses_offload, zero_stage
 from launch.ranks import Ranks, check_extension_locks
 from model.gpt import GPT
+
+Forward = Callable[..., Tensor]
 
 
 def init_process_group(ranks: Ranks, timeout_s: int) -> torch.device:
@@ -131,6 +133,8 @@ def build_engine(
 
     if uses_offload(ds_config):
         _build_cpu_adam(ranks)
+    if config.compile:
+        compile_blocks(model)
     if "activation_checkpointing" in ds_config:
         for block in model.h:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
@@ -145,6 +149,22 @@ def build_engine(
             dist_init_required=False,
         )
     return engine, description
+
+
+def compile_blocks(model: GPT) -> None:
+    """Compile the training pass of each block in place; one graph serves all blocks.
+
+    The names of the weights stay. Evaluation, with its many shapes, masks and caches, stays eager.
+    """
+    for block in model.h:
+        block.forward = _in_training(block, torch.compile(block.forward), block.forward)
+
+
+def _in_training(block: nn.Module, compiled: Forward, eager: Forward) -> Forward:
+    def forward(*args: Any) -> Tensor:
+        return (compiled if block.training else eager)(*args)
+
+    return forward
 
 
 def _build_cpu_adam(ranks: Ranks) -> None:
@@ -172,7 +192,7 @@ def set_optimizer(engine: Any, config: TrainConfig, lr: float) -> None:
         group["weight_decay"] = weight_decay
 
 
-def optimizer_step(engine: Any, grad_clip: float) -> float:
+def optimizer_step(engine: Any, grad_clip: float) -> Tensor | float:
     """Update the weights at the accumulation boundary (all ranks); return the gradient norm.
 
     The norm is global and taken before clipping. If it is not finite, no weight and no moment
@@ -180,16 +200,14 @@ def optimizer_step(engine: Any, grad_clip: float) -> float:
     """
     if engine.zero_optimization_stage() > 0:
         engine.step()
-        return float(engine.get_global_grad_norm())
+        return engine.get_global_grad_norm()
     params = list(engine.module.parameters())
     norm = global_norm([p.grad for p in params if p.grad is not None])
-    finite = bool(norm.isfinite())  # syncs CPU and GPU
-    if not finite:
-        engine.module.zero_grad(set_to_none=True)  # AdamW passes over parameters without one
-    elif grad_clip:
+    if grad_clip:
         nn.utils.clip_grads_with_norm_(params, grad_clip, norm)
+    engine.optimizer.found_inf = (~norm.isfinite()).float()  # the fused step is skipped: no sync
     engine.step()
-    return norm.item()
+    return norm
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,164 @@
+"""One side of a comparison of train steps: a process that trains when it is told to.
+
+It reads a number of steps from each line of stdin and answers with a JSON line on stdout: seconds,
+losses in nats, peak memory so far. bench/train_step.py and bench/scaling.py start such processes.
+
+Sides: seed (build-nanogpt's way), hf (GPT2LMHeadModel in the same loop), trainer (Hugging Face's),
+bare0 and bare1 (our model without the engine, in the arithmetic of zero0 and of zero1), ddp (bare0
+under DistributedDataParallel), zero0 to zero3 (the engine); the last six also with +compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if not __package__:  # run as a file: import from the repository root, exactly as train.py does
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from launch.config import TrainConfig, resolve_batch, resolve_train_config
+from launch.ds_config import load_ds_config, resolve_ds_config
+from launch.ranks import read_ranks
+from model import GPTConfig
+from model.presets import GPT2_TOKENS, HALF_M, PRESETS, Preset
+
+if TYPE_CHECKING:
+    import torch
+
+    from data.loader import Loader
+    from train import Run
+
+ROOT = Path(__file__).resolve().parents[1]
+LR = 6e-4  # constant from the first step
+PRESETS["30m"] = Preset(GPTConfig(6, 6, 384), HALF_M, LR, GPT2_TOKENS, GPT2_TOKENS)
+
+
+def turns(device: torch.device, losses: list[float]) -> Iterator[None]:
+    """Yield once for every step that stdin asks for, and answer each line."""
+    import torch
+
+    from launch.metrics import peak_memory_gib
+
+    for line in sys.stdin:
+        started = time.perf_counter()
+        for _ in range(int(line)):
+            yield
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        answer = {"seconds": time.perf_counter() - started, "losses": losses}
+        print(json.dumps(answer | {"peak_gib": peak_memory_gib(device)}), flush=True)
+        losses.clear()
+
+
+def build_run(args: argparse.Namespace, run_dir: Path) -> Run:
+    """Resolve the run that the engine's sides train, and whose batches the others take."""
+    from train import Run
+
+    ranks = read_ranks()
+    engine, _, compiled = args.side.partition("+")
+    ds_config = ROOT / "ds_configs" / f"{engine if engine.startswith('zero') else 'zero1'}.json"
+    tokens = args.micro_batch_size * args.seq_len * args.grad_accum * ranks.world_size
+    config = resolve_train_config(
+        TrainConfig(
+            model=args.model, data_dir=args.data_dir, run_dir=run_dir, ds_config=ds_config,
+            batch_tokens=tokens, micro_batch_size=args.micro_batch_size, seq_len=args.seq_len,
+            lr=LR, warmup_steps=0, min_lr_ratio=1.0, eval_tokens=args.seq_len, hellaswag_every=0,
+            compile=compiled == "compile",
+        )
+    )  # fmt: skip
+    batch = resolve_batch(config, ranks.world_size)
+    return Run(config, batch, resolve_ds_config(load_ds_config(ds_config), config, batch), ranks)
+
+
+def run_engine(run: Run, losses: list[float]) -> None:
+    """Train through the engine, step by step as train.py does."""
+    from launch.engine import init_process_group, sum_over_ranks
+    from train import open_inputs, start_engine, take_step
+
+    inputs = open_inputs(run)
+    device = init_process_group(run.ranks, run.config.dist_timeout_s)
+    engine = start_engine(run, inputs, device)
+    engine.train()
+    micro_batches = open_loader(run)
+    n_losses = run.batch.grad_accum_steps * run.ranks.world_size
+    for step, _ in enumerate(turns(device, losses)):
+        loss_sum, *_ = take_step(engine, run, micro_batches, step, device)
+        losses.append(sum_over_ranks([loss_sum], device)[0] / n_losses)
+
+
+def open_loader(run: Run) -> Loader:
+    """Open the batches of the run."""
+    from data.loader import Loader
+    from data.order import Order
+    from data.shards import TokenStream
+
+    config, batch = run.config, run.batch
+    stream = TokenStream(config.data_dir, "train", config.gpt_config.vocab_size)
+    order = Order(len(stream), config.seq_len, config.seed, config.shuffle)
+    return Loader(stream, order, batch.micro_batch_size, batch.grad_accum_steps,
+                  run.ranks.rank, run.ranks.world_size)  # fmt: skip
+
+
+def run_plain(run: Run, side: str, losses: list[float]) -> None:
+    """Train with a loop of bench/plain_train.py, from the same weights on the same batches."""
+    import torch
+
+    from bench import plain_train as plain
+    from launch.engine import compile_blocks
+    from model import GPT
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high")  # as the seed does
+    config = run.config.gpt_config
+    loop = (open_loader(run), turns(device, losses), losses, run.batch.grad_accum_steps)
+    ours = GPT(config, run.config.seed).to(device)
+    name, _, compiled = side.partition("+")
+    if compiled:
+        compile_blocks(ours)
+    if name == "seed":
+        seed = plain.PlainGPT(config).to(device)
+        seed.load_state_dict(ours.state_dict())
+        plain.autocast_loop(seed, seed, *loop, fused=device.type == "cuda")
+    elif name == "bare0":
+        plain.autocast_loop(ours, ours, *loop, fused=True)
+    elif name == "bare1":
+        plain.masters_loop(ours, *loop)
+    else:
+        theirs = plain.hf_twin(ours)
+        if name == "trainer":
+            plain.trainer_loop(theirs, *loop)
+        else:
+            loss_of = partial(plain.hf_loss, theirs)
+            plain.autocast_loop(theirs, loss_of, *loop, fused=device.type == "cuda")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--side", required=True, help="which")
+    parser.add_argument("--model", default="gpt2", help="30m or a preset (default: gpt2)")
+    parser.add_argument("--data_dir", type=Path, required=True, help="folder of token shards")
+    parser.add_argument("--seq_len", type=int, default=256, help="(default: 256)")
+    parser.add_argument("--micro_batch_size", type=int, default=4, help="(default: 4)")
+    parser.add_argument("--grad_accum", type=int, default=1, help="micro-batches (default: 1)")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    losses: list[float] = []
+    with tempfile.TemporaryDirectory() as run_dir:
+        run = build_run(args, Path(run_dir))
+        if args.side.startswith("zero"):
+            run_engine(run, losses)
+        else:
+            run_plain(run, args.side, losses)
+
+
+if __name__ == "__main__":
+    main()
