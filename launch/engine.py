@@ -2,11 +2,13 @@
 
 import atexit
 import contextlib
+import ctypes
 import datetime
 import functools
 import logging
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from launch.ranks import Ranks, check_extension_locks
 from model.gpt import GPT
 
 Forward = Callable[..., Tensor]
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def init_process_group(ranks: Ranks, timeout_s: int) -> torch.device:
@@ -40,6 +44,7 @@ def init_process_group(ranks: Ranks, timeout_s: int) -> torch.device:
         )
     if not use_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guessed
+        _keep_freed_memory()
     if "RANK" not in os.environ:  # no launcher
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
@@ -60,6 +65,15 @@ def init_process_group(ranks: Ranks, timeout_s: int) -> torch.device:
         deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
         atexit.register(dist.destroy_process_group)
     return torch.device("cuda", ranks.local_rank) if use_cuda else torch.device("cpu")
+
+
+def _keep_freed_memory() -> None:
+    # glibc hands large tensors back to the kernel at every step, and their page faults cost a
+    # quarter of it (docs/LOG.md). mallopt(3): no mmap, and never trim; the environment's
+    # MALLOC_MMAP_MAX_ and MALLOC_TRIM_THRESHOLD_, for those who did not set them.
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def _free_port() -> int:
@@ -130,6 +144,7 @@ def build_engine(
 ) -> tuple[Any, str]:
     """Hand the model to DeepSpeed (all ranks); return the engine and a line about its groups."""
     import deepspeed
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
     if uses_offload(ds_config):
         _build_cpu_adam(ranks)
@@ -148,7 +163,20 @@ def build_engine(
             config=ds_config,
             dist_init_required=False,
         )
+    if isinstance(engine.optimizer, BF16_Optimizer):
+        engine.buffered_allreduce_fallback = functools.partial(
+            _average_in_place, engine.optimizer, ranks.world_size
+        )
     return engine, description
+
+
+def _average_in_place(optimizer: Any, world_size: int, **_: Any) -> None:
+    # All ranks. The gradients already lie in flat fp32 buffers: DeepSpeed's own way copies them
+    # into another, reduces that, and copies it back, on one rank as well.
+    if world_size > 1:
+        for gradients in optimizer.fp32_groups_gradients_flat:
+            gradients /= world_size
+            dist.all_reduce(gradients)
 
 
 def compile_blocks(model: GPT) -> None:

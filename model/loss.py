@@ -15,7 +15,9 @@ from torch.autograd.function import once_differentiable
 from model.linear import linear
 
 IGNORE_INDEX = -100  # PyTorch's convention for targets that do not count
-CHUNK_LOGITS = 2**25  # fp32 logits held at a time: 128 MiB
+CHUNK_LOGITS = 2**25  # logits held at a time, in the dtype of the products: 64 MiB in bf16
+CACHED_ROWS = 16  # of fp32 logits: 3 MiB
+CACHED_PRODUCT_ROWS = 4096  # of the head's gradient
 EVAL_CHUNK_LOGITS = 2**24  # without a gradient: 64 MiB, and as fast
 
 
@@ -28,19 +30,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         counts = targets != IGNORE_INDEX  # (N,)
         scale = counts / counts.sum().clamp(min=1)  # (N,) weight of each row in the mean
         rows = max(1, CHUNK_LOGITS // V)
-        loss = torch.zeros((), device=x.device)
+        losses = torch.empty(N, device=x.device)
         dx, dw = torch.empty_like(x), torch.zeros(weight.shape, device=x.device)
         for start in range(0, N, rows):
             part = slice(start, start + rows)
             x_part = x[part].to(dtype)  # (n, C)
+            logits = x_part @ head.T  # (n, V)
             target = targets[part].clamp(min=0)[:, None]  # (n, 1); an ignored row weighs 0
-            log_probs = (x_part @ head.T).log_softmax(1, dtype=torch.float32)  # (n, V)
-            loss -= (log_probs.gather(1, target)[:, 0] * scale[part]).sum()
-            dlogits = log_probs.exp_()  # (n, V): probabilities, less 1 at the target
-            dlogits.scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
-            dlogits, row_scale = dlogits.to(dtype), scale[part, None]
-            dx[part] = (dlogits @ head * row_scale).to(x.dtype)
-            dw += dlogits.T @ (x_part * row_scale).to(dtype)
+            losses[part] = _to_gradient_(logits, target)
+            dx[part] = (logits @ head * scale[part, None]).to(x.dtype)
+            _add_product_(dw, logits.T, (x_part * scale[part, None]).to(dtype))
+        loss = (losses * scale).sum()
         ctx.save_for_backward(dx, dw)
         return loss
 
@@ -51,7 +51,26 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, None]:
         (grad,) = grad_outputs
         dx, dw = ctx.saved_tensors
-        return dx * grad, dw * grad, None
+        return dx.mul_(grad), dw.mul_(grad), None  # in place: a second backward pass is an error
+
+
+def _to_gradient_(logits: Tensor, target: Tensor) -> Tensor:
+    # (n, V) and (n, 1): returns each row's loss, (n,), and leaves its gradient in `logits`.
+    losses = []
+    rows = CACHED_ROWS if logits.device.type == "cpu" else len(logits)
+    for some, its_target in zip(logits.split(rows), target.split(rows), strict=True):
+        log_probs = some.log_softmax(1, dtype=torch.float32)
+        losses.append(-log_probs.gather(1, its_target)[:, 0])
+        gradient = log_probs.exp_()  # probabilities, less 1 at the target
+        some.copy_(gradient.scatter_add_(1, its_target, -torch.ones_like(its_target).float()))
+    return torch.cat(losses)
+
+
+def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    # total += a @ b in fp32; on a CPU by rows whose product is still cached when it is added.
+    rows = CACHED_PRODUCT_ROWS if total.device.type == "cpu" else len(total)
+    for its_total, its_a in zip(total.split(rows), a.split(rows), strict=True):
+        its_total += its_a @ b
 
 
 def _matmul_dtype(x: Tensor) -> torch.dtype:
