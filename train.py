@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,17 +19,16 @@ from launch.config import (
     TrainConfig,
     describe_run,
     parse_train_config,
+    profiled_steps,
     resolve_batch,
     resolve_train_config,
     to_json,
 )
 from launch.ds_config import load_ds_config, precision, resolve_ds_config, zero_stage
 from launch.ranks import Ranks, check_extension_locks, read_ranks, say_once
-from launch.schedule import lr_at
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from checkpoint.manifest import Manifest
     from data.shards import TokenStream
@@ -206,51 +204,22 @@ def score_hellaswag(engine: Any, run: Run, examples: list[Example], device: torc
     return score(sum_tensor(losses, device), examples)
 
 
-def take_step(
-    engine: Any, run: Run, batches: Iterator[Tensor], step: int, device: torch.device
-) -> tuple[Tensor, Tensor | float, float]:
-    """Do optimizer step `step` (all ranks).
-
-    Returns:
-        The sum of this rank's losses in nats and the gradient norm, both still on the device, and
-        the learning rate.
-    """
-    import torch
-
-    from data.loader import split_windows
-    from launch.engine import optimizer_step, set_optimizer
-
-    config, phase = run.config, torch.profiler.record_function
-    lr = lr_at(step, config.lr, config.warmup_steps, config.decay_steps, config.min_lr_ratio)
-    set_optimizer(engine, config, lr)
-    loss_sum = torch.zeros((), device=device)
-    for micro_step in range(run.batch.grad_accum_steps):
-        with phase("data"):
-            tokens, targets = split_windows(next(batches), device)  # (B, T) each
-        with phase("forward"):
-            loss = engine(tokens, targets)
-        with phase("backward"):
-            engine.backward(loss)  # divides by grad_accum_steps
-            loss_sum += loss.detach()
-            if micro_step + 1 < run.batch.grad_accum_steps:
-                engine.step()  # counts the micro-step; the weights stay
-    with phase("optimizer"):
-        return loss_sum, optimizer_step(engine, config.grad_clip), lr
-
-
 def train(run: Run, inputs: Inputs) -> None:
     """Train until `max_steps`, then leave a consolidated folder (all ranks).
 
     Raises:
         ValueError: Damaged data, checkpoint or initial weights; names the file.
     """
+    import torch
 
     from checkpoint.consolidate import consolidate_engine
     from checkpoint.saving import save_checkpoint
-    from data.loader import Loader
+    from data.loader import Loader, split_windows
     from data.order import Order
     from launch.engine import init_process_group, sum_over_ranks
     from launch.metrics import Metrics
+    from launch.step import take_step
+    from launch.tracing import Trace
 
     config, batch, ranks = run.config, run.batch, run.ranks
     device = init_process_group(ranks, config.dist_timeout_s)
@@ -264,7 +233,11 @@ def train(run: Run, inputs: Inputs) -> None:
     order = Order(len(inputs.train_stream), config.seq_len, config.seed, config.shuffle)
     loader = Loader(inputs.train_stream, order, batch.micro_batch_size, batch.grad_accum_steps,
                     ranks.rank, ranks.world_size, samples)  # fmt: skip
+    batches = (split_windows(windows, device) for windows in loader)
     engine.train()
+    trace = None
+    if config.profile:
+        trace = Trace(*profiled_steps(config), config.run_dir / "profile", ranks.rank)
 
     def is_due(every: int) -> bool:
         return step != resumed and (step == config.max_steps or step % every == 0)
@@ -283,13 +256,18 @@ def train(run: Run, inputs: Inputs) -> None:
                             precision=precision(run.ds_config))  # fmt: skip
         if step == config.max_steps:
             break
+        if trace:
+            trace.before(step)
         started = time.perf_counter()
-        loss_sum, grad_norm, lr = take_step(engine, run, loader, step, device)
+        loss_sum, grad_norm, lr = take_step(engine, config, step, batch.grad_accum_steps, batches)
         if step % config.log_every == 0:
             n_losses = batch.grad_accum_steps * ranks.world_size
-            loss = sum_over_ranks([loss_sum], device)[0] / n_losses
+            with torch.profiler.record_function("log"):
+                loss = sum_over_ranks([loss_sum], device)[0] / n_losses
             if metrics:
                 metrics.train(step, loss, lr, float(grad_norm), time.perf_counter() - started)
+        if trace:
+            trace.after(step)
         step += 1
         samples += batch.batch_sequences
     loader.close()

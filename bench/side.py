@@ -79,18 +79,20 @@ def build_run(args: argparse.Namespace, run_dir: Path) -> Run:
 
 def run_engine(run: Run, losses: list[float]) -> None:
     """Train through the engine, step by step as train.py does."""
+    from data.loader import split_windows
     from launch.engine import init_process_group, sum_over_ranks
-    from train import open_inputs, start_engine, take_step
+    from launch.step import take_step
+    from train import open_inputs, start_engine
 
     inputs = open_inputs(run)
     device = init_process_group(run.ranks, run.config.dist_timeout_s)
     engine = start_engine(run, inputs, device)
     engine.train()
-    micro_batches = open_loader(run)
-    n_losses = run.batch.grad_accum_steps * run.ranks.world_size
+    batches = (split_windows(windows, device) for windows in open_loader(run))
+    n_micro = run.batch.grad_accum_steps
     for step, _ in enumerate(turns(device, losses)):
-        loss_sum, *_ = take_step(engine, run, micro_batches, step, device)
-        losses.append(sum_over_ranks([loss_sum], device)[0] / n_losses)
+        loss_sum, *_ = take_step(engine, run.config, step, n_micro, batches)
+        losses.append(sum_over_ranks([loss_sum], device)[0] / n_micro / run.ranks.world_size)
 
 
 def open_loader(run: Run) -> Loader:

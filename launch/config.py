@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +61,7 @@ class TrainConfig:
     checkpoint_every: int = _flag(5000, "steps between checkpoints")
     log_every: int = _flag(1, "steps between log lines")
     compile: bool = _flag(False, "compile each block's training pass: minutes once, then faster")
-    profile: str = _flag("", "FIRST:END: trace these steps into RUN_DIR/profile")
+    profile: str = _flag("", "FIRST:END: trace steps FIRST to END - 1 into RUN_DIR/profile")
     dist_timeout_s: int = _flag(1800, "seconds until a rank that waits for others gives up")
     dry_run: bool = _flag(False, "print the resolved run and stop")
 
@@ -141,6 +142,13 @@ def _check_ranges(config: TrainConfig) -> None:
             raise ValueError(f"--{name} {getattr(config, name)}: must be in [0, 1)")
     if config.resume not in ("auto", "must", "none"):
         raise ValueError(f"--resume {config.resume}: must be auto, must or none")
+    if config.profile:
+        first, end = profiled_steps(config)
+        if not first < end <= config.max_steps:
+            raise ValueError(
+                f"--profile {config.profile}: FIRST must be below END, and END at most --max_steps "
+                f"{config.max_steps}"
+            )
     if config.micro_batch_size is not None and config.micro_batch_size < 1:
         raise ValueError(f"--micro_batch_size {config.micro_batch_size}: must be positive")
     if config.seq_len > config.preset.config.block_size:
@@ -148,6 +156,18 @@ def _check_ranges(config: TrainConfig) -> None:
             f"--seq_len {config.seq_len}: {config.model} has a block_size of "
             f"{config.preset.config.block_size}"
         )
+
+
+def profiled_steps(config: TrainConfig) -> tuple[int, int]:
+    """Return first and end of the steps to trace.
+
+    Raises:
+        ValueError: `profile` is not two numbers.
+    """
+    match = re.fullmatch(r"([0-9]+):([0-9]+)", config.profile)
+    if not match:
+        raise ValueError(f"--profile {config.profile}: must be FIRST:END, as in 10:13")
+    return int(match[1]), int(match[2])
 
 
 def resolve_batch(config: TrainConfig, world_size: int) -> BatchArithmetic:

@@ -111,8 +111,8 @@ def resolve_ds_config(
     """Return the complete dict for `deepspeed.initialize`; `config` is resolved.
 
     Raises:
-        ValueError: Stage 0 with bf16, bf16 with autocast, a stage that is none, or an "auto"
-            that nothing derives; names the key.
+        ValueError: Stage 0 with bf16, stage 3 with --compile, bf16 with autocast, a stage that is
+            none, or an "auto" that nothing derives; names the key.
     """
     name = f"--ds_config {config.ds_config}"
     if zero_stage(raw) not in (0, 1, 2, 3):
@@ -123,6 +123,10 @@ def resolve_ds_config(
         raise ValueError(
             f"{name}: ZeRO stage 0 with bf16 takes a step on zero gradients at its start and "
             "trains a wrong curve; use torch_autocast (ds_configs/zero0.json) or stage 1"
+        )
+    if config.compile and zero_stage(raw) == 3:
+        raise ValueError(
+            f"--compile: the compiler cannot trace ZeRO-3's hooks ({name}); use stage 0, 1 or 2"
         )
     if precision(raw) == "bf16" and raw.get("torch_autocast", {}).get("enabled"):
         raise ValueError(f"{name}: bf16 and torch_autocast exclude each other; enable one")

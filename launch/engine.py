@@ -44,7 +44,6 @@ def init_process_group(ranks: Ranks, timeout_s: int) -> torch.device:
         )
     if not use_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guessed
-        _keep_freed_memory()
     if "RANK" not in os.environ:  # no launcher
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
@@ -72,6 +71,7 @@ def _keep_freed_memory() -> None:
     # quarter of it (docs/LOG.md). mallopt(3): no mmap, and never trim; the environment's
     # MALLOC_MMAP_MAX_ and MALLOC_TRIM_THRESHOLD_, for those who did not set them.
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.malloc_trim(0)  # what building the engine has left
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 
@@ -164,9 +164,12 @@ def build_engine(
             dist_init_required=False,
         )
     if isinstance(engine.optimizer, BF16_Optimizer):
-        engine.buffered_allreduce_fallback = functools.partial(
-            _average_in_place, engine.optimizer, ranks.world_size
-        )
+        average = functools.partial(_average_in_place, engine.optimizer, ranks.world_size)
+        setattr(engine, "buffered_allreduce_fallback", average)  # noqa: B010  # pyright: a method
+    named = torch.profiler.record_function("reduce")(engine.allreduce_gradients)
+    setattr(engine, "allreduce_gradients", named)  # noqa: B010  # pyright: a method
+    if not torch.cuda.is_initialized():
+        _keep_freed_memory()  # from here on: what lives as long as the run has its own pages
     return engine, description
 
 
@@ -210,38 +213,6 @@ def _build_cpu_adam(ranks: Ranks) -> None:
 def _quiet_stdout() -> Iterator[None]:
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
-
-
-def set_optimizer(engine: Any, config: TrainConfig, lr: float) -> None:
-    """Set what the run owns in every parameter group; a checkpoint brings its own back."""
-    decays = (config.weight_decay, 0.0)  # the order of decay_groups
-    for group, weight_decay in zip(engine.optimizer.param_groups, decays, strict=True):
-        group |= {"lr": lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
-        group["weight_decay"] = weight_decay
-
-
-def optimizer_step(engine: Any, grad_clip: float) -> Tensor | float:
-    """Update the weights at the accumulation boundary (all ranks); return the gradient norm.
-
-    The norm is global and taken before clipping. If it is not finite, no weight and no moment
-    changes.
-    """
-    if engine.zero_optimization_stage() > 0:
-        engine.step()
-        return engine.get_global_grad_norm()
-    params = list(engine.module.parameters())
-    norm = global_norm([p.grad for p in params if p.grad is not None])
-    if grad_clip:
-        nn.utils.clip_grads_with_norm_(params, grad_clip, norm)
-    engine.optimizer.found_inf = (~norm.isfinite()).float()  # the fused step is skipped: no sync
-    engine.step()
-    return norm
-
-
-def global_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the 2-norm of all elements, summed in fp64 as DeepSpeed does, as an fp32 scalar."""
-    norms = [torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors]
-    return torch.linalg.vector_norm(torch.stack(norms)).float()
 
 
 def sum_over_ranks(values: Sequence[float | Tensor], device: torch.device) -> list[float]:

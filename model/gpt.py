@@ -55,8 +55,11 @@ class MLP(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_fc(x, gelu=self.gelu)  # (B, T, 4C)
-        return F.dropout(self.c_proj(x), self.dropout, self.training)
+        if torch.is_grad_enabled():
+            x = self.c_proj(self.c_fc(x), before=self.gelu)
+        else:
+            x = self.c_proj(self.c_fc(x, after=self.gelu))
+        return F.dropout(x, self.dropout, self.training)
 
 
 class Block(nn.Module):

@@ -29,13 +29,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         head = weight.to(dtype)  # (V, C)
         counts = targets != IGNORE_INDEX  # (N,)
         scale = counts / counts.sum().clamp(min=1)  # (N,) weight of each row in the mean
-        rows = max(1, CHUNK_LOGITS // V)
+        n_chunks = -(-N * V // CHUNK_LOGITS)
+        rows = -(-N // n_chunks)
+        buffer = torch.empty(rows, V, device=x.device, dtype=dtype)  # one for all chunks
         losses = torch.empty(N, device=x.device)
         dx, dw = torch.empty_like(x), torch.zeros(weight.shape, device=x.device)
         for start in range(0, N, rows):
             part = slice(start, start + rows)
             x_part = x[part].to(dtype)  # (n, C)
-            logits = x_part @ head.T  # (n, V)
+            logits = torch.mm(x_part, head.T, out=buffer[: len(x_part)])  # (n, V)
             target = targets[part].clamp(min=0)[:, None]  # (n, 1); an ignored row weighs 0
             losses[part] = _to_gradient_(logits, target)
             dx[part] = (logits @ head * scale[part, None]).to(x.dtype)

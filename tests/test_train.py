@@ -1,5 +1,6 @@
 """`train.py` as people run it; one rank in this process, several through the launchers."""
 
+import gzip
 import json
 import shutil
 import socket
@@ -30,7 +31,7 @@ from train import main
 
 ROOT = Path(__file__).resolve().parents[1]
 NEEDS_COMPILER = pytest.mark.skipif(
-    shutil.which("g++") is None, reason="DeepSpeedCPUAdam is compiled: install g++"
+    shutil.which("g++") is None, reason="DeepSpeedCPUAdam and --compile need it: install g++"
 )
 SMALL = ["--model", "debug", "--micro_batch_size", "4", "--sample_tokens", "2", "--eval_tokens",
          "2944"]  # fmt: skip
@@ -253,6 +254,40 @@ def test_evaluation_on_several_ranks_gives_the_numbers_of_one(
     assert alone["val_loss"] == pytest.approx(results[1]["val_loss"], abs=1e-5)
 
 
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_trace_names_the_phases_of_the_chosen_steps(
+    data_dir: Path, tmp_path: Path, stage: int
+) -> None:
+    options = ["--max_steps", 4, "--profile", "1:3", "--eval_every", 2]
+    assert main(arguments(data_dir, tmp_path / "run", stage, *options)) == 0
+    (file,) = (tmp_path / "run" / "profile").iterdir()
+    assert file.name.startswith("rank0.")
+    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    names = [event.get("name") for event in events if event.get("cat") == "user_annotation"]
+    phases = ("data", "forward", "backward", "reduce", "optimizer", "log")
+    micro_steps = 2 * 2  # of two steps
+    expected = {"optimizer": 2, "log": 2} | dict.fromkeys(phases[:4], micro_steps)
+    assert {name: names.count(name) for name in phases} == expected
+
+
+@pytest.mark.usefixtures("one_rank")
+@NEEDS_COMPILER
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_compiled_run_is_the_eager_one(data_dir: Path, tmp_path: Path, stage: int) -> None:
+    options = ["--max_steps", 4, "--eval_every", 2, "--hellaswag_every", 2]
+    options += ["--hellaswag_limit", 8, "--checkpoint_every", 2]
+    eager, compiled = tmp_path / "eager", tmp_path / "compiled"
+    assert main(arguments(data_dir, eager, stage, *options)) == 0
+    command = [sys.executable, "train.py", *arguments(data_dir, compiled, stage, *options)]
+    done = parity.run_with_children([*command, "--compile"], timeout_s=120)
+    assert done.returncode == 0, done.stderr
+    for key in ("train/loss", "val/loss"):
+        assert rows(compiled, key) == pytest.approx(rows(eager, key), abs=2e-3), key
+    a, b = (load_model(str(run))[0].state_dict() for run in (eager, compiled))
+    assert a.keys() == b.keys()
+
+
 @pytest.mark.parametrize("model", PRESETS)
 def test_dry_run_prints_the_resolved_run(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     ds_config = str(ROOT / "ds_configs" / "zero3.json")
@@ -281,6 +316,9 @@ def test_dry_run_of_175b_imports_neither_torch_nor_deepspeed() -> None:
         (["--init_from", "nowhere"], "error: nowhere: no such folder"),
         (["--model", "quickstart", "--init_from", "INIT"], "error: --init_from "),
         (["--eval_tokens", "0"], "error: --eval_tokens 0"),
+        (["--profile", "3"], "error: --profile 3: must be FIRST:END, as in 10:13"),
+        (["--profile", "3:3"], "error: --profile 3:3: FIRST must be below END"),
+        (["--profile", "3:99"], "error: --profile 3:99: FIRST must be below END"),
         (["--run_dir", __file__], f"error: --run_dir {__file__}: is a file"),
     ],
 )

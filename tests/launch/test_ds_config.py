@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ def resolve(raw: dict[str, Any], config: TrainConfig = CONFIG) -> dict[str, Any]
 def write(folder: Path, text: str) -> Path:
     (folder / "ds.json").write_text(text)
     return folder / "ds.json"
+
+
+def test_compile_is_refused_at_stage_3() -> None:
+    with pytest.raises(ValueError, match=r"--compile: .*; use stage 0, 1 or 2"):
+        resolve({"zero_optimization": {"stage": 3}}, replace(CONFIG, compile=True))
 
 
 def test_five_configs_are_shipped_each_short() -> None:

@@ -14,10 +14,9 @@ from launch.engine import (
     decay_groups,
     describe_groups,
     load_weights,
-    optimizer_step,
-    set_optimizer,
 )
 from launch.ranks import Ranks
+from launch.step import optimizer_step, set_optimizer
 from model import GPT
 
 ROOT = Path(__file__).resolve().parents[2]

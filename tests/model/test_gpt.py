@@ -134,14 +134,39 @@ def test_exact_gelu_is_pytorchs() -> None:
     assert not torch.equal(mlp(x), mlp.c_proj(nn.GELU("tanh")(mlp.c_fc(x))))
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("gelu", ["none", "tanh"])
+def test_gelu_computed_again_gives_pytorchs_gradients_and_is_not_kept(
+    gelu: str, autocast: bool
+) -> None:
+    layer, x = Linear(64, 32), torch.randn(4, 8, 64, requires_grad=True)
+    inputs = (x, layer.weight, layer.bias)
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = nn.functional.linear(nn.functional.gelu(x, approximate=gelu), layer.weight, layer.bias)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            ours = layer(x, before=gelu)
+    assert torch.equal(ours, y)
+    assert all(any(t is i for i in inputs) for t in kept)
+    upstream = torch.randn_like(y)
+    expected = torch.autograd.grad(y, inputs, upstream)
+    for mine, theirs in zip(torch.autograd.grad(ours, inputs, upstream), expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 @pytest.mark.parametrize("gelu", ["none", "tanh"])
 def test_products_without_a_gradient_are_pytorchs(gelu: str) -> None:
     x, layer = torch.randn(3, 5, 32), Linear(32, 100)
     expected = nn.functional.gelu(
         nn.functional.linear(x, layer.weight, layer.bias), approximate=gelu
     )
-    torch.testing.assert_close(layer(x, gelu=gelu), expected)
+    torch.testing.assert_close(layer(x, after=gelu), expected)
     with torch.no_grad():  # another library computes these
-        torch.testing.assert_close(layer(x, gelu=gelu), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer(x, after=gelu), expected, rtol=1e-4, atol=1e-4)
         plain = nn.functional.linear(x, layer.weight)
         torch.testing.assert_close(linear(x, layer.weight), plain, rtol=1e-5, atol=1e-5)
