@@ -14,7 +14,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import GPT2LMHeadModel
 
 from data.loader import split_windows
 from model import GPT, GPTConfig
@@ -184,6 +183,8 @@ def trainer_loop(
 
 def hf_twin(model: GPT) -> nn.Module:
     """Return Hugging Face's GPT-2 in training mode with the same weights, on the same device."""
+    from transformers import GPT2LMHeadModel
+
     with tempfile.TemporaryDirectory() as folder:
         save_hf_folder(Path(folder) / "hf", model.config, model.named_parameters(), lambda _: None)
         twin = GPT2LMHeadModel.from_pretrained(Path(folder) / "hf")

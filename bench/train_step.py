@@ -1,10 +1,10 @@
 """The train step through the engine against the loops that people write, in turns.
 
-python bench/train_step.py --sides seed zero1 zero1+compile --out runs/train_step.json
+python bench/train_step.py --sides seed trainer zero1 --out runs/train_step.json
 
 Each side (bench/side.py lists them) is a process with the same fresh weights and the same batches;
-only one works at a time. First the losses are compared, then the times. seed runs with the system's
-allocator, as people run it, seed_tuned and all others with the Makefile's settings.
+only one works at a time. First the losses are compared, then the times. Every side runs as people
+run it; seed_tuned, bare0 and bare1 have the allocator's settings that the engine's sides set.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Side:
     def __init__(self, name: str, flags: list[str], n_ranks: int = 1) -> None:
         self.name = name
         environment = {k: v for k, v in os.environ.items() if k not in ALLOCATOR}
-        if name != "seed":
+        if name.startswith(("seed_tuned", "bare")):
             environment |= ALLOCATOR
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
