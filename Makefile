@@ -70,7 +70,15 @@ hellaswag: $(VENV)/installed
 	$(BIN)/python bench/hellaswag.py --model 30m --out runs/hellaswag.json
 	$(BIN)/python bench/hellaswag.py --model gpt2 --out runs/hellaswag.json
 
+TRAIN_STEP := $(BIN)/python bench/train_step.py --out runs/train_step.json
+
+# About an hour on two cores; the seed's side runs with the system's allocator, so without settings.
 bench: $(VENV)/installed
+	$(TRAIN_STEP) --sides seed seed_tuned bare1 zero0 zero1 zero1+compile
+	$(TRAIN_STEP) --sides trainer zero1
+	$(TRAIN_STEP) --seq_len 1024 --steps 1 --sides seed zero1
+	$(TRAIN_STEP) --model 30m --steps 5 --sides seed zero1
+	$(TRAIN_STEP) --grad_accum 8 --steps 1 --sides bare1 zero1
 	$(BIN)/python bench/cross_entropy.py --out runs/cross_entropy.json
 	$(BIN)/python bench/loader.py --out runs/loader.json
 	$(if $(CORPUS),$(BIN)/python bench/prepare.py $(CORPUS) --copies 4 --out runs/prepare.json)

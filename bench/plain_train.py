@@ -194,7 +194,7 @@ def hf_twin(model: GPT) -> nn.Module:
 
 def hf_loss(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
     """Return the loss of Hugging Face's GPT-2 on targets that are already shifted."""
-    return model(tokens, labels=tokens, shift_labels=targets, use_cache=False).loss
+    return model(tokens, labels=tokens, shift_labels=targets.contiguous(), use_cache=False).loss
 
 
 def _groups(params: list[Any]) -> list[dict[str, Any]]:
