@@ -78,6 +78,7 @@ bench: $(VENV)/installed
 	$(TRAIN_STEP) --sides trainer zero1
 	$(TRAIN_STEP) --seq_len 1024 --steps 1 --sides seed zero1
 	$(TRAIN_STEP) --model 30m --steps 5 --sides seed zero1
+	$(BIN)/python bench/startup.py --out runs/startup.json
 	$(TRAIN_STEP) --grad_accum 8 --steps 1 --sides bare1 zero1
 	$(BIN)/python bench/cross_entropy.py --out runs/cross_entropy.json
 	$(BIN)/python bench/loader.py --out runs/loader.json
