@@ -41,10 +41,10 @@ def build_models(args: argparse.Namespace) -> tuple[GPT, Logits]:
     import torch
 
     from bench.plain_train import hf_twin
-    from model import GPT, GPTConfig
-    from model.presets import get_preset
+    from bench.side import PRESETS
+    from model import GPT
 
-    config = GPTConfig(6, 6, 384) if args.model == "30m" else get_preset(args.model).config
+    config = PRESETS[args.model].config
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     model = GPT(config).eval().to("cuda" if torch.cuda.is_available() else "cpu")
     if args.reference == "own":

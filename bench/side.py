@@ -1,11 +1,11 @@
 """One side of a comparison of train steps: a process that trains when it is told to.
 
 It reads a number of steps from each line of stdin and answers with a JSON line on stdout: seconds,
-losses in nats, peak memory so far. bench/train_step.py and bench/scaling.py start such processes.
+losses in nats, peak memory so far. bench/train_step.py starts such processes.
 
 Sides: seed (build-nanogpt's way), hf (GPT2LMHeadModel in the same loop), trainer (Hugging Face's),
-bare0 and bare1 (our model without the engine, in the arithmetic of zero0 and of zero1), ddp (bare0
-under DistributedDataParallel), zero0 to zero3 (the engine); the last six also with +compile.
+bare0 and bare1 (our model without the engine, in the arithmetic of zero0 and of zero1), zero0 to
+zero3 (the engine); bare0 to zero2 also with +compile.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +28,7 @@ from launch.config import TrainConfig, resolve_batch, resolve_train_config
 from launch.ds_config import load_ds_config, resolve_ds_config
 from launch.ranks import read_ranks
 from model import GPTConfig
-from model.presets import GPT2_TOKENS, HALF_M, PRESETS, Preset
+from model.presets import PRESETS
 
 if TYPE_CHECKING:
     import torch
@@ -36,8 +37,7 @@ if TYPE_CHECKING:
     from train import Run
 
 ROOT = Path(__file__).resolve().parents[1]
-LR = 6e-4  # constant from the first step
-PRESETS["30m"] = Preset(GPTConfig(6, 6, 384), HALF_M, LR, GPT2_TOKENS, GPT2_TOKENS)
+PRESETS["30m"] = replace(PRESETS["gpt2"], config=GPTConfig(6, 6, 384))  # nanoGPT's smallest
 
 
 def turns(device: torch.device, losses: list[float]) -> Iterator[None]:
@@ -59,6 +59,7 @@ def turns(device: torch.device, losses: list[float]) -> Iterator[None]:
 
 def build_run(args: argparse.Namespace, run_dir: Path) -> Run:
     """Resolve the run that the engine's sides train, and whose batches the others take."""
+    from bench.plain_train import LR
     from train import Run
 
     ranks = read_ranks()

@@ -14,7 +14,7 @@ class Trace:
     """
 
     def __init__(self, first: int, end: int, folder: Path, rank: int) -> None:
-        self.first, self.end = first, end
+        self.first, self.end, self.running = first, end, False
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_initialized():
             activities.append(ProfilerActivity.CUDA)
@@ -22,11 +22,13 @@ class Trace:
         self.profile = profile(activities=activities, record_shapes=True, on_trace_ready=written)
 
     def before(self, step: int) -> None:
-        """Start at the first step."""
-        if step == self.first:
+        """Start at the first step, or at a later one where the run was resumed."""
+        if self.first <= step < self.end and not self.running:
             self.profile.start()
+            self.running = True
 
     def after(self, step: int) -> None:
         """Write the file after the last one."""
-        if step + 1 == self.end:
+        if self.running and step + 1 == self.end:
             self.profile.stop()
+            self.running = False

@@ -272,6 +272,17 @@ def test_trace_names_the_phases_of_the_chosen_steps(
 
 
 @pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("steps", ["1:3", "0:1"])
+def test_trace_of_a_resumed_run_begins_where_it_does(
+    data_dir: Path, tmp_path: Path, steps: str
+) -> None:
+    run_dir = tmp_path / "run"
+    assert main(arguments(data_dir, run_dir, 1, "--max_steps", 2)) == 0
+    assert main(arguments(data_dir, run_dir, 1, "--max_steps", 4, "--profile", steps)) == 0
+    assert (run_dir / "profile").exists() == (steps == "1:3")
+
+
+@pytest.mark.usefixtures("one_rank")
 @NEEDS_COMPILER
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_compiled_run_is_the_eager_one(data_dir: Path, tmp_path: Path, stage: int) -> None:

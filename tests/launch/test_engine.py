@@ -98,6 +98,12 @@ def test_norm_is_taken_before_clipping(one_rank: Ranks, stage: int, fp32: bool) 
     assert norm == pytest.approx(expected, rel=1e-4 if fp32 else 2e-2)
 
 
+def moments_of(engine: Any) -> list[torch.Tensor]:
+    """Both moments and the step count of every parameter that the optimizer has updated."""
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    return [value.clone() for state in optimizer.state.values() for value in state.values()]
+
+
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("fp32", [True, False])
 def test_a_gradient_that_is_not_finite_changes_no_weight(
@@ -105,7 +111,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(
 ) -> None:
     engine = engine_of(one_rank, stage, fp32)
     for bad in (False, True, False):
-        before = weights_of(engine)
+        before, moments = weights_of(engine), moments_of(engine)
         set_optimizer(engine, CONFIG, lr=1e-3)
         loss = engine(*batch())
         engine.backward(loss * float("nan") if bad else loss)
@@ -113,6 +119,9 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(
         assert torch.isfinite(torch.tensor(norm)) == (not bad)
         changed = [k for k, w in weights_of(engine).items() if not torch.equal(w, before[k])]
         assert bool(changed) == (not bad), changed
+        assert not bad or all(
+            torch.equal(a, b) for a, b in zip(moments, moments_of(engine), strict=True)
+        )
 
 
 def loss_and_saved_numbers(engine: Any) -> tuple[torch.Tensor, int]:
