@@ -25,7 +25,7 @@ from model.gpt import GPT
 
 Forward = Callable[..., Tensor]
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
 
 
 def init_process_group(ranks: Ranks, timeout_s: int) -> torch.device:
@@ -66,14 +66,20 @@ def init_process_group(ranks: Ranks, timeout_s: int) -> torch.device:
     return torch.device("cuda", ranks.local_rank) if use_cuda else torch.device("cpu")
 
 
-def _keep_freed_memory() -> None:
+def _keep_freed_memory_after_a_step(optimizer: Any) -> None:
     # glibc hands large tensors back to the kernel at every step, and their page faults cost a
     # quarter of it (docs/LOG.md). mallopt(3): no mmap, and never trim; the environment's
-    # MALLOC_MMAP_MAX_ and MALLOC_TRIM_THRESHOLD_, for those who did not set them.
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.malloc_trim(0)  # what building the engine has left
+    # MALLOC_MMAP_MAX_ and MALLOC_TRIM_THRESHOLD_, for those who did not set them. Not before the
+    # first step has made the moments: what lives as long as the run keeps pages of its own.
+    def keep(*_: Any) -> None:
+        libc.malloc_trim(0)
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
+        hook.remove()
+
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 2**17)  # glibc's first value; else it grows to 32 MiB
+        hook = optimizer.register_step_post_hook(keep)
 
 
 def _free_port() -> int:
@@ -169,7 +175,7 @@ def build_engine(
     named = torch.profiler.record_function("reduce")(engine.allreduce_gradients)
     setattr(engine, "allreduce_gradients", named)  # noqa: B010  # pyright: a method
     if not torch.cuda.is_initialized():
-        _keep_freed_memory()  # from here on: what lives as long as the run has its own pages
+        _keep_freed_memory_after_a_step(engine.basic_optimizer)
     return engine, description
 
 

@@ -33,7 +33,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         rows = -(-N // n_chunks)
         buffer = torch.empty(rows, V, device=x.device, dtype=dtype)  # one for all chunks
         losses = torch.empty(N, device=x.device)
-        dx, dw = torch.empty_like(x), torch.zeros(weight.shape, device=x.device)
+        dx = torch.empty_like(x)
+        dw = [torch.zeros(part.shape, device=x.device) for part in _product_parts(weight)]
         for start in range(0, N, rows):
             part = slice(start, start + rows)
             x_part = x[part].to(dtype)  # (n, C)
@@ -41,9 +42,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             target = targets[part].clamp(min=0)[:, None]  # (n, 1); an ignored row weighs 0
             losses[part] = _to_gradient_(logits, target)
             dx[part] = (logits @ head * scale[part, None]).to(x.dtype)
-            _add_product_(dw, logits.T, (x_part * scale[part, None]).to(dtype))
+            x_scaled = (x_part * scale[part, None]).to(dtype)
+            for dw_part, dlogits in zip(dw, _product_parts(logits.T), strict=True):
+                dw_part += dlogits @ x_scaled
         loss = (losses * scale).sum()
-        ctx.save_for_backward(dx, dw)
+        ctx.save_for_backward(dx, *dw)
+        ctx.shape, ctx.dtype = weight.shape, weight.dtype
         return loss
 
     @staticmethod
@@ -52,8 +56,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx: Any, *grad_outputs: Any
     ) -> tuple[Tensor, Tensor, None]:
         (grad,) = grad_outputs
-        dx, dw = ctx.saved_tensors
-        return dx.mul_(grad), dw.mul_(grad), None  # in place: a second backward pass is an error
+        dx, *dw = ctx.saved_tensors
+        dweight = torch.empty(ctx.shape, dtype=ctx.dtype, device=dx.device)
+        for dweight_part, part in zip(_product_parts(dweight), dw, strict=True):
+            torch.mul(part, grad, out=dweight_part)
+        return dx * grad, dweight, None
 
 
 def _to_gradient_(logits: Tensor, target: Tensor) -> Tensor:
@@ -68,11 +75,10 @@ def _to_gradient_(logits: Tensor, target: Tensor) -> Tensor:
     return torch.cat(losses)
 
 
-def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    # total += a @ b in fp32; on a CPU by rows whose product is still cached when it is added.
-    rows = CACHED_PRODUCT_ROWS if total.device.type == "cpu" else len(total)
-    for its_total, its_a in zip(total.split(rows), a.split(rows), strict=True):
-        its_total += its_a @ b
+def _product_parts(rows: Tensor) -> tuple[Tensor, ...]:
+    # On a CPU so few rows of the head that their product is cached when it is added, and that
+    # glibc finds room for their gradient between the activations.
+    return rows.split(CACHED_PRODUCT_ROWS if rows.device.type == "cpu" else len(rows))
 
 
 def _matmul_dtype(x: Tensor) -> torch.dtype:
