@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from data.loader import split_windows
 from model import GPT, GPTConfig
@@ -73,7 +75,7 @@ def autocast_loop(
     """Train fp32 weights under bf16 autocast, as the seed does.
 
     Args:
-        module: Its parameters are trained.
+        module: Its parameters are trained; in DDP all ranks take part.
         loss_of: The module's loss.
         micro_batches: In order, without end.
         turns: One element per step.
@@ -88,7 +90,9 @@ def autocast_loop(
     for _ in turns:
         optimizer.zero_grad()
         total = torch.zeros((), device=device)
-        for windows in islice(micro_batches, grad_accum):
+        for micro_step, windows in enumerate(islice(micro_batches, grad_accum)):
+            if isinstance(module, DistributedDataParallel):
+                module.require_backward_grad_sync = micro_step == grad_accum - 1
             tokens, targets = split_windows(windows, device)
             with torch.autocast(device.type, torch.bfloat16):
                 loss = loss_of(tokens, targets)
@@ -97,6 +101,9 @@ def autocast_loop(
             loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), CLIP)
         optimizer.step()
+        if isinstance(module, DistributedDataParallel):
+            dist.all_reduce(total)
+            total /= dist.get_world_size()
         losses.append(total.item())
 
 

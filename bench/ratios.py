@@ -17,6 +17,9 @@ class Ratio:
     low: float
     high: float
 
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
+
 
 def paired_ratio(theirs: list[float], ours: list[float]) -> Ratio:
     """Return how many times theirs is ours, pair by pair; bootstrap interval."""

@@ -1,11 +1,12 @@
 """One side of a comparison of train steps: a process that trains when it is told to.
 
-It reads a number of steps from each line of stdin and answers with a JSON line on stdout: seconds,
-losses in nats, peak memory so far. bench/train_step.py starts such processes.
+It reads a number of steps from each line of stdin, with "count" behind it to count what they send
+to other ranks, and answers with a JSON line on stdout: seconds, losses in nats, peak memory so far,
+bytes sent. bench/train_step.py and bench/scaling.py start such processes.
 
 Sides: seed (build-nanogpt's way), hf (GPT2LMHeadModel in the same loop), trainer (Hugging Face's),
-bare0 and bare1 (our model without the engine, in the arithmetic of zero0 and of zero1), zero0 to
-zero3 (the engine); bare0 to zero2 also with +compile.
+bare0 and bare1 (our model without the engine, in the arithmetic of zero0 and of zero1), ddp (bare0
+on many ranks), zero0 to zero3 (the engine, on one or many); bare0 to zero2 also with +compile.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -44,16 +46,20 @@ def turns(device: torch.device, losses: list[float]) -> Iterator[None]:
     """Yield once for every step that stdin asks for, and answer each line."""
     import torch
 
+    from bench.traffic import Traffic
     from launch.metrics import peak_memory_gib
 
     for line in sys.stdin:
+        n_steps, *count = line.split()
         started = time.perf_counter()
-        for _ in range(int(line)):
-            yield
+        with Traffic() if count else nullcontext() as traffic:
+            for _ in range(int(n_steps)):
+                yield
         if device.type == "cuda":
             torch.cuda.synchronize()
         answer = {"seconds": time.perf_counter() - started, "losses": losses}
-        print(json.dumps(answer | {"peak_gib": peak_memory_gib(device)}), flush=True)
+        answer |= {"peak_gib": peak_memory_gib(device)}
+        print(json.dumps(answer | {"sent_bytes": traffic and traffic.sent_bytes}), flush=True)
         losses.clear()
 
 
@@ -112,17 +118,20 @@ def open_loader(run: Run) -> Loader:
 def run_plain(run: Run, side: str, losses: list[float]) -> None:
     """Train with a loop of bench/plain_train.py, from the same weights on the same batches."""
     import torch
+    from torch.nn.parallel import DistributedDataParallel
 
     from bench import plain_train as plain
-    from launch.engine import compile_blocks
+    from launch.engine import compile_blocks, init_process_group
     from model import GPT
 
+    name, _, compiled = side.partition("+")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "ddp":
+        device = init_process_group(run.ranks, run.config.dist_timeout_s)
     torch.set_float32_matmul_precision("high")  # as the seed does
     config = run.config.gpt_config
     loop = (open_loader(run), turns(device, losses), losses, run.batch.grad_accum_steps)
     ours = GPT(config, run.config.seed).to(device)
-    name, _, compiled = side.partition("+")
     if compiled:
         compile_blocks(ours)
     if name == "seed":
@@ -131,6 +140,9 @@ def run_plain(run: Run, side: str, losses: list[float]) -> None:
         plain.autocast_loop(seed, seed, *loop, fused=device.type == "cuda")
     elif name == "bare0":
         plain.autocast_loop(ours, ours, *loop, fused=True)
+    elif name == "ddp":
+        in_ddp = DistributedDataParallel(ours)
+        plain.autocast_loop(in_ddp, in_ddp, *loop, fused=True)
     elif name == "bare1":
         plain.masters_loop(ours, *loop)
     else:
