@@ -70,19 +70,24 @@ hellaswag: $(VENV)/installed
 	$(BIN)/python bench/hellaswag.py --model 30m --out runs/hellaswag.json
 	$(BIN)/python bench/hellaswag.py --model gpt2 --out runs/hellaswag.json
 
-TRAIN_STEP := $(BIN)/python bench/train_step.py --out runs/train_step.json
+RESULTS := runs/bench
+TRAIN_STEP := $(BIN)/python bench/train_step.py --out $(RESULTS)/1_train_step.json
 
-# About an hour on two cores; the seed's side runs with the system's allocator, so without settings.
+# About two hours on two cores. Results are added: one that is there and right need not run again.
 bench: $(VENV)/installed
-	$(TRAIN_STEP) --sides seed seed_tuned bare1 zero0 zero1 zero1+compile
-	$(TRAIN_STEP) --sides trainer zero1
+	$(TRAIN_STEP) --sides seed seed_tuned hf trainer bare1 zero1
 	$(TRAIN_STEP) --seq_len 1024 --steps 1 --sides seed zero1
-	$(TRAIN_STEP) --model 30m --steps 5 --sides seed zero1
-	$(BIN)/python bench/startup.py --out runs/startup.json
+	$(TRAIN_STEP) --model 30m --sides seed seed_tuned bare1 zero1
+	$(TRAIN_STEP) --sides bare0 zero0 zero0+compile
+	$(TRAIN_STEP) --sides zero1 zero1+compile zero2 zero3
 	$(TRAIN_STEP) --grad_accum 8 --steps 1 --sides bare1 zero1
-	$(BIN)/python bench/cross_entropy.py --out runs/cross_entropy.json
-	$(BIN)/python bench/loader.py --out runs/loader.json
-	$(if $(CORPUS),$(BIN)/python bench/prepare.py $(CORPUS) --copies 4 --out runs/prepare.json)
+	$(BIN)/python bench/scaling.py --out $(RESULTS)/2_scaling.json
+	$(BIN)/python bench/scaling.py --model gpt2 --ranks 2 --sides zero1 --steps 1 --out $(RESULTS)/2_scaling.json
+	$(BIN)/python bench/startup.py --out $(RESULTS)/3_startup.json
+	$(BIN)/python bench/cross_entropy.py --out $(RESULTS)/4_cross_entropy.json
+	$(BIN)/python bench/loader.py --out $(RESULTS)/5_loader.json
+	$(if $(CORPUS),$(BIN)/python bench/prepare.py $(CORPUS) --copies 4 --out $(RESULTS)/6_prepare.json)
+	$(BIN)/python bench/page.py $(RESULTS)/*.json --out docs/BENCHMARKS.md
 
 clean:
 	rm -rf $(VENV) .torch_extensions

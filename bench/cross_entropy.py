@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -19,6 +18,8 @@ from typing import TYPE_CHECKING
 
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from bench.record import record
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,9 +98,6 @@ def measure(name: str, batch: int, seq_len: int, n_embd: int, repeats: int) -> d
         "grad_norm_w": w.grad.float().norm().item(),
         "median_s": statistics.median(times[1:]),
         "peak_mib": round(peak_mib),
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
     }
 
 
@@ -110,13 +108,13 @@ def main() -> None:
     parser.add_argument("--seq_len", type=int, default=1024, help="tokens per sequence")
     parser.add_argument("--n_embd", type=int, default=768)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="JSON file for all results")
+    parser.add_argument("--out", type=Path, help="JSON file; results are added")
     args = parser.parse_args()
     if args.candidate:
         sizes = (args.batch, args.seq_len, args.n_embd, args.repeats)
         print(json.dumps(measure(args.candidate, *sizes)))
         return
-    rows = []
+    results = []
     for name in NAMES:  # a process each: peak memory is the process's
         command = [sys.executable, __file__, "--candidate", name]
         for flag in ("batch", "seq_len", "n_embd", "repeats"):
@@ -125,11 +123,16 @@ def main() -> None:
         if done.returncode:
             print(f"{name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
             continue
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
-        print(rows[-1], file=sys.stderr)
+        results.append(json.loads(done.stdout.splitlines()[-1]))
+        print(results[-1], file=sys.stderr)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(rows, indent=1))
+        rows = [
+            {"candidate": r["candidate"], "loss": f"{r['loss']:.5f}",
+             "seconds": f"{r['median_s']:.2f}", "peak MiB": f"{r['peak_mib']:,}"}
+            for r in results
+        ]  # fmt: skip
+        shape = f"{args.batch} × {args.seq_len} tokens of width {args.n_embd}"
+        record(args.out, f"Cross-entropy, forward and backward, {shape}", rows, results)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.ratios import describe_machine, in_turns, paired_ratio
+from bench.ratios import in_turns, paired_ratio
+from bench.record import Rows, record
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARD_TOKENS, N_SHARDS = 100_000_000, 3
@@ -102,7 +102,7 @@ def memory_mib(key: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:"))
 
 
-def compare(folder: Path, blocks: int) -> dict[str, object]:
+def compare(folder: Path, blocks: int) -> dict[str, list[dict[str, float]]]:
     """Measure both sides in turns, each in a process of its own."""
     values: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for order in in_turns(SIDES, blocks):
@@ -110,15 +110,17 @@ def compare(folder: Path, blocks: int) -> dict[str, object]:
             command = [sys.executable, __file__, "--side", side, "--folder", str(folder)]
             done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
             values[side].append(json.loads(done.stdout))
-    result: dict[str, object] = {}
+    return values
+
+
+def table(values: dict[str, list[dict[str, float]]]) -> Rows:
+    """Return a row for each thing measured."""
+    rows = []
     for name in values["ours"][0]:
         theirs, ours = ([value[name] for value in values[side]] for side in SIDES)
-        ratio = paired_ratio(theirs, ours)
-        result[name] = {"seed": theirs, "ours": ours, "ratio": asdict(ratio)}
-        shown = f"{ratio.median:.1f} ({ratio.low:.1f} to {ratio.high:.1f})"
-        print(f"{name}: seed {median(theirs):.6f}, ours {median(ours):.6f}, ratio {shown}",
-              file=sys.stderr)  # fmt: skip
-    return result
+        rows.append({"what": name, "seed": f"{median(theirs):.6f}", "ours": f"{median(ours):.6f}",
+                     "times less": str(paired_ratio(theirs, ours))})  # fmt: skip
+    return rows
 
 
 def main() -> None:
@@ -126,7 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, help="JSON of the results")
+    parser.add_argument("--out", type=Path, help="JSON file; results are added")
     parser.add_argument("--blocks", type=int, default=7, help="of turns (default: 7)")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -138,9 +140,8 @@ def main() -> None:
         parser.error("--out is missing")
     with tempfile.TemporaryDirectory(prefix="nanospeed_") as name:
         write_shards(Path(name))
-        values = {"machine": describe_machine(), "results": compare(Path(name), args.blocks)}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(values, indent=1) + "\n")
+        values = compare(Path(name), args.blocks)
+    record(args.out, "Loader", table(values), values)
 
 
 if __name__ == "__main__":

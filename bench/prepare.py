@@ -12,19 +12,20 @@ import json
 import lzma
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.ratios import describe_machine, in_turns, paired_ratio
+from bench.ratios import in_turns, paired_ratio
+from bench.record import record
 
 ROOT = Path(__file__).resolve().parents[1]
 VAL_TOKENS, SHARD_TOKENS = 1_000_000, 5_000_000
@@ -91,12 +92,7 @@ def compare(source: Path, folder: Path, blocks: int) -> dict[str, object]:
     result: dict[str, object] = {"source": source.name, "bytes": source.stat().st_size,
                                  "shards": len(expected), "same_bytes": True}  # fmt: skip
     for side in SIDES:
-        ratio = asdict(paired_ratio(times["seed"], times[side]))
-        result[side] = {
-            "seconds": times[side],
-            "times_faster": ratio,
-            "peak_mib": max(memory[side]),
-        }
+        result[side] = {"seconds": times[side], "peak_mib": max(memory[side])}
     return result
 
 
@@ -108,21 +104,23 @@ def main() -> None:
     parser.add_argument("corpus", type=Path, help=".jsonl or .jsonl.xz with a text per line")
     parser.add_argument("--copies", type=int, default=1, help="of the corpus (default: 1)")
     parser.add_argument("--blocks", type=int, default=7, help="of turns (default: 7)")
-    parser.add_argument("--out", type=Path, required=True, help="JSON of the results")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file; results are added")
     args = parser.parse_args()
-    results = []
+    results, rows = [], []
     with tempfile.TemporaryDirectory(prefix="nanospeed_") as name:
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # a child's peak starts at ours
             sources = pool.submit(write_sources, args.corpus, Path(name), args.copies).result()
         for source in sources:
             results.append(compare(source, Path(name), args.blocks))
             for side in SIDES:
-                r = results[-1][side]["times_faster"]
-                print(f"{source.name}: {side}: {r['median']:.2f} times faster "
-                      f"({r['low']:.2f} to {r['high']:.2f})", file=sys.stderr)  # fmt: skip
-    values = {"machine": describe_machine(), "copies": args.copies, "results": results}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(values, indent=1) + "\n")
+                seconds = results[-1][side]["seconds"]
+                times_faster = paired_ratio(results[-1]["seed"]["seconds"], seconds)
+                rows.append({"source": source.name, "side": side,
+                             "seconds": f"{statistics.median(seconds):.2f}",
+                             "times faster": str(times_faster),
+                             "peak MiB": f"{results[-1][side]['peak_mib']:,.0f}"})  # fmt: skip
+    title = f"Text to shards: {args.corpus.name}, {args.copies} times over"
+    record(args.out, title, rows, results)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ bytes sent. bench/train_step.py and bench/scaling.py start such processes.
 
 Sides: seed (build-nanogpt's way), hf (GPT2LMHeadModel in the same loop), trainer (Hugging Face's),
 bare0 and bare1 (our model without the engine, in the arithmetic of zero0 and of zero1), ddp (bare0
-on many ranks), zero0 to zero3 (the engine, on one or many); bare0 to zero2 also with +compile.
+on many ranks), zero0 to zero3 (the engine, on one or many). With +compile the blocks are compiled
+(bare0 to zero2), with +whole the model as one (bare0, bare1).
 """
 
 from __future__ import annotations
@@ -132,8 +133,10 @@ def run_plain(run: Run, side: str, losses: list[float]) -> None:
     config = run.config.gpt_config
     loop = (open_loader(run), turns(device, losses), losses, run.batch.grad_accum_steps)
     ours = GPT(config, run.config.seed).to(device)
-    if compiled:
+    if compiled == "compile":
         compile_blocks(ours)
+    elif compiled == "whole":
+        ours.compile()
     if name == "seed":
         seed = plain.PlainGPT(config).to(device)
         seed.load_state_dict(ours.state_dict())

@@ -25,6 +25,9 @@ from model.gpt import GPT
 
 Forward = Callable[..., Tensor]
 
+# A C++20 compiler, which Inductor needs, knows the instructions of this processor: trying each of
+# them out is half of a cold compilation.
+INDUCTOR = {"cpp.vec_isa_ok": True}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
 
 
@@ -194,7 +197,8 @@ def compile_blocks(model: GPT) -> None:
     The names of the weights stay. Evaluation, with its many shapes, masks and caches, stays eager.
     """
     for block in model.h:
-        block.forward = _in_training(block, torch.compile(block.forward), block.forward)
+        compiled = torch.compile(block.forward, options=INDUCTOR)
+        block.forward = _in_training(block, compiled, block.forward)
 
 
 def _in_training(block: nn.Module, compiled: Forward, eager: Forward) -> Forward:
