@@ -1,11 +1,13 @@
 """The engine at every stage, on one rank; several ranks are in tests/test_train.py."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from bench.train_step import Side, write_tokens
 from launch.config import TrainConfig, resolve_batch, resolve_train_config
 from launch.ds_config import load_ds_config, resolve_ds_config, zero_stage
 from launch.engine import (
@@ -166,3 +168,22 @@ def test_stage_3_shards_every_matrix(one_rank: Ranks) -> None:
     assert zero_stage(resolved) == 3
     model = build_model(CONFIG, resolved, CPU)
     assert all(p.numel() == 0 for p in model.parameters() if len(p.ds_shape) > 1)  # pyright: ignore[reportAttributeAccessIssue]  # zero.Init adds it
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc counts page faults")
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_step_takes_no_new_pages_from_the_kernel(tmp_path: Path, stage: int) -> None:
+    write_tokens(tmp_path)
+    flags = ["--model", "debug", "--seq_len", "64", "--data_dir", str(tmp_path)]
+    with Side(f"zero{stage}", flags) as side:  # without the allocator's environment variables
+        side.steps(4)
+        stat = Path(f"/proc/{side.ranks[0].pid}/stat")
+        before = minor_faults(stat)
+        side.steps(1)
+        logits_pages = 4 * 64 * CONFIG.gpt_config.padded_vocab_size * 2 // 4096  # of one buffer
+        assert minor_faults(stat) - before < logits_pages / 2
+
+
+def minor_faults(stat: Path) -> int:
+    """Return proc(5)'s minflt: pages taken without reading a disk."""
+    return int(stat.read_text().rpartition(")")[2].split()[7])
