@@ -27,7 +27,7 @@ Forward = Callable[..., Tensor]
 
 # A C++20 compiler, which Inductor needs, knows the instructions of this processor: trying each of
 # them out is half of a cold compilation.
-INDUCTOR = {"cpp.vec_isa_ok": True}
+INDUCTOR: dict[str, Any] = {"cpp.vec_isa_ok": True}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
 
 
@@ -153,7 +153,8 @@ def build_engine(
 ) -> tuple[Any, str]:
     """Hand the model to DeepSpeed (all ranks); return the engine and a line about its groups."""
     import deepspeed
-    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime import bf16_optimizer
+    from deepspeed.runtime.zero import stage_1_and_2
 
     if uses_offload(ds_config):
         _build_cpu_adam(ranks)
@@ -172,7 +173,10 @@ def build_engine(
             config=ds_config,
             dist_init_required=False,
         )
-    if isinstance(engine.optimizer, BF16_Optimizer):
+    if dist.get_backend() == "gloo":
+        for module in (bf16_optimizer, stage_1_and_2):
+            setattr(module, "all_gather_dp_groups", _gather_by_broadcasts)  # noqa: B010
+    if isinstance(engine.optimizer, bf16_optimizer.BF16_Optimizer):
         average = functools.partial(_average_in_place, engine.optimizer, ranks.world_size)
         setattr(engine, "buffered_allreduce_fallback", average)  # noqa: B010  # pyright: a method
     named = torch.profiler.record_function("reduce")(engine.allreduce_gradients)
@@ -189,6 +193,21 @@ def _average_in_place(optimizer: Any, world_size: int, **_: Any) -> None:
         for gradients in optimizer.fp32_groups_gradients_flat:
             gradients /= world_size
             dist.all_reduce(gradients)
+
+
+def _gather_by_broadcasts(
+    partitioned_param_groups: list[list[Tensor]], dp_process_group: list[Any], **_: Any
+) -> None:
+    # All ranks, each its part. gloo's all-gather goes through copies of everything, in new memory
+    # each time: a fifth of a step of two ranks (docs/LOG.md).
+    works = [
+        dist.broadcast(part, group=group, group_src=rank, async_op=True)
+        for parts, group in zip(partitioned_param_groups, dp_process_group, strict=True)
+        for rank, part in enumerate(parts)
+    ]
+    for work in works:
+        assert work
+        work.wait()
 
 
 def compile_blocks(model: GPT) -> None:
