@@ -157,9 +157,10 @@ def _find_manifest(out_dir: Path, recipe: dict[str, Any]) -> "Manifest":
     from data.manifest import Manifest, Position, Resume, read_manifest
 
     manifest = read_manifest(out_dir)
-    if not manifest:
-        if any(out_dir.glob("*.npy")) or any(out_dir.glob("*.bin")):
-            raise ValueError(f"--out_dir {out_dir}: holds shards already. Give an empty folder")
+    holds_shards = any(out_dir.glob("*.npy")) or any(out_dir.glob("*.bin"))
+    if not manifest and holds_shards:
+        raise ValueError(f"--out_dir {out_dir}: holds shards already. Give an empty folder")
+    if not manifest or not (manifest.shards or holds_shards):
         first = "val" if recipe["val_every"] else ""
         return Manifest(recipe, [], {}, Resume(first, Position(), 0, {}))
     keys = [key for key in recipe if manifest.recipe.get(key) != recipe[key]]

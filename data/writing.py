@@ -94,6 +94,8 @@ class ShardWriter:
         except OSError:  # a file system without locks on folders
             pass
         self._remove_partial()
+        if not self.manifest.shards:
+            write_manifest(self.out_dir, self.manifest)  # before a shard: none is ever without it
 
     def _remove_partial(self) -> None:
         for path in self.out_dir.glob(f"*{PARTIAL_SUFFIX}"):

@@ -29,7 +29,8 @@ ENTRY_POINTS = ["train.py", "data/prepare.py", "data/fineweb.py", "data/show.py"
                 "eval/report.py", "checkpoint/consolidate.py", "bench/parity.py",
                 "bench/cross_entropy.py", "bench/prepare_kills.py", "bench/prepare.py",
                 "bench/loader.py", "bench/side.py", "bench/train_step.py",
-                "bench/startup.py", "bench/scaling.py", "bench/page.py", "bench/attention.py"]  # fmt: skip
+                "bench/startup.py", "bench/scaling.py", "bench/page.py",
+                "bench/attention.py"]  # fmt: skip
 
 
 def imports(path: Path) -> set[str]:

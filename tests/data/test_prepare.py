@@ -12,7 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from bench.seed_prepare import tokenize, write_shards
-from data.manifest import Manifest, read_manifest
+from data.manifest import Manifest, read_manifest, write_manifest
 from data.mpi import Alone
 from data.prepare import build_parser, prepare
 
@@ -144,6 +144,26 @@ def test_the_same_command_again_changes_nothing(sources: Path, tmp_path: Path) -
         run(sources, "--out_dir", tmp_path / "out", "--val_tokens", 8000)
     with pytest.raises(ValueError, match=r"holds another dataset \(files\)"):
         run(sources / "a", "--out_dir", tmp_path / "out", "--val_tokens", 9000)
+
+
+def test_killed_between_the_first_shard_and_its_record_it_goes_on(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--val_tokens", "500", "--shard_tokens", "700", "--out_dir"]
+    run(sources / "b.jsonl", *options, tmp_path / "whole")
+
+    def die_at_a_record(folder: Path, manifest: Manifest) -> None:
+        if manifest.shards:
+            raise RuntimeError("killed")
+        write_manifest(folder, manifest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("data.writing.write_manifest", die_at_a_record)
+        with pytest.raises(RuntimeError, match="killed"):
+            run(sources / "b.jsonl", *options, tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.npy"))) == 1
+    run(sources / "b.jsonl", *options, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_a_source_that_has_changed_is_another_dataset(tmp_path: Path) -> None:
