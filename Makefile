@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
 
-.PHONY: quickstart test debian check parity bench hellaswag kills clean
+.PHONY: quickstart test debian check parity bench hellaswag kills faults clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -63,6 +63,12 @@ parity: $(VENV)/installed
 
 kills: $(VENV)/installed
 	$(BIN)/python bench/prepare_kills.py --kills 50 --out runs/prepare_kills.json
+
+# About an hour; goes on where it was. Every kill's outcome is in runs/faults/faults.json.
+faults: $(VENV)/installed
+	$(BIN)/python bench/faults.py --campaign step --tries 100 --folder runs/faults
+	$(BIN)/python bench/faults.py --campaign save --tries 200 --folder runs/faults
+	$(BIN)/python bench/faults.py --campaign points --folder runs/faults
 
 hellaswag: $(VENV)/installed
 	$(BIN)/python bench/hellaswag.py --model 30m --every 1 --out runs/hellaswag.json

@@ -7,15 +7,15 @@ torchrun --nproc_per_node 8 train.py --model gpt2 --data_dir DIR
 
 from __future__ import annotations
 
-import json
+import contextlib
+import functools
 import sys
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from checkpoint.run_folder import write_json
 from launch.config import (
-    BatchArithmetic,
     TrainConfig,
     describe_run,
     parse_train_config,
@@ -25,37 +25,28 @@ from launch.config import (
     to_json,
 )
 from launch.ds_config import load_ds_config, precision, resolve_ds_config, zero_stage
-from launch.ranks import Ranks, check_extension_locks, read_ranks, say_once
+from launch.inputs import Inputs, Run, open_inputs, take_run_dir
+from launch.ranks import read_ranks, say_once
+from launch.supervision import BAD_INPUT, FAILED, FINISHED, report, supervise
+from launch.watchdog import Watchdog, group_timeout_s
 
 if TYPE_CHECKING:
     import torch
 
     from checkpoint.manifest import Manifest
-    from data.shards import TokenStream
-    from eval.packing import Example
-
-N_SAMPLES, TOP_K = 4, 50  # of the in-loop samples, as in build-nanogpt
-
-
-@dataclass(frozen=True)
-class Run:
-    """One resolved run on these ranks."""
-
-    config: TrainConfig
-    batch: BatchArithmetic
-    ds_config: dict[str, Any]
-    ranks: Ranks
+    from data.loader import Loader
+    from eval.in_loop import Evaluator
+    from launch.metrics import Metrics
+    from launch.stops import Stops
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What a run reads: data, and the weights that it starts from, if they are not fresh."""
+@dataclass
+class Progress:
+    """Where a run stands: updates done, samples consumed, and the step of its last checkpoint."""
 
-    train_stream: TokenStream
-    val_stream: TokenStream
-    hellaswag: list[Example]  # none where it is off
-    init_folder: Path | None
-    checkpoint: tuple[Path, Manifest] | None
+    step: int
+    samples: int
+    saved_step: int
 
 
 def main(argv: list[str]) -> int:
@@ -68,144 +59,125 @@ def main(argv: list[str]) -> int:
         ds_config = resolve_ds_config(load_ds_config(config.ds_config), config, batch)
         if config.dry_run:
             print(describe_run(config, batch, ds_config))
-            return 0
+            return FINISHED
         run = Run(config, batch, ds_config, ranks)
         inputs = open_inputs(run)
-    except ValueError as error:  # every rank of a machine finds the same
+        folder = take_run_dir(run, inputs) if ranks.is_main else contextlib.nullcontext()
+    except (ValueError, OSError) as error:  # every rank of a machine finds the same
         say_once(ranks, f"error: {error}")
-        return 2
-    try:
-        train(run, inputs)
-    except ValueError as error:  # found by this rank in its own share
-        print(f"error: rank {ranks.rank}: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return BAD_INPUT if isinstance(error, ValueError) else FAILED
+    with folder:
+        try:
+            return supervise(run, functools.partial(train, run, inputs))
+        except Exception as error:  # of any kind: one line, and a status to act on
+            return report(run, error)
 
 
-def open_inputs(run: Run) -> Inputs:
-    """Open and check everything that the run reads, before any process group exists.
-
-    Raises:
-        ValueError: Whatever cannot be trained on or started from; names the file or flag.
-    """
-    from checkpoint.resuming import check_layout, find_checkpoint
-    from data.order import Order
-    from data.shards import TokenStream
-    from eval.hellaswag import load_examples
-    from eval.packing import crop_contexts
-    from eval.val_loss import check_eval_tokens
-    from model.hub import locate_hf_folder
-    from model.weights import load_hf_config
-
-    config, gpt = run.config, run.config.gpt_config
-    check_extension_locks(run.ranks)
-    if config.run_dir.exists() and not config.run_dir.is_dir():
-        raise ValueError(f"--run_dir {config.run_dir}: is a file; give a folder")
-    verify = config.verify and run.ranks.local_rank == 0  # once per machine
-    train_stream = TokenStream(config.data_dir, "train", gpt.vocab_size, verify)
-    val_stream = TokenStream(config.data_dir, "val", gpt.vocab_size, verify)
-    Order(len(train_stream), config.seq_len)
-    check_eval_tokens(val_stream, config.eval_tokens)
-    rows = load_examples(limit=config.hellaswag_limit) if config.hellaswag_every else []
-    data = (train_stream, val_stream, crop_contexts(rows, gpt.block_size))
-    if folder := find_checkpoint(run.config.run_dir, config.resume):
-        manifest = check_layout(
-            folder,
-            world_size=run.ranks.world_size,
-            zero_stage=zero_stage(run.ds_config),
-            precision=precision(run.ds_config),
-            model=gpt,
-        )
-        if manifest.step > config.max_steps:
-            raise ValueError(f"--max_steps {config.max_steps}: {folder} is beyond it")
-        return Inputs(*data, None, (folder, manifest))
-    if not config.init_from:
-        return Inputs(*data, None, None)
-    init_folder = locate_hf_folder(config.init_from)
-    found = replace(load_hf_config(init_folder), dropout=config.dropout)
-    if found != gpt:
-        raise ValueError(
-            f"--init_from {config.init_from} is {found}, --model {config.model} is {gpt}"
-        )
-    return Inputs(*data, init_folder, None)
-
-
-def start_engine(run: Run, inputs: Inputs, device: torch.device) -> Any:
+def start_engine(run: Run, inputs: Inputs, device: torch.device) -> tuple[Any, Manifest | None]:
     """Build the engine, with fresh, given or resumed weights (all ranks)."""
-    from checkpoint.resuming import load_checkpoint
-    from launch.engine import build_engine, build_model, load_weights
+    from checkpoint.resuming import check_same_run, load_checkpoint, newest_intact
+    from launch.engine import build_engine, build_model, load_weights, set_clipping
     from model.weights import load_hf_weights
 
-    model = build_model(run.config, run.ds_config, device)
+    config, stage = run.config, zero_stage(run.ds_config)
+    checkpoint = newest_intact(inputs.checkpoints, config.resume)
+    if checkpoint:
+        check_same_run(
+            checkpoint[1],
+            precision=precision(run.ds_config),
+            model=config.gpt_config,
+            order=inputs.order,
+        )
+        if checkpoint[1].step > config.max_steps:
+            raise ValueError(f"--max_steps {config.max_steps}: {checkpoint[0]} is beyond it")
+    model = build_model(config, run.ds_config, device)
     if inputs.init_folder:
-        weights = load_hf_weights(inputs.init_folder, run.config.gpt_config)
-        load_weights(model, weights, zero_stage(run.ds_config))
-    engine, groups = build_engine(model, run.config, run.ds_config, run.ranks)
-    if inputs.checkpoint:
-        load_checkpoint(engine, *inputs.checkpoint)
+        load_weights(model, load_hf_weights(inputs.init_folder, config.gpt_config), stage)
+    engine, groups = build_engine(model, config, run.ds_config, run.ranks)
+    if checkpoint:
+        load_checkpoint(engine, *checkpoint, precision(run.ds_config))
+        set_clipping(engine, config.grad_clip)
     if run.ranks.is_main:
-        print(describe_run(run.config, run.batch, run.ds_config), file=sys.stderr)
+        print(describe_run(config, run.batch, run.ds_config), file=sys.stderr)
         print(groups, file=sys.stderr)
-    return engine
+    return engine, checkpoint[1] if checkpoint else None
 
 
-def write_configs(run: Run) -> None:
-    """Write the resolved configuration into the run folder."""
-    run.config.run_dir.mkdir(parents=True, exist_ok=True)
-    for name, values in (("config", to_json(run.config)), ("ds_config", run.ds_config)):
-        (run.config.run_dir / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n")
-
-
-def evaluate_and_sample(
-    engine: Any, run: Run, val_stream: TokenStream, device: torch.device
-) -> tuple[float, list[str]]:
-    """Return the validation loss in nats per token, and sampled texts (all ranks, in step)."""
-    from eval.sample import sample_texts
-    from eval.val_loss import evaluate
-    from launch.engine import sum_over_ranks
-
-    config = run.config
-    engine.eval()
-    sums = evaluate(
-        engine,
-        val_stream,
-        seq_len=config.seq_len,
-        eval_tokens=config.eval_tokens,
-        batch_size=run.batch.micro_batch_size,
-        device=device,
-        rank=run.ranks.rank,
-        world_size=run.ranks.world_size,
-    )
-    loss, n_tokens = sum_over_ranks(sums, device)
-    texts = sample_texts(
-        engine,
-        config.gpt_config,
-        config.sample_prompt,
-        n_samples=N_SAMPLES,
-        max_new_tokens=config.sample_tokens,
-        top_k=TOP_K,
-        seed=config.seed,
-        device=device,
-    )
-    engine.train()
-    return loss / n_tokens, texts
-
-
-def score_hellaswag(engine: Any, run: Run, examples: list[Example], device: torch.device) -> Any:
-    """Return the HellaSwag score (all ranks, in step)."""
-    from eval.hellaswag import score
-    from eval.packing import evaluate
+def build_evaluator(run: Run, engine: Any, stops: Stops, device: torch.device) -> Evaluator:
+    """Return what evaluates the engine, and hears of a stop before each forward (all ranks)."""
+    from eval.in_loop import Evaluator
     from launch.engine import sum_tensor
 
-    engine.eval()
-    rank, world_size = run.ranks.rank, run.ranks.world_size
-    losses = evaluate(engine, examples, device=device, rank=rank, world_size=world_size)
-    engine.train()
-    return score(sum_tensor(losses, device), examples)
+    def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+        stops.check(device)  # all ranks: each does the same number of forwards
+        return engine(*args, **kwargs)
+
+    ranks, total = run.ranks, functools.partial(sum_tensor, device=device)
+    return Evaluator(forward, run.config.gpt_config, device, ranks.rank, ranks.world_size, total)
 
 
-def train(run: Run, inputs: Inputs) -> None:
+def evaluate(
+    run: Run, inputs: Inputs, evaluator: Evaluator, step: int, metrics: Metrics | None
+) -> None:
+    """Do the evaluations that are due after `step` updates (all ranks, in step)."""
+    config = run.config
+    if is_due(config, step, config.eval_every):
+        loss = evaluator.val_loss(
+            inputs.val_stream,
+            seq_len=config.seq_len,
+            eval_tokens=config.eval_tokens,
+            batch_size=run.batch.micro_batch_size,
+        )
+        texts = evaluator.samples(config.sample_prompt, config.sample_tokens, config.seed)
+        if metrics:
+            metrics.evaluation(step, loss, texts)
+    if inputs.hellaswag and is_due(config, step, config.hellaswag_every):
+        result = evaluator.hellaswag(inputs.hellaswag)
+        if metrics:
+            metrics.hellaswag(step, result)
+
+
+def is_due(config: TrainConfig, step: int, every: int) -> bool:
+    """Return whether what happens every so many steps, and at the end, happens after `step`."""
+    return step == config.max_steps or step % every == 0
+
+
+def save(run: Run, inputs: Inputs, engine: Any, progress: Progress, watchdog: Watchdog) -> None:
+    """Leave a checkpoint of this step, unless there is one (all ranks)."""
+    from checkpoint.saving import save_checkpoint
+
+    if progress.step == progress.saved_step:
+        return
+    watchdog.phase("save")
+    save_checkpoint(
+        engine,
+        run.config.run_dir / "checkpoints",
+        step=progress.step,
+        samples=progress.samples,
+        precision=precision(run.ds_config),
+        order=inputs.order,
+        keep=run.config.keep_checkpoints,
+        keep_every=run.config.keep_every,
+    )
+    progress.saved_step = progress.step
+
+
+def open_loader(run: Run, inputs: Inputs, samples: int) -> Loader:
+    """Return this rank's micro-batches after so many samples of the run."""
+    from data.loader import Loader
+    from data.order import Order
+
+    config, batch, ranks = run.config, run.batch, run.ranks
+    order = Order(len(inputs.train_stream), config.seq_len, config.seed, config.shuffle)
+    return Loader(inputs.train_stream, order, batch.micro_batch_size, batch.grad_accum_steps,
+                  ranks.rank, ranks.world_size, samples)  # fmt: skip
+
+
+def train(run: Run, inputs: Inputs, watchdog: Watchdog, stops: Stops) -> tuple[str, str]:
     """Train until `max_steps`, then leave a consolidated folder (all ranks).
+
+    Returns:
+        How it ended, a key of STATUS, and why.
 
     Raises:
         ValueError: Damaged data, checkpoint or initial weights; names the file.
@@ -213,67 +185,70 @@ def train(run: Run, inputs: Inputs) -> None:
     import torch
 
     from checkpoint.consolidate import consolidate_engine
-    from checkpoint.saving import save_checkpoint
-    from data.loader import Loader, split_windows
-    from data.order import Order
-    from launch.engine import init_process_group, sum_over_ranks
+    from data.loader import split_windows
+    from launch.engine import init_process_group
+    from launch.health import Health
     from launch.metrics import Metrics
     from launch.step import take_step
+    from launch.stops import StopRequested
     from launch.tracing import Trace
 
     config, batch, ranks = run.config, run.batch, run.ranks
-    device = init_process_group(ranks, config.dist_timeout_s)
-    engine = start_engine(run, inputs, device)
-    manifest = inputs.checkpoint[1] if inputs.checkpoint else None
+    watchdog.phase("start")  # again: whoever is missing is named before the clock runs out
+    device = init_process_group(ranks, group_timeout_s(config.timeouts),
+                                0.9 * watchdog.timeouts_s["start"])  # fmt: skip
+    engine, manifest = start_engine(run, inputs, device)
     resumed = manifest.step if manifest else None
-    step, samples = (manifest.step, manifest.samples) if manifest else (0, 0)
+    progress = Progress(resumed or 0, manifest.samples if manifest else 0, resumed or 0)
+    metrics = None
     if ranks.is_main:
-        write_configs(run)
-    metrics = Metrics(config, resumed, ranks.world_size, device) if ranks.is_main else None
-    order = Order(len(inputs.train_stream), config.seq_len, config.seed, config.shuffle)
-    loader = Loader(inputs.train_stream, order, batch.micro_batch_size, batch.grad_accum_steps,
-                    ranks.rank, ranks.world_size, samples)  # fmt: skip
+        write_json(config.run_dir / "config.json", to_json(config))
+        write_json(config.run_dir / "ds_config.json", run.ds_config)
+        metrics = Metrics(config, resumed, ranks.world_size, device)
+    loader = open_loader(run, inputs, progress.samples)
     batches = (split_windows(windows, device) for windows in loader)
-    engine.train()
-    trace = None
-    if config.profile:
-        trace = Trace(*profiled_steps(config), config.run_dir / "profile", ranks.rank)
-
-    def is_due(every: int) -> bool:
-        return step != resumed and (step == config.max_steps or step % every == 0)
-
-    while True:
-        if is_due(config.eval_every):
-            val_loss, texts = evaluate_and_sample(engine, run, inputs.val_stream, device)
-            if metrics:
-                metrics.evaluation(step, val_loss, texts)
-        if inputs.hellaswag and is_due(config.hellaswag_every):
-            result = score_hellaswag(engine, run, inputs.hellaswag, device)
-            if metrics:
-                metrics.hellaswag(step, result)
-        if step > 0 and is_due(config.checkpoint_every):
-            save_checkpoint(engine, run.config.run_dir / "checkpoints", step=step, samples=samples,
-                            precision=precision(run.ds_config))  # fmt: skip
-        if step == config.max_steps:
-            break
-        if trace:
+    evaluator = build_evaluator(run, engine, stops, device)
+    health = Health(config.max_bad_steps)
+    trace = Trace(*profiled_steps(config), config.run_dir / "profile", ranks.rank)
+    stops.wait_for_check = True
+    try:
+        while True:
+            step = progress.step
+            stops.check(device)
+            if is_due(config, step, config.checkpoint_every):
+                save(run, inputs, engine, progress, watchdog)  # first: evaluation may be stopped
+            watchdog.phase("eval")
+            engine.eval()
+            evaluate(run, inputs, evaluator, step, metrics)
+            engine.train()
+            if step == config.max_steps:
+                break
+            watchdog.phase("step")
             trace.before(step)
-        started = time.perf_counter()
-        loss_sum, grad_norm, lr = take_step(engine, config, step, batch.grad_accum_steps, batches)
-        if step % config.log_every == 0:
-            n_losses = batch.grad_accum_steps * ranks.world_size
-            with torch.profiler.record_function("log"):
-                loss = sum_over_ranks([loss_sum], device)[0] / n_losses
-            if metrics:
-                metrics.train(step, loss, lr, float(grad_norm), time.perf_counter() - started)
-        if trace:
+            started = time.perf_counter()
+            loss_sum, norm, lr = take_step(engine, config, step, batch.grad_accum_steps, batches)
+            health.add(step, loss_sum, norm)
+            if step % config.log_every == 0:
+                with torch.profiler.record_function("log"):
+                    verdicts = health.judge(batch.grad_accum_steps * ranks.world_size)
+                if metrics:
+                    metrics.train(verdicts, lr, time.perf_counter() - started)
             trace.after(step)
-        step += 1
-        samples += batch.batch_sequences
-    loader.close()
-    consolidate_engine(engine, run.config.run_dir, step)
-    if metrics:
-        metrics.close()
+            progress.step += 1
+            progress.samples += batch.batch_sequences
+            if health.is_lost:
+                save(run, inputs, engine, progress, watchdog)
+                return "diverged", f"{health.bad_in_row} steps in a row were not finite"
+    except StopRequested as stop:
+        save(run, inputs, engine, progress, watchdog)
+        return "preempted", f"{stop} before step {progress.step}"
+    finally:
+        loader.close()
+        if metrics:
+            metrics.close()
+    watchdog.phase("save")
+    consolidate_engine(engine, config.run_dir, progress.step)
+    return "finished", ""
 
 
 if __name__ == "__main__":

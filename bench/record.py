@@ -16,7 +16,7 @@ LIBRARIES = ("torch", "deepspeed", "transformers", "numpy")
 Rows = list[dict[str, str]]  # of a table, each by the names of its columns
 
 
-def record(out: Path, title: str, rows: Rows, values: Any) -> None:
+def record(out: Path, title: str, rows: Rows, values: Any, *, quiet: bool = False) -> None:
     """Add a result to the JSON file `out` under its title, and print its table.
 
     Args:
@@ -24,6 +24,7 @@ def record(out: Path, title: str, rows: Rows, values: Any) -> None:
         title: Of the table.
         rows: For people.
         values: All that was measured, for programs.
+        quiet: Do not print the table.
     """
     results = json.loads(out.read_text()) if out.exists() else {}
     results[title] = {
@@ -36,7 +37,8 @@ def record(out: Path, title: str, rows: Rows, values: Any) -> None:
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"{title}\n\n{markdown(rows)}", flush=True)
+    if not quiet:
+        print(f"{title}\n\n{markdown(rows)}", flush=True)
 
 
 def markdown(rows: Rows) -> str:

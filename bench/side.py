@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import torch
 
     from data.loader import Loader
-    from train import Run
+    from launch.inputs import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS["30m"] = replace(PRESETS["gpt2"], config=GPTConfig(6, 6, 384))  # nanoGPT's smallest
@@ -67,7 +67,7 @@ def turns(device: torch.device, losses: list[float]) -> Iterator[None]:
 def build_run(args: argparse.Namespace, run_dir: Path) -> Run:
     """Resolve the run that the engine's sides train, and whose batches the others take."""
     from bench.plain_train import LR
-    from train import Run
+    from launch.inputs import Run
 
     ranks = read_ranks()
     engine, _, compiled = args.side.partition("+")
@@ -89,12 +89,14 @@ def run_engine(run: Run, losses: list[float]) -> None:
     """Train through the engine, step by step as train.py does."""
     from data.loader import split_windows
     from launch.engine import init_process_group, sum_over_ranks
+    from launch.inputs import open_inputs
     from launch.step import take_step
-    from train import open_inputs, start_engine
+    from launch.watchdog import group_timeout_s
+    from train import start_engine
 
     inputs = open_inputs(run)
-    device = init_process_group(run.ranks, run.config.dist_timeout_s)
-    engine = start_engine(run, inputs, device)
+    device = init_process_group(run.ranks, group_timeout_s(run.config.timeouts))
+    engine, _ = start_engine(run, inputs, device)
     engine.train()
     batches = (split_windows(windows, device) for windows in open_loader(run))
     n_micro = run.batch.grad_accum_steps
@@ -123,12 +125,13 @@ def run_plain(run: Run, side: str, losses: list[float]) -> None:
 
     from bench import plain_train as plain
     from launch.engine import compile_blocks, init_process_group
+    from launch.watchdog import group_timeout_s
     from model import GPT
 
     name, _, compiled = side.partition("+")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "ddp":
-        device = init_process_group(run.ranks, run.config.dist_timeout_s)
+        device = init_process_group(run.ranks, group_timeout_s(run.config.timeouts))
     torch.set_float32_matmul_precision("high")  # as the seed does
     config = run.config.gpt_config
     loop = (open_loader(run), turns(device, losses), losses, run.batch.grad_accum_steps)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ MANIFEST = "manifest.json"
 PRECISIONS = ("fp32", "autocast", "bf16")
 LATEST = "latest"
 PARTIAL_SUFFIX = ".tmp"
+DELETED_SUFFIX = ".deleted"
 STEP_NAME = re.compile(r"step_\d{6,}")
 
 
@@ -40,7 +42,9 @@ class Manifest:
         world_size: Ranks that wrote it.
         zero_stage: 0 to 3.
         precision: "fp32", "autocast" or "bf16".
+        optimizer: The classes of the engine's optimizer and of the one within.
         model: Fields of GPTConfig.
+        order: What decides, besides `samples`, on which tokens the next step is taken.
         files: Every other file of the folder, by name.
     """
 
@@ -49,13 +53,20 @@ class Manifest:
     world_size: int
     zero_stage: int
     precision: str
+    optimizer: str
     model: dict[str, Any]
+    order: dict[str, Any]
     files: dict[str, FileRecord]
 
 
 def step_name(step: int) -> str:
     """Return the folder name of a step."""
     return f"step_{step:06d}"
+
+
+def step_of(folder: Path) -> int:
+    """Return the step of a step folder."""
+    return int(folder.name.removeprefix("step_"))
 
 
 def record_file(path: Path) -> FileRecord:
@@ -92,14 +103,26 @@ def read_manifest(folder: Path) -> Manifest:
         raise ValueError(f"{path}: damaged ({error!r}); delete {folder} to go back one") from error
 
 
+def writer_of(name: str) -> int:
+    """Return the rank that wrote a file of a checkpoint: the first that its name bears."""
+    found = re.search(r"rank_(\d+)", name)
+    return int(found[1]) if found else 0
+
+
 def verify_files(folder: Path, manifest: Manifest, rank: int = 0, world_size: int = 1) -> None:
     """Compare this rank's share of the files with the manifest, byte for byte.
 
     Raises:
-        ValueError: A file is missing or altered; names it.
+        ValueError: A file is missing, altered or too many; names it.
     """
-    for name in sorted(manifest.files)[rank::world_size]:
+    for extra in sorted(
+        p.name for p in folder.iterdir() if p.name not in {MANIFEST, *manifest.files}
+    ):
+        raise ValueError(f"{folder / extra}: not in {MANIFEST}; move it out of the folder")
+    for name in manifest.files:
         path = folder / name
+        if writer_of(name) % world_size != rank:
+            continue
         if not path.is_file():
             raise ValueError(f"{path}: missing; delete {folder} to go back one checkpoint")
         if record_file(path) != manifest.files[name]:
@@ -112,7 +135,7 @@ def complete_steps(checkpoints: Path) -> list[Path]:
     """Return the folders of complete checkpoints, oldest first."""
     folders = [p for p in checkpoints.glob("step_*") if STEP_NAME.fullmatch(p.name)]
     complete = [p for p in folders if (p / MANIFEST).is_file()]
-    return sorted(complete, key=lambda p: int(p.name.removeprefix("step_")))
+    return sorted(complete, key=step_of)
 
 
 def newest_step(path: Path) -> Path:
@@ -164,12 +187,35 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def publish(partial: Path, manifest: Manifest) -> Path:
-    """Turn a finished `.tmp` folder into the checkpoint that `latest` names; return it."""
-    for name in manifest.files:
-        sync_file(partial / name)
+    """Turn a `.tmp` folder, its files on the disk, into the checkpoint that `latest` names."""
     write_manifest(partial, manifest)
     folder = partial.with_name(partial.name.removesuffix(PARTIAL_SUFFIX))
+    if folder.exists():  # damaged: the run went back behind it
+        delete_step(folder)
     partial.rename(folder)
     sync_folder(folder.parent)
     write_atomically(folder.parent / LATEST, folder.name)
     return folder
+
+
+def prune(checkpoints: Path, keep: int, keep_every: int) -> None:
+    """Delete all but the newest `keep` checkpoints (0: none) and those of `keep_every` steps."""
+    for folder in complete_steps(checkpoints)[:-keep] if keep else []:
+        if not keep_every or step_of(folder) % keep_every:
+            delete_step(folder)
+
+
+def delete_step(folder: Path) -> None:
+    """Delete a checkpoint; it ceases to be one before its first file goes."""
+    deleted = folder.with_name(folder.name + DELETED_SUFFIX)
+    shutil.rmtree(deleted, ignore_errors=True)
+    folder.rename(deleted)
+    sync_folder(folder.parent)
+    shutil.rmtree(deleted)
+
+
+def sweep(checkpoints: Path) -> None:
+    """Delete what an interrupted save or deletion left; nobody may be writing."""
+    for suffix in (PARTIAL_SUFFIX, DELETED_SUFFIX):
+        for folder in checkpoints.glob(f"step_*{suffix}"):
+            shutil.rmtree(folder)

@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,16 @@ from checkpoint.manifest import (
     PARTIAL_SUFFIX,
     FileRecord,
     Manifest,
+    prune,
     publish,
     record_file,
     step_name,
+    sync_file,
+    writer_of,
 )
 
 RECOVERY_SCRIPTS = "zero_to_*.py"  # DeepSpeed copies executable code beside its files
+BYTES_PER_PARAMETER = {"fp32": 12, "autocast": 12, "bf16": 14}  # weights, masters, two moments
 
 
 def rng_file(rank: int) -> str:
@@ -27,49 +32,103 @@ def rng_file(rank: int) -> str:
     return f"rng_rank_{rank:05d}.pt"
 
 
+def layout_of(engine: Any, precision: str) -> dict[str, Any]:
+    """Return what the engine's files depend on: fields of the manifest."""
+    return {
+        "world_size": dist.get_world_size(),
+        "zero_stage": engine.zero_optimization_stage(),
+        "precision": precision,
+        "optimizer": f"{type(engine.optimizer).__name__}, {type(engine.basic_optimizer).__name__}",
+    }
+
+
 def save_checkpoint(
-    engine: Any, checkpoints: Path, *, step: int, samples: int, precision: str
+    engine: Any,
+    checkpoints: Path,
+    *,
+    step: int,
+    samples: int,
+    precision: str,
+    order: dict[str, Any],
+    keep: int = 0,
+    keep_every: int = 0,
 ) -> None:
     """Write `checkpoints/step_…`; it becomes visible only when it is complete (all ranks).
 
+    Args:
+        engine: At a step boundary.
+        checkpoints: Folder of the step folders.
+        step: Of the manifest, as `samples`, `precision` and `order`.
+        keep: Checkpoints to keep, the newest; 0: all.
+        keep_every: Of the older ones those of a multiple of this step stay; 0: none.
+
     Raises:
-        OSError: The disk refused. Rank 0's own refusal is raised on every rank.
+        OSError: The disk refused, on whichever rank; names the file.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
     partial = checkpoints / (step_name(step) + PARTIAL_SUFFIX)
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
     dist.barrier()  # all ranks: the old attempt is gone
-    with contextlib.redirect_stdout(sys.stderr):
-        engine.save_checkpoint(str(checkpoints), tag=partial.name, save_latest=False)
-    states = {"cpu": torch.get_rng_state()}
-    if engine.device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state()
-    torch.save(states, partial / rng_file(rank))
+    write_files(engine, partial)
     dist.barrier()  # all ranks: every file is written
-    names = sorted(path.name for path in partial.iterdir())
-    mine = {name: record_file(partial / name) for name in names[rank::world_size]}
-    shares: list[dict[str, FileRecord]] = [{} for _ in range(world_size)]
-    dist.all_gather_object(shares, mine)  # all ranks
-    files = {name: record for share in shares for name, record in share.items()}
+    shares = gather(lambda: record_share(partial, rank))  # all ranks
     manifest = Manifest(
         step=step,
         samples=samples,
-        world_size=world_size,
-        zero_stage=engine.zero_optimization_stage(),
-        precision=precision,
+        **layout_of(engine, precision),
         model=asdict(engine.module.config),
-        files=dict(sorted(files.items())),
+        order=order,
+        files={name: record for share in shares for name, record in share.items()},
     )
-    failure: list[str | None] = [None]
-    if rank == 0:
-        try:
+
+    def finish() -> None:
+        if rank == 0:
             for script in checkpoints.glob(RECOVERY_SCRIPTS):
                 script.unlink()
-            shutil.rmtree(checkpoints / step_name(step), ignore_errors=True)
             publish(partial, manifest)
-        except OSError as error:
-            failure = [f"{partial}: {error}"]
-    dist.broadcast_object_list(failure, src=0)  # all ranks
-    if failure[0]:
-        raise OSError(failure[0])
+            prune(checkpoints, keep, keep_every)
+
+    gather(finish)  # all ranks
+
+
+def write_files(engine: Any, partial: Path) -> None:
+    """Write the engine's files and this rank's random states into `partial` (all ranks)."""
+    rank = dist.get_rank()
+    states = {"cpu": torch.get_rng_state()}
+    if engine.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            engine.save_checkpoint(str(partial.parent), tag=partial.name, save_latest=False)
+        torch.save(states, partial / rng_file(rank))
+    except RuntimeError as error:  # PyTorch's writer on a full disk
+        raise OSError(f"{partial}: {str(error).splitlines()[0]}") from error
+
+
+def record_share(partial: Path, rank: int) -> dict[str, FileRecord]:
+    """Flush and hash the files that this rank wrote."""
+    records = {}
+    for path in sorted(partial.iterdir()):
+        if writer_of(path.name) == rank:
+            sync_file(path)
+            records[path.name] = record_file(path)
+    return records
+
+
+def gather(work: Callable[[], Any]) -> list[Any]:
+    """Return what `work` returns on each rank (all ranks).
+
+    Raises:
+        OSError: It raised one on a rank; the same on all.
+    """
+    failure, result = "", None
+    try:
+        result = work()
+    except OSError as error:
+        failure = f"rank {dist.get_rank()}: {error}"
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, (failure, result))  # all ranks
+    if failures := [failure for failure, _ in outcomes if failure]:
+        raise OSError(failures[0])
+    return [result for _, result in outcomes]

@@ -5,6 +5,7 @@
 {split}.bin                    nanoGPT: uint16 and nothing else
 """
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ SPLITS = ("train", "val")
 DTYPE = np.dtype("<u2")
 HEADER_BYTES = 128  # of a .npy of one dimension, as numpy writes it
 CHECKED_TOKENS = 2**20  # of a shard without manifest, when it is opened; the rest when it is read
+FINGERPRINT_TOKENS = 2**15  # of either end of a shard
 LLM_C_MAGIC, LLM_C_VERSION, LLM_C_HEADER_BYTES = 20240520, 1, 1024
 PREPARE = "Prepare the text with data/prepare.py"
 
@@ -131,6 +133,15 @@ class TokenStream:
     def __len__(self) -> int:
         """Return the number of tokens."""
         return int(self.ends[-1])
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 of each shard's length and ends: cheap, and another for other data."""
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            digest.update(f"{len(shard)} ".encode())
+            for end in (shard[:FINGERPRINT_TOKENS], shard[-FINGERPRINT_TOKENS:]):
+                digest.update(end.tobytes())
+        return digest.hexdigest()
 
     def read(self, start: int, length: int) -> Tokens:
         """Copy the tokens `[start, start + length)`, across shard edges.

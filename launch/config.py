@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launch.watchdog import parse_timeouts
 from model import GPTConfig
 from model.presets import Preset, get_preset
 
@@ -59,10 +60,15 @@ class TrainConfig:
     sample_tokens: int = _flag(32, "tokens of each in-loop sample")
     sample_prompt: str = _flag("Hello, I'm a language model,", "prompt of the in-loop samples")
     checkpoint_every: int = _flag(5000, "steps between checkpoints")
+    keep_checkpoints: int = _flag(0, "checkpoints to keep, the newest; 0: all")
+    keep_every: int = _flag(0, "of older ones keep those of a multiple of this step; 0: none")
     log_every: int = _flag(1, "steps between log lines")
     compile: bool = _flag(False, "compile each block's training pass: minutes once, then faster")
     profile: str = _flag("", "FIRST:END: trace steps FIRST to END - 1 into RUN_DIR/profile")
-    dist_timeout_s: int = _flag(1800, "seconds until a rank that waits for others gives up")
+    max_bad_steps: int = _flag(10, "steps in a row without a finite loss, then the run stops")
+    timeouts: str = _flag("", "seconds after which a phase is hung: start=1800,step=1800,"
+                              "eval=7200,save=3600, or some of these")  # fmt: skip
+    debug: bool = _flag(False, "print the traceback of an error")
     dry_run: bool = _flag(False, "print the resolved run and stop")
 
     @property
@@ -117,7 +123,7 @@ def resolve_train_config(config: TrainConfig) -> TrainConfig:
 def _check_ranges(config: TrainConfig) -> None:
     positive = ("batch_tokens", "seq_len", "max_steps", "lr", "eps", "eval_every", "eval_tokens",
                 "hellaswag_limit", "sample_tokens", "checkpoint_every", "log_every",
-                "dist_timeout_s")  # fmt: skip
+                "max_bad_steps")  # fmt: skip
     for name in positive:
         if getattr(config, name) <= 0:
             raise ValueError(f"--{name} {getattr(config, name)}: must be positive")
@@ -134,6 +140,8 @@ def _check_ranges(config: TrainConfig) -> None:
         "min_lr_ratio",
         "seed",
         "hellaswag_every",
+        "keep_checkpoints",
+        "keep_every",
     ):
         if getattr(config, name) < 0:
             raise ValueError(f"--{name} {getattr(config, name)}: must not be negative")
@@ -142,6 +150,7 @@ def _check_ranges(config: TrainConfig) -> None:
             raise ValueError(f"--{name} {getattr(config, name)}: must be in [0, 1)")
     if config.resume not in ("auto", "must", "none"):
         raise ValueError(f"--resume {config.resume}: must be auto, must or none")
+    parse_timeouts(config.timeouts)
     if config.profile:
         first, end = profiled_steps(config)
         if not first < end <= config.max_steps:
@@ -159,12 +168,12 @@ def _check_ranges(config: TrainConfig) -> None:
 
 
 def profiled_steps(config: TrainConfig) -> tuple[int, int]:
-    """Return first and end of the steps to trace.
+    """Return first and end of the steps to trace; the same number twice for none.
 
     Raises:
         ValueError: `profile` is not two numbers.
     """
-    match = re.fullmatch(r"([0-9]+):([0-9]+)", config.profile)
+    match = re.fullmatch(r"([0-9]+):([0-9]+)", config.profile or "0:0")
     if not match:
         raise ValueError(f"--profile {config.profile}: must be FIRST:END, as in 10:13")
     return int(match[1]), int(match[2])

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from launch.config import TrainConfig
 from launch.ds_config import uses_offload, zero_stage
+from launch.meeting import meet
 from launch.ranks import Ranks, check_extension_locks
 from model.gpt import GPT
 
@@ -31,10 +32,18 @@ INDUCTOR: dict[str, Any] = {"cpp.vec_isa_ok": True}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
 
 
-def init_process_group(ranks: Ranks, timeout_s: int) -> torch.device:
+def init_process_group(
+    ranks: Ranks, timeout_s: float, start_timeout_s: float | None = None
+) -> torch.device:
     """Join the process group (all ranks) and return this rank's device.
 
+    Args:
+        ranks: Of this process.
+        timeout_s: Until a collective gives up.
+        start_timeout_s: Until a rank gives up that others come; default: the same.
+
     Raises:
+        OSError: Not all ranks came.
         ValueError: The GPU of this rank does not exist, or the accelerator is Apple's MPS.
     """
     if torch.backends.mps.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
@@ -64,6 +73,10 @@ def init_process_group(ranks: Ranks, timeout_s: int) -> torch.device:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world_size))
     if not dist.is_initialized():
         backend, timeout = "nccl" if use_cuda else "gloo", datetime.timedelta(seconds=timeout_s)
+        store = meet(ranks, start_timeout_s or timeout_s)  # all ranks
+        dist.init_process_group(
+            backend, timeout=timeout, world_size=ranks.world_size, rank=ranks.rank, store=store
+        )
         deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
         atexit.register(dist.destroy_process_group)
     return torch.device("cuda", ranks.local_rank) if use_cuda else torch.device("cpu")
@@ -242,6 +255,12 @@ def _build_cpu_adam(ranks: Ranks) -> None:
 def _quiet_stdout() -> Iterator[None]:
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
+
+
+def set_clipping(engine: Any, grad_clip: float) -> None:
+    """Clip at the run's norm: a checkpoint brought its own."""
+    if engine.zero_optimization_stage() > 0:  # stage 0 is clipped in launch.step
+        engine.optimizer.clip_grad = grad_clip
 
 
 def sum_over_ranks(values: Sequence[float | Tensor], device: torch.device) -> list[float]:

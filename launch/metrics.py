@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from launch.config import TrainConfig, to_json
+from launch.health import Verdict
 
 # Dense bf16 peaks in FLOP/s, from NVIDIA's data sheets, by a part of the device's name.
 PEAK_FLOPS = {
@@ -51,8 +52,8 @@ class Metrics:
 
     Args:
         config: The run, resolved.
-        resume_step: Updates done at the checkpoint resumed from, or None for a new run. Rows
-            beyond it are dropped: no gaps, no doubles.
+        resume_step: Updates done at the checkpoint resumed from, or None for a new run. Rows of
+            this step and later ones are dropped, for they come again: no gaps, no doubles.
         world_size: Ranks, for MFU.
         device: Of this rank.
     """
@@ -70,10 +71,9 @@ class Metrics:
         self.config, self.device, run_dir = config, device, config.run_dir
         peak = peak_flops(device)
         self.peak_flops = peak * world_size if peak else None
-        rows: list[Row] = []
         if resume_step is not None:
-            rows = _trim_jsonl(run_dir / "metrics.jsonl", resume_step)
-            _trim_log(run_dir / "log.txt", resume_step)
+            _rewrite(run_dir / "metrics.jsonl", lambda row: json.loads(row)["step"] < resume_step)
+            _rewrite(run_dir / "log.txt", lambda line: int(line.split()[0]) < resume_step)
         mode = "w" if resume_step is None else "a"  # without a checkpoint a run starts over
         self.log = (run_dir / "log.txt").open(mode)
         self.jsonl = (run_dir / "metrics.jsonl").open(mode)
@@ -81,12 +81,10 @@ class Metrics:
         values = {k: v for k, v in to_json(config).items() if v is not None}
         for summary in hparams(values, {"val/loss": 0.0}):
             self.board._get_file_writer().add_summary(summary)
-        for row in rows:  # purge_step takes these with it, though they stand before the checkpoint
-            if row["step"] == resume_step:
-                self._to_board(row)
 
-    def train(self, step: int, loss: float, lr: float, grad_norm: float, dt_s: float) -> None:
-        """Write update `step`: loss in nats, norm before clipping, wall time in seconds."""
+    def train(self, verdicts: list[Verdict], lr: float, dt_s: float) -> None:
+        """Write the last of some updates, its wall time in seconds, and complaints about all."""
+        step, loss, grad_norm, _ = verdicts[-1]
         config = self.config
         tokens_per_s = config.batch_tokens / dt_s
         flops_per_s = tokens_per_s * config.gpt_config.flops_per_token(config.seq_len)
@@ -98,11 +96,11 @@ class Metrics:
             f"mfu: {'n/a' if mfu is None else f'{mfu:.1%}'} | "
             f"mem: {peak_memory_gib(self.device):.2f}GiB | left: {left}"
         )
-        if not math.isfinite(grad_norm):
-            _say(f"step {step:5d} | skipped: the gradient is not finite")
         row = {"step": step, "train/loss": loss, "train/lr": lr, "train/grad_norm": grad_norm}
         row |= {"perf/tokens_per_s": tokens_per_s, "perf/mfu": mfu}
         self._write(row, f"{step} train {loss:.6f}")
+        for verdict in verdicts:
+            self._complain(verdict)
 
     def evaluation(self, step: int, loss: float, samples: list[str]) -> None:
         """Write what was evaluated after `step` updates: validation loss in nats, and texts."""
@@ -126,6 +124,14 @@ class Metrics:
         for file in (self.log, self.jsonl, self.board):
             file.close()
 
+    def _complain(self, verdict: Verdict) -> None:
+        if verdict.complaint:
+            size = self.config.batch_tokens // self.config.seq_len
+            first = verdict.step * size
+            line = f"{verdict.complaint} (samples {first} to {first + size - 1})"
+            _say(f"step {verdict.step:5d} | {line}")
+            self.jsonl.write(json.dumps({"step": verdict.step, "complaint": line}) + "\n")
+
     def _write(self, row: Row, log_line: str) -> None:
         self.log.write(log_line + "\n")
         finite = {
@@ -148,17 +154,15 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _is_beyond(step: int, is_train: bool, resume_step: int) -> bool:
-    return step >= resume_step if is_train else step > resume_step
-
-
-def _rewrite(path: Path, keep: Callable[[str], bool]) -> list[str]:
+def _rewrite(path: Path, keep: Callable[[str], bool]) -> None:
     """Keep the lines of a file that `keep` accepts; a torn one goes."""
     if not path.exists():
-        return []
+        return
     kept = []
     for line in path.read_text(errors="replace").splitlines(keepends=True):
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # torn by a kill: it goes
+        with contextlib.suppress(
+            ValueError, KeyError, TypeError, IndexError
+        ):  # torn by a kill: it goes
             if line.endswith("\n") and keep(line):
                 kept.append(line)
     partial = path.with_name(path.name + ".tmp")
@@ -167,20 +171,3 @@ def _rewrite(path: Path, keep: Callable[[str], bool]) -> list[str]:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-    return kept
-
-
-def _trim_log(path: Path, resume_step: int) -> None:
-    def keep(line: str) -> bool:
-        step, kind, *_ = line.split()
-        return not _is_beyond(int(step), kind == "train", resume_step)
-
-    _rewrite(path, keep)
-
-
-def _trim_jsonl(path: Path, resume_step: int) -> list[Row]:
-    def keep(line: str) -> bool:
-        row = json.loads(line)
-        return not _is_beyond(row["step"], "train/loss" in row, resume_step)
-
-    return [json.loads(line) for line in _rewrite(path, keep)]

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 from typing import Any
 
@@ -7,16 +8,21 @@ from checkpoint.manifest import (
     Manifest,
     complete_steps,
     incomplete_steps,
+    prune,
     publish,
     read_manifest,
     record_file,
     step_name,
+    step_of,
+    sweep,
     verify_files,
 )
-from checkpoint.resuming import check_layout, find_checkpoint
+from checkpoint.resuming import check_same_run, find_checkpoints
+from checkpoint.run_folder import check_unused
 from model import GPTConfig
 
 MODEL = GPTConfig(2, 2, 64, 64)
+ORDER = {"seed": 1337, "batch_tokens": 512}
 
 
 def save(checkpoints: Path, step: int) -> Path:
@@ -25,7 +31,7 @@ def save(checkpoints: Path, step: int) -> Path:
     (partial / "a.pt").write_bytes(b"weights" * step)
     (partial / "b.pt").write_bytes(b"moments" * step)
     files = {name: record_file(partial / name) for name in ("a.pt", "b.pt")}
-    manifest = Manifest(step, 8 * step, 2, 1, "bf16", MODEL.__dict__, files)
+    manifest = Manifest(step, 8 * step, 2, 1, "bf16", "Adam", MODEL.__dict__, ORDER, files)
     return publish(partial, manifest)
 
 
@@ -50,8 +56,7 @@ def test_only_folders_with_a_manifest_are_checkpoints(tmp_path: Path) -> None:
         "step_000009", "step_000010", "step_1000000",
     ]  # fmt: skip
     assert [p.name for p in incomplete_steps(checkpoints)] == ["step_000012"]
-    found = find_checkpoint(tmp_path, "auto")
-    assert found == checkpoints / "step_1000000"
+    assert find_checkpoints(tmp_path, "auto") == complete_steps(checkpoints)[::-1]
 
 
 @pytest.mark.parametrize("name", ["a.pt", "b.pt"])
@@ -80,25 +85,75 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
 
 
 def test_auto_starts_anew_only_where_there_is_no_checkpoint(tmp_path: Path) -> None:
-    assert find_checkpoint(tmp_path, "auto") is None
-    assert find_checkpoint(tmp_path, "none") is None
+    assert find_checkpoints(tmp_path, "auto") == []
+    assert find_checkpoints(tmp_path, "none") == []
     (tmp_path / "checkpoints" / "step_000005.tmp").mkdir(parents=True)
-    assert find_checkpoint(tmp_path, "auto") is None  # a first save that was killed
+    assert find_checkpoints(tmp_path, "auto") == []  # a first save that was killed
     with pytest.raises(ValueError, match="is not empty; give another --run_dir"):
-        find_checkpoint(tmp_path, "none")
+        check_unused(tmp_path)
     with pytest.raises(ValueError, match=r"--resume must: .* no complete checkpoint"):
-        find_checkpoint(tmp_path, "must")
+        find_checkpoints(tmp_path, "must")
     (tmp_path / "checkpoints" / "step_000005").mkdir()
     with pytest.raises(ValueError, match=r"step_000005: no manifest\.json"):
-        find_checkpoint(tmp_path, "auto")
+        find_checkpoints(tmp_path, "auto")
 
 
-def test_another_layout_is_refused_key_by_key(tmp_path: Path) -> None:
-    folder = save(tmp_path, 3)
-    same: dict[str, Any] = {"world_size": 2, "zero_stage": 1, "precision": "bf16", "model": MODEL}
-    assert check_layout(folder, **same).step == 3
-    assert check_layout(folder, **dict(same, model=GPTConfig(2, 2, 64, 64, dropout=0.1)))
-    with pytest.raises(ValueError, match=r"world_size: 2 -> 4, zero_stage: 1 -> 3"):
-        check_layout(folder, **dict(same, world_size=4, zero_stage=3))
+def test_another_run_is_refused_key_by_key(tmp_path: Path) -> None:
+    manifest = read_manifest(save(tmp_path, 3))
+    same: dict[str, Any] = {"precision": "bf16", "model": MODEL, "order": ORDER}
+    check_same_run(manifest, **same)
+    check_same_run(manifest, **dict(same, precision="autocast"))  # both have fp32 masters
+    check_same_run(manifest, **dict(same, model=GPTConfig(2, 2, 64, 64, dropout=0.1)))
+    with pytest.raises(ValueError, match=r"seed: 1337 -> 1, batch_tokens: 512 -> 1024"):
+        check_same_run(manifest, **dict(same, order={"seed": 1, "batch_tokens": 1024}))
+    with pytest.raises(ValueError, match=r"fp32: False -> True"):
+        check_same_run(manifest, **dict(same, precision="fp32"))
     with pytest.raises(ValueError, match=r"n_layer: 2 -> 3"):
-        check_layout(folder, **dict(same, model=GPTConfig(3, 2, 64, 64)))
+        check_same_run(manifest, **dict(same, model=GPTConfig(3, 2, 64, 64)))
+
+
+def test_pruning_keeps_the_newest_and_the_milestones(tmp_path: Path) -> None:
+    for step in range(1, 11):
+        save(tmp_path, step)
+    prune(tmp_path, keep=0, keep_every=4)
+    assert len(complete_steps(tmp_path)) == 10
+    prune(tmp_path, keep=2, keep_every=4)
+    assert [step_of(p) for p in complete_steps(tmp_path)] == [4, 8, 9, 10]
+    prune(tmp_path, keep=3, keep_every=0)
+    assert [step_of(p) for p in complete_steps(tmp_path)] == [8, 9, 10]
+
+
+def test_what_interrupted_saves_left_is_swept(tmp_path: Path) -> None:
+    folder = save(tmp_path, 3)
+    for name in ("step_000004.tmp", "step_000002.deleted"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.pt").write_bytes(b"torn")
+    sweep(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", folder.name]
+
+
+def test_a_checkpoint_is_on_the_disk_before_its_name_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Power may fail between any two of these."""
+    events = []
+    fsync, replace, rename = os.fsync, Path.replace, Path.rename
+
+    def record_sync(descriptor: int) -> None:
+        events.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        fsync(descriptor)
+
+    def record_rename(path: Path, target: Path) -> Path:
+        events.append(("name", Path(target).name))
+        return (replace if path.is_file() else rename)(path, target)
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(Path, "replace", record_rename)
+    monkeypatch.setattr(Path, "rename", record_rename)
+    save(tmp_path, 3)
+    partial = "step_000003.tmp"
+    assert events == [
+        ("sync", "manifest.json.tmp"), ("name", "manifest.json"), ("sync", partial),
+        ("name", "step_000003"), ("sync", tmp_path.name),
+        ("sync", "latest.tmp"), ("name", "latest"), ("sync", tmp_path.name),
+    ]  # fmt: skip

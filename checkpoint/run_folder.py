@@ -1,0 +1,111 @@
+"""The run folder as the property of one run at a time: its lock, its room, how the run stands."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from checkpoint.manifest import sweep, write_atomically
+
+LOCK, STATUS = "lock", "run_status.json"
+MAX_RESTARTS = 3  # without one more checkpoint
+
+
+def check_unused(run_dir: Path) -> None:
+    """Refuse a folder in which something is.
+
+    Raises:
+        ValueError: Names it.
+    """
+    if run_dir.is_dir() and any(run_dir.iterdir()):
+        raise ValueError(f"--resume none: {run_dir} is not empty; give another --run_dir")
+
+
+def lock_run_dir(run_dir: Path, needed_bytes: int) -> IO[str]:
+    """Make the folder this process's alone until the returned file is closed, or it dies.
+
+    Args:
+        run_dir: Made if it is not there; what an interrupted save left in it is deleted.
+        needed_bytes: Of the first checkpoint.
+
+    Raises:
+        ValueError: Another run writes there.
+        OSError: It cannot be written, or there is no room for a checkpoint.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as undo:
+        lock = undo.enter_context((run_dir / LOCK).open("a+"))
+        _lock(lock, run_dir)
+        sweep(run_dir / "checkpoints")
+        free = shutil.disk_usage(run_dir).free
+        if free < needed_bytes:
+            raise OSError(
+                f"--run_dir {run_dir}: {free / 2**30:.2f} GiB are free, a checkpoint takes "
+                f"{needed_bytes / 2**30:.2f}; make room or give another folder"
+            )
+        undo.pop_all()  # it stays locked
+    return lock
+
+
+def _lock(lock: IO[str], run_dir: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise ValueError(
+            f"--run_dir {run_dir}: in use by {lock.read().strip() or 'another run'}; stop that run "
+            "or give another folder"
+        ) from None
+    except OSError as error:
+        print(f"warning: {lock.name}: {error.strerror}; start no second run here", file=sys.stderr)
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} of {socket.gethostname()} since {time.ctime()}\n")
+    lock.flush()
+    os.fsync(lock.fileno())
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Replace a small file of the run: its old or its new text is there at any moment."""
+    write_atomically(path, json.dumps(values, indent=2) + "\n")
+
+
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """Return what `run_status.json` says; nothing where there is none or it is not one."""
+    with contextlib.suppress(OSError, ValueError):
+        status = json.loads((run_dir / STATUS).read_text())
+        if isinstance(status, dict):
+            return status
+    return {}
+
+
+def write_status(run_dir: Path, status: str, **more: Any) -> None:
+    """Replace `run_status.json`: running, finished, preempted, failed, hung or diverged."""
+    old = read_status(run_dir)
+    kept = {"starts": old.get("starts", []), "exit_status": None, "reason": None}
+    now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    write_json(run_dir / STATUS, kept | {"status": status, "time": now} | more)
+
+
+def count_starts(run_dir: Path, resume_step: int) -> list[int]:
+    """Return the steps of the starts that ended without notice, the last ones, and of this one.
+
+    Raises:
+        ValueError: MAX_RESTARTS restarts from this step have come no checkpoint further.
+    """
+    old = read_status(run_dir)
+    crashed = old.get("status") in ("running", "hung", "failed", "diverged")
+    starts = [*(old.get("starts", []) if crashed else []), resume_step]
+    if starts.count(resume_step) > 1 + MAX_RESTARTS:
+        raise ValueError(
+            f"{run_dir / STATUS}: {MAX_RESTARTS} restarts from step {resume_step} came to no "
+            f"checkpoint ({old.get('reason') or 'killed'}); mend the cause, then delete this file"
+        )
+    return starts

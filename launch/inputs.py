@@ -1,0 +1,101 @@
+"""What a run reads and where it writes, checked before any process group exists."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from launch.config import BatchArithmetic, TrainConfig
+from launch.ds_config import precision
+from launch.ranks import Ranks, check_extension_locks
+
+if TYPE_CHECKING:
+    from data.shards import TokenStream
+    from eval.packing import Example
+
+
+@dataclass(frozen=True)
+class Run:
+    """One resolved run on these ranks."""
+
+    config: TrainConfig
+    batch: BatchArithmetic
+    ds_config: dict[str, Any]
+    ranks: Ranks
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads: data, and the weights that it starts from, if they are not fresh."""
+
+    train_stream: TokenStream
+    val_stream: TokenStream
+    hellaswag: list[Example]  # none where it is off
+    init_folder: Path | None
+    checkpoints: list[Path]  # to go on from, the newest first; none for a new run
+    order: dict[str, Any]  # what decides on which tokens a step is taken
+
+
+def open_inputs(run: Run) -> Inputs:
+    """Open and check everything that the run reads, before any process group exists.
+
+    Raises:
+        ValueError: Whatever cannot be trained on or started from; names the file or flag.
+    """
+    from checkpoint.resuming import find_checkpoints
+    from data.order import Order
+    from data.shards import TokenStream
+    from eval.hellaswag import load_examples
+    from eval.packing import crop_contexts
+    from eval.val_loss import check_eval_tokens
+    from model.hub import locate_hf_folder
+    from model.weights import load_hf_config
+
+    config, gpt = run.config, run.config.gpt_config
+    check_extension_locks(run.ranks)
+    if config.run_dir.exists() and not config.run_dir.is_dir():
+        raise ValueError(f"--run_dir {config.run_dir}: is a file; give a folder")
+    verify = config.verify and run.ranks.local_rank == 0  # once per machine
+    train_stream = TokenStream(config.data_dir, "train", gpt.vocab_size, verify)
+    val_stream = TokenStream(config.data_dir, "val", gpt.vocab_size, verify)
+    Order(len(train_stream), config.seq_len)
+    check_eval_tokens(val_stream, config.eval_tokens)
+    rows = load_examples(limit=config.hellaswag_limit) if config.hellaswag_every else []
+    data = (train_stream, val_stream, crop_contexts(rows, gpt.block_size))
+    order = {name: getattr(config, name) for name in ("seed", "shuffle", "seq_len", "batch_tokens")}
+    order["data"] = train_stream.fingerprint()
+    checkpoints = find_checkpoints(config.run_dir, config.resume)
+    init_folder = None
+    if config.init_from and not checkpoints:
+        init_folder = locate_hf_folder(config.init_from)
+        found = replace(load_hf_config(init_folder), dropout=config.dropout)
+        if found != gpt:
+            raise ValueError(
+                f"--init_from {config.init_from} is {found}, --model {config.model} is {gpt}"
+            )
+    return Inputs(*data, init_folder, checkpoints, order)
+
+
+def take_run_dir(run: Run, inputs: Inputs) -> IO[str]:
+    """Lock the run folder until the returned file is closed, and say that it runs (rank 0).
+
+    Raises:
+        ValueError: Another run has it, it should be empty and is not, or restarts lead nowhere.
+        OSError: It cannot be written, or there is no room for a checkpoint.
+    """
+    from checkpoint.manifest import step_of
+    from checkpoint.run_folder import check_unused, count_starts, lock_run_dir, write_status
+    from checkpoint.saving import BYTES_PER_PARAMETER
+
+    run_dir, gpt = run.config.run_dir, run.config.gpt_config
+    if run.config.resume == "none":
+        check_unused(run_dir)
+    with contextlib.ExitStack() as undo:
+        needed_bytes = BYTES_PER_PARAMETER[precision(run.ds_config)] * gpt.n_params()
+        lock = undo.enter_context(lock_run_dir(run_dir, needed_bytes))
+        step = step_of(inputs.checkpoints[0]) if inputs.checkpoints else 0
+        write_status(run_dir, "running", starts=count_starts(run_dir, step))
+        undo.pop_all()  # it stays locked
+    return lock

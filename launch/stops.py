@@ -1,0 +1,146 @@
+"""Requests to stop, from whoever makes them, turned into one agreed stop at a step boundary."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, TracebackType
+
+import torch
+import torch.distributed as dist
+
+SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
+STOP_FILE, LAUNCHER_GONE = 1000, 1001  # besides numbers of signals
+REASONS = {STOP_FILE: "STOP file", LAUNCHER_GONE: "launcher gone"} | {s: s.name for s in SIGNALS}
+POLL_S = 0.5
+INTERRUPTED = 128 + signal.SIGINT
+DEEPSPEED_LAUNCHER = b"deepspeed.launcher.launch"
+
+
+class StopRequested(Exception):  # noqa: N818  # a request, not an error
+    """Some rank was asked to stop, and all know it; says by what."""
+
+
+class Stops:
+    """Notes SIGTERM, SIGINT, SIGUSR1, a STOP file in the run folder, and a launcher that is gone.
+
+    A thread of its own takes notice, so that it works while the main thread waits for data or for
+    other ranks; a second SIGINT ends the process at once. To be entered by the main thread.
+
+    Args:
+        run_dir: Where a STOP file may appear.
+        on_early_stop: Called from the thread with the reason, for requests before `wait_for_check`
+            is set: there is nothing to save, and `check` may be far away.
+    """
+
+    def __init__(self, run_dir: Path, on_early_stop: Callable[[str], None]) -> None:
+        self.stop_file, self.on_early_stop = run_dir / "STOP", on_early_stop
+        self.wait_for_check = False
+        self._asked = 0  # why this rank was
+        self._interrupts = 0
+        self._earlier: tuple[torch.Tensor, torch.cuda.Event] | None = None
+        self._launchers = _watched_launchers()
+        self._closing = threading.Event()
+
+    def __enter__(self) -> Stops:
+        self._read_fd, self._write_fd = os.pipe()
+        os.set_blocking(self._write_fd, False)
+        self._old_handlers = {s: signal.signal(s, _leave_to_thread) for s in SIGNALS}
+        self._old_fd = signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._watch, name="stops", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        signal.set_wakeup_fd(self._old_fd)
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        self._closing.set()
+        os.write(self._write_fd, b"\0")
+        self._thread.join()
+        os.close(self._read_fd)
+        os.close(self._write_fd)
+
+    def check(self, device: torch.device) -> None:
+        """Raise if any rank was asked to stop since the start (all ranks).
+
+        Raises:
+            StopRequested: On every rank at the same call.
+        """
+        if dist.get_rank() == 0 and not self._asked and self.stop_file.exists():
+            self._asked = STOP_FILE
+        if code := self._largest_of_all(device):
+            raise StopRequested(REASONS[code])
+
+    def _largest_of_all(self, device: torch.device) -> int:
+        # On a GPU the answer is that of the call before: waiting for this one would keep the
+        # host from running ahead.
+        if dist.get_world_size() == 1:
+            return self._asked
+        code = torch.tensor(self._asked, device=device)
+        dist.all_reduce(code, dist.ReduceOp.MAX)  # all ranks
+        if device.type == "cpu":
+            return int(code)
+        answer, event = torch.empty_like(code, device="cpu", pin_memory=True), torch.cuda.Event()
+        answer.copy_(code, non_blocking=True)
+        event.record()
+        earlier, self._earlier = self._earlier, (answer, event)
+        if not earlier:
+            return 0
+        earlier[1].synchronize()
+        return int(earlier[0])
+
+    def _watch(self) -> None:
+        while not self._closing.is_set():
+            readable, _, _ = select.select([self._read_fd], [], [], POLL_S)
+            for number in os.read(self._read_fd, 64) if readable else b"":
+                if number in SIGNALS:
+                    self._asked = self._asked or number
+                    self._interrupts += number == signal.SIGINT
+            if self._interrupts > 1:
+                os._exit(INTERRUPTED)
+            if any(started_at(pid) != started for pid, started in self._launchers):
+                self._asked = self._asked or LAUNCHER_GONE
+            if self._asked and not self.wait_for_check:
+                self.on_early_stop(REASONS[self._asked])
+
+
+def _leave_to_thread(number: int, frame: FrameType | None) -> None:
+    """Do nothing: the number is in the pipe that the thread reads."""
+
+
+def _watched_launchers() -> list[tuple[int, str | None]]:
+    """Return the launcher of this rank, and that of DeepSpeed's launcher, which outlives it."""
+    if "RANK" not in os.environ:
+        return []
+    parent = os.getppid()
+    pids = [parent]
+    try:
+        if DEEPSPEED_LAUNCHER in Path(f"/proc/{parent}/cmdline").read_bytes():
+            pids.append(int(read_stat(parent)[1]))
+    except OSError:
+        return []  # no /proc, or the launcher has just gone: then a signal comes
+    return [(pid, started_at(pid)) for pid in pids if pid > 1]
+
+
+def read_stat(pid: int) -> list[str]:
+    """Return the fields of /proc/PID/stat behind the name: state, parent, …"""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def started_at(pid: int) -> str | None:
+    """Return when a process began, which tells it from a later one of its number; None: gone."""
+    try:
+        state, *rest = read_stat(pid)
+    except OSError:
+        return None
+    return None if state == "Z" else rest[18]

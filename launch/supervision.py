@@ -1,0 +1,75 @@
+"""Around the loop: clocks, signals, and what is left in run_status.json however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from checkpoint.run_folder import write_status
+from launch.inputs import Run
+from launch.watchdog import HUNG, Watchdog, parse_timeouts
+
+if TYPE_CHECKING:
+    from launch.stops import Stops
+
+FINISHED, FAILED, BAD_INPUT = 0, 1, 2  # exit statuses
+STATUS = {"finished": FINISHED, "preempted": 75, "diverged": HUNG}  # of how a run ends by itself
+
+
+def supervise(run: Run, train: Callable[[Watchdog, Stops], tuple[str, str]]) -> int:
+    """Train with a clock for every phase and an ear for signals (all ranks).
+
+    Args:
+        run: Its folder is locked.
+        train: Returns how it ended, a key of STATUS, and why.
+
+    Returns:
+        The exit status.
+    """
+    from launch.stops import Stops
+
+    config, ranks = run.config, run.ranks
+
+    def on_expiry(line: str) -> None:
+        print(f"error: rank {ranks.rank}: {line}", file=sys.stderr, flush=True)
+        write_status(config.run_dir, "hung", reason=line, exit_status=HUNG)
+
+    def on_early_stop(reason: str) -> None:
+        if ranks.is_main:
+            write_status(
+                config.run_dir, "preempted", reason=reason, exit_status=STATUS["preempted"]
+            )
+        os._exit(STATUS["preempted"])  # nothing is lost: no step has been taken
+
+    stacks = config.run_dir / "stacks" / f"rank_{ranks.rank:05d}.txt"
+    watchdog = Watchdog(parse_timeouts(config.timeouts), stacks, on_expiry)
+    try:
+        with Stops(config.run_dir, on_early_stop) as stops:
+            status, reason = train(watchdog, stops)
+    finally:
+        watchdog.stop()
+    if ranks.is_main:
+        stops.stop_file.unlink(missing_ok=True)  # the request was met
+        more = {"starts": []} if status != "diverged" else {}
+        write_status(config.run_dir, status, reason=reason, exit_status=STATUS[status], **more)
+        print(f"{status}{': ' if reason else ''}{reason}", file=sys.stderr, flush=True)
+    return STATUS[status]
+
+
+def report(run: Run, error: Exception) -> int:
+    """Say in one line what ended the run; return the exit status."""
+    if run.config.debug:
+        traceback.print_exc()
+    line = (str(error) or type(error).__name__).splitlines()[0]
+    if not isinstance(error, ValueError | OSError):
+        line = f"{type(error).__name__}: {line}; for the traceback: --debug"
+    print(f"error: rank {run.ranks.rank}: {line}", file=sys.stderr, flush=True)
+    exit_status = BAD_INPUT if isinstance(error, ValueError) else FAILED
+    if run.ranks.is_main:
+        with contextlib.suppress(OSError):  # the disk may be what failed
+            write_status(run.config.run_dir, "failed", reason=line, exit_status=exit_status)
+    return exit_status

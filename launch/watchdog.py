@@ -1,0 +1,96 @@
+"""A clock for each phase of a run: when it runs out, stacks are written and the rank ends."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import re
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+TIMEOUTS_S = {"start": 1800, "step": 1800, "eval": 7200, "save": 3600}
+GRACE_S = 20  # for the thread; then C code, which needs no interpreter, ends the process
+HUNG = 70
+POLL_S = 1
+STDERR = 2  # its descriptor: sys.stderr may be something else
+
+
+def parse_timeouts(text: str) -> dict[str, int]:
+    """Return the seconds of each phase: TIMEOUTS_S with `step=600,eval=3600` put over it.
+
+    Raises:
+        ValueError: Not of that form, or a phase that there is not.
+    """
+    timeouts = dict(TIMEOUTS_S)
+    for part in filter(None, text.split(",")):
+        match = re.fullmatch(r"([a-z]+)=([0-9]+)", part)
+        if not match or match[1] not in TIMEOUTS_S or not int(match[2]):
+            phases = ", ".join(TIMEOUTS_S)
+            raise ValueError(f"--timeouts {text}: must be like step=600,eval=3600; of {phases}")
+        timeouts[match[1]] = int(match[2])
+    return timeouts
+
+
+def group_timeout_s(text: str) -> int:
+    """Return when a collective gives up: after every clock, whose stacks say more."""
+    return max(parse_timeouts(text).values()) + 2 * GRACE_S
+
+
+class Watchdog:
+    """Ends this process with status 70 if a phase lasts longer than it may; begins with "start".
+
+    Args:
+        timeouts_s: Of each phase.
+        stacks: File to which the stacks of all threads are added.
+        on_expiry: Called with one line about it, before the end.
+    """
+
+    def __init__(
+        self, timeouts_s: dict[str, int], stacks: Path, on_expiry: Callable[[str], None]
+    ) -> None:
+        self.timeouts_s, self.stacks, self.on_expiry = timeouts_s, stacks, on_expiry
+        self._stopped = threading.Event()
+        self.phase("start")
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def phase(self, name: str) -> None:
+        """Begin a phase of `timeouts_s`, and its clock."""
+        self._current = name, time.monotonic() + self.timeouts_s[name]
+
+    def stop(self) -> None:
+        """Stop the clock for good."""
+        self._stopped.set()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        armed_for = left_s = 0.0
+        while not self._stopped.wait(min(left_s, POLL_S)):
+            deadline = self._current[1]
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                self._expire()
+            if deadline != armed_for:
+                # Works where no Python thread runs: in C code that keeps the interpreter's lock.
+                faulthandler.dump_traceback_later(left_s + GRACE_S, exit=True, file=STDERR)
+                armed_for = deadline
+
+    def _expire(self) -> None:
+        phase = self._current[0]
+        limit_s = self.timeouts_s[phase]
+        line = (
+            f"{phase}: not done after {limit_s} s; stacks are in {self.stacks}; "
+            f"for more time: --timeouts {phase}={2 * limit_s}"
+        )
+        try:
+            self.stacks.parent.mkdir(parents=True, exist_ok=True)
+            with self.stacks.open("a") as file:
+                file.write(line + "\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+            self.on_expiry(line)
+        finally:
+            os._exit(HUNG)

@@ -1,0 +1,236 @@
+"""What a run survives: stops, damage, bad numbers, other layouts; one rank in this process."""
+
+import fcntl
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import model.gpt
+from bench.parity import write_ds_config
+from checkpoint.manifest import complete_steps, step_of
+from checkpoint.reader import load_model
+from train import main
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ["--model", "debug", "--micro_batch_size", "2", "--batch_tokens", "256", "--eval_tokens",
+         "256", "--sample_tokens", "1", "--decay_steps", "40", "--eval_every", "5",
+         "--checkpoint_every", "5"]  # fmt: skip
+
+
+def arguments(data_dir: Path, run_dir: Path, *more: object, stage: int = 1) -> list[str]:
+    ds_config = ROOT / "ds_configs" / f"zero{stage}.json"
+    paths = ["--data_dir", data_dir, "--run_dir", run_dir, "--ds_config", ds_config]
+    return [*SMALL, *map(str, [*paths, *more])]
+
+
+def status_of(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "run_status.json").read_text())
+
+
+def losses(run_dir: Path) -> list[float]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row["train/loss"] for row in rows if "train/loss" in row]
+
+
+def when(happened: Callable[[], bool], act: Callable[[], object]) -> threading.Thread:
+    """Act as soon as something has happened, from a thread."""
+
+    def wait() -> None:
+        deadline = time.monotonic() + 60
+        while not happened():
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        act()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.fixture
+def whole(one_rank: object, data_dir: Path, tmp_path: Path) -> Path:
+    """A run of 12 steps without interruption, with dropout."""
+    run_dir = tmp_path / "whole"
+    assert main(arguments(data_dir, run_dir, "--max_steps", 12, "--dropout", 0.1)) == 0
+    return run_dir
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert (a / "log.txt").read_text() == (b / "log.txt").read_text()
+    one, other = (load_model(str(r))[0].state_dict() for r in (a, b))
+    assert all(torch.equal(one[k], other[k]) for k in one)
+
+
+@pytest.mark.parametrize("moment", ["SIGTERM", "SIGINT", "SIGUSR1", "STOP", "evaluation"])
+def test_a_stop_leaves_a_checkpoint_from_which_the_run_is_the_same(
+    whole: Path, data_dir: Path, tmp_path: Path, moment: str
+) -> None:
+    run_dir = tmp_path / "stopped"
+    command = arguments(data_dir, run_dir, "--max_steps", 12, "--dropout", 0.1)
+    log, checkpoint = run_dir / "log.txt", run_dir / "checkpoints" / "step_000005"
+    number = getattr(signal, moment, signal.SIGTERM)
+    if moment == "evaluation":  # which follows the checkpoint
+        thread = when(checkpoint.exists, lambda: os.kill(os.getpid(), number))
+    elif moment == "STOP":
+        thread = when(lambda: log.exists() and "\n3 train" in log.read_text(),
+                      (run_dir / "STOP").touch)  # fmt: skip
+    else:
+        thread = when(lambda: log.exists() and "\n3 train" in log.read_text(),
+                      lambda: os.kill(os.getpid(), number))  # fmt: skip
+    assert main(command) == 75
+    thread.join()
+    status = status_of(run_dir)
+    assert (status["status"], status["exit_status"]) == ("preempted", 75)
+    assert status["reason"].startswith("STOP file" if moment == "STOP" else number.name)
+    (newest,) = complete_steps(run_dir / "checkpoints")[-1:]
+    last = (run_dir / "log.txt").read_text().splitlines()[-1].split()
+    assert step_of(newest) == int(last[0]) + (last[1] == "train")
+    assert not (run_dir / "STOP").exists()
+    assert main(command) == 0
+    assert status_of(run_dir)["status"] == "finished"
+    assert_same_run(whole, run_dir)
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
+    whole: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logged = (whole / "log.txt").read_text()
+    newest = complete_steps(whole / "checkpoints")[-1]
+    victim = max(newest.glob("*optim_states.pt"))
+    raw = bytearray(victim.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    victim.write_bytes(raw)
+    command = arguments(data_dir, whole, "--max_steps", 12, "--dropout", 0.1)
+    assert main([*command, "--resume", "must"]) == 2
+    assert f"error: rank 0: {victim}: damaged (SHA-256)" in capsys.readouterr().err
+    assert main(command) == 0
+    err = capsys.readouterr().err
+    assert f"warning: {victim}: damaged" in err
+    assert "step    10 | loss" in err
+    assert "step     9 | loss" not in err
+    assert (whole / "log.txt").read_text() == logged
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_run_of_bad_numbers_changes_no_weight_and_stops(
+    data_dir: Path,
+    tmp_path: Path,
+    stage: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_dir, calls, real = tmp_path / "run", [], model.gpt.linear_cross_entropy
+
+    def loss(x: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if x.requires_grad:
+            calls.append(1)
+        return real(x, head, targets) * (float("nan") if len(calls) > 2 * 6 else 1)
+
+    command = arguments(data_dir, run_dir, "--max_steps", 12, "--max_bad_steps", 3, "--log_every",
+                        2, "--checkpoint_every", 6, stage=stage)  # fmt: skip
+    monkeypatch.setattr(model.gpt, "linear_cross_entropy", loss)
+    assert main(command) == 70
+    status = status_of(run_dir)
+    assert (status["status"], status["exit_status"]) == ("diverged", 70)
+    err = capsys.readouterr().err
+    for step in (6, 7, 8):
+        samples = f"(samples {4 * step} to {4 * step + 3})"
+        assert f"step     {step} | skipped: the loss or the gradient is not finite {samples}" in err
+    good, bad = complete_steps(run_dir / "checkpoints")
+    assert step_of(bad) == 9
+    a, b = (load_model(str(folder))[0].state_dict() for folder in (good, bad))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    monkeypatch.setattr(model.gpt, "linear_cross_entropy", real)
+    assert main(command) == 0  # the numbers are good again
+
+
+def test_a_run_folder_has_one_writer(
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (tmp_path / "lock").open("w") as lock:
+        lock.write("process 7 of somewhere")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(arguments(data_dir, tmp_path, "--max_steps", 1)) == 2
+        assert f"error: --run_dir {tmp_path}: in use by process 7 of somewhere" in (
+            capsys.readouterr().err
+        )
+    assert [p.name for p in tmp_path.iterdir()] == ["lock"]
+
+
+def test_a_folder_that_is_no_folder_is_refused(
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(arguments(data_dir, tmp_path / "file" / "run", "--max_steps", 1)) == 1
+    assert f"{tmp_path / 'file' / 'run'}" in capsys.readouterr().err
+
+
+def test_three_restarts_without_progress_are_enough(
+    whole: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = arguments(data_dir, whole, "--max_steps", 15, "--dropout", 0.1)
+    crashed = {"status": "running", "starts": [12, 12, 12, 12]}
+    (whole / "run_status.json").write_text(json.dumps(crashed))
+    assert main(command) == 2
+    assert "3 restarts from step 12 came to no checkpoint" in capsys.readouterr().err
+    crashed["starts"] = [5, 5, 5, 12, 12, 12]
+    (whole / "run_status.json").write_text(json.dumps(crashed))
+    assert main(command) == 0
+    assert status_of(whole)["starts"] == []
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--seed", "1"], "seed: 1337 -> 1"),
+        (["--batch_tokens", "512"], "batch_tokens: 256 -> 512"),
+        (["--shuffle", "false"], "shuffle: True -> False"),
+        (["--seq_len", "32"], "seq_len: 64 -> 32"),
+        (["--model", "quickstart", "--seq_len", "64"], "n_embd: 64 -> "),
+    ],
+)
+def test_what_would_be_another_run_is_refused(
+    whole: Path, data_dir: Path, capsys: pytest.CaptureFixture[str], more: list[str], said: str
+) -> None:
+    before = (whole / "config.json").read_text()
+    assert main([*arguments(data_dir, whole, "--max_steps", 15), *more]) == 2
+    assert said in capsys.readouterr().err
+    assert (whole / "config.json").read_text() == before
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_what_may_change_takes_effect_at_every_stage(data_dir: Path, tmp_path: Path) -> None:
+    """DeepSpeed's checkpoints bring lr, betas and clipping back; stage 0 clips in our own code."""
+    curves = []
+    for stage in range(4):
+        config, run_dir = write_ds_config(tmp_path, stage, "fp32"), tmp_path / f"run{stage}"
+        command = [*arguments(data_dir, run_dir), "--ds_config", str(config)]
+        assert main([*command, "--max_steps", "5"]) == 0
+        changed = ["--lr", "5e-3", "--grad_clip", "1e-3", "--beta1", "0.8", "--eps", "1e-3"]
+        assert main([*command, "--max_steps", "10", *changed]) == 0
+        curves.append(losses(run_dir))
+    for curve in curves[1:]:
+        assert curve == pytest.approx(curves[0], abs=1e-5)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_stages_may_change_between_steps(data_dir: Path, tmp_path: Path) -> None:
+    def command(run_dir: Path, stage: int, steps: int) -> list[str]:
+        config = write_ds_config(tmp_path, stage, "fp32")
+        return [*arguments(data_dir, run_dir, "--max_steps", steps), "--ds_config", str(config)]
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(command(whole, 1, 15)) == 0
+    for i, stage in enumerate((1, 3, 0, 2, 1)):
+        assert main(command(parts, stage, 3 * i + 3)) == 0
+    assert losses(parts) == pytest.approx(losses(whole), abs=1e-5)
