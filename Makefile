@@ -69,6 +69,8 @@ faults: $(VENV)/installed
 	$(BIN)/python bench/faults.py --campaign step --tries 100 --folder runs/faults
 	$(BIN)/python bench/faults.py --campaign save --tries 200 --folder runs/faults
 	$(BIN)/python bench/faults.py --campaign points --folder runs/faults
+	$(BIN)/python bench/orphans.py --folder runs/faults
+	$(BIN)/python bench/mishaps.py --folder runs/faults
 
 hellaswag: $(VENV)/installed
 	$(BIN)/python bench/hellaswag.py --model 30m --every 1 --out runs/hellaswag.json

@@ -78,8 +78,13 @@ def record_file(path: Path) -> FileRecord:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest: from here on the checkpoint is complete."""
-    text = json.dumps(dataclasses.asdict(manifest), indent=1)
+    fields = dataclasses.asdict(manifest)
+    text = json.dumps({"sha256": _digest(fields)} | fields, indent=1)
     write_atomically(folder / MANIFEST, text)
+
+
+def _digest(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -91,6 +96,8 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         raw = json.loads(path.read_text())
+        if raw.pop("sha256") != _digest(raw):
+            raise ValueError("SHA-256")
         files = {name: FileRecord(**record) for name, record in raw.pop("files").items()}
         GPTConfig(**raw["model"])
         known = raw["precision"] in PRECISIONS and raw["zero_stage"] in range(4)

@@ -36,7 +36,8 @@ ENTRY_POINTS = ["train.py", "data/prepare.py", "data/fineweb.py", "data/show.py"
                 "bench/cross_entropy.py", "bench/prepare_kills.py", "bench/prepare.py",
                 "bench/loader.py", "bench/side.py", "bench/train_step.py",
                 "bench/startup.py", "bench/scaling.py", "bench/page.py",
-                "bench/attention.py", "bench/faults.py"]  # fmt: skip
+                "bench/attention.py", "bench/faults.py",
+                "bench/orphans.py", "bench/mishaps.py"]  # fmt: skip
 
 
 def imports(path: Path) -> set[str]:

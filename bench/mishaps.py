@@ -1,0 +1,241 @@
+"""Faults other than a kill, made on purpose: full disks, hung or missing ranks, damaged files.
+
+    python bench/mishaps.py --folder runs/faults
+
+A run of two ranks meets each of them at a step after its first checkpoint. It must end in time with
+the status and the line that say what happened, its checkpoints whole; the damaged ones must be
+named before anything is loaded. Resumable: cases in the JSON are not tried again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if not __package__:  # run as a file: import from the repository root, exactly as train.py does
+    sys.path[0] = str(ROOT)
+
+HUNG = 70
+LIMIT_S, GRACE_S = 6, 45  # a phase of the runs here; what a hang may last beyond it
+TIMEOUTS = ["--timeouts", f"start=60,step={LIMIT_S},eval=60,save={LIMIT_S}"]
+CUTS = (0, 1, 0.3, 0.999)  # bytes, or parts of a file
+FLIPS = 50
+FULL = (("the model", 2**20, 0), ("the optimizer", 8 * 2**20, 0), ("the optimizer", 2**20, 1),
+        ("the manifest", 700, 0))  # bytes to which a file can grow  # fmt: skip
+
+Result = dict[str, Any]
+
+
+def in_second_save(act: Callable[[], None]) -> None:
+    """Have this process act where its second save begins."""
+    import checkpoint.saving as saving
+
+    real, calls = saving.write_files, []
+
+    def write_files(*args: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            act()
+        real(*args)
+
+    saving.write_files = write_files
+
+
+def in_step(act: Callable[[], None]) -> None:
+    """Have this process act in its fifth step."""
+    import launch.step as step
+
+    real, calls = step.optimizer_step, []
+
+    def optimizer_step(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 5:
+            act()
+        return real(*args)
+
+    step.optimizer_step = optimizer_step
+
+
+def fill_disk(n_bytes: int) -> None:
+    """Let no file grow beyond so many bytes, as a full disk does."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
+
+
+def hold_interpreter() -> None:
+    """Hang in C code that lets no Python thread run."""
+    re.match("(a+)+$", "a" * 40 + "b")
+
+
+def stop() -> None:
+    """Hang as a stopped process does: no thread of it runs, no signal but SIGKILL ends it."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+# What each rank does where.
+CASES: dict[str, tuple[Callable[..., None], Callable[[], None], int]] = {
+    f"disk full for {name} of rank {rank}": (in_second_save, partial(fill_disk, n_bytes), rank)
+    for name, n_bytes, rank in FULL
+} | {
+    f"{name} of rank {rank}": (in_step, act, rank)
+    for rank in (0, 1)
+    for name, act in (("sleep", partial(time.sleep, 1000)), ("hang in C", hold_interpreter),
+                      ("stop", stop))
+}  # fmt: skip
+
+
+def meet(folder: Path, run_dir: Path, case: str) -> Result:
+    """Let a run meet with a mishap; return what it left, with `ok`."""
+    from bench.faults import arguments, judge, newest_step
+    from bench.forks import KILLED, Run
+
+    where, act, victim = CASES[case]
+    shutil.rmtree(run_dir, ignore_errors=True)
+    log = run_dir.with_suffix(".log")
+    log.unlink(missing_ok=True)
+    command = [*arguments(folder, run_dir, 1, 10**6), *TIMEOUTS]
+    run = Run(command, 2, log, lambda rank: where(act) if rank == victim else None)
+    while newest_step(run_dir) < 3 and not run.poll():
+        time.sleep(0.05)
+    mortal = [rank for rank in (0, 1) if rank != victim or act is not stop]
+    started = time.monotonic()
+    while not run.poll() and not all(rank in run.statuses for rank in mortal):
+        if time.monotonic() - started > LIMIT_S + GRACE_S:
+            break
+        time.sleep(0.05)
+    ended_s = time.monotonic() - started
+    run.wait(0)  # launchers kill a stopped process
+    result = judge(run_dir, ended_s if ended_s < LIMIT_S + GRACE_S else None, run.statuses)
+    allowed = {1} if where is in_second_save else {1, HUNG}
+    said = "error: rank .*step_" if where is in_second_save else f"not done after {LIMIT_S} s"
+    for rank, status in run.statuses.items():
+        if status not in (allowed if rank in mortal else {KILLED}):
+            result |= {"ok": False, "problem": f"rank {rank} ended with {status}"}
+    if not re.search(said, log.read_text()):
+        result |= {"ok": False, "problem": f"the log does not say {said!r}"}
+    return result
+
+
+def miss(folder: Path, run_dir: Path, present: int) -> Result:
+    """Start one rank of two."""
+    from bench.faults import arguments
+    from bench.forks import Run
+
+    log = run_dir.with_suffix(".log")
+    command = [*arguments(folder, run_dir, 1, 10), "--timeouts", "start=10"]
+    run = Run(command, 2, log, lambda rank: None if rank == present else os._exit(0))
+    ended_s = run.wait(25)
+    said = "rank 1 never came" if present == 0 else "did not gather all ranks"
+    ok = ended_s is not None and run.statuses[present] == 1 and said in log.read_text()
+    return {"ended_s": ended_s, "statuses": run.statuses, "ok": ok}
+
+
+def damage(step: Path, other_step: Path, copy: Path, rng: random.Random) -> dict[str, Result]:
+    """Damage each file of a checkpoint in every way; each must be named by somebody."""
+    from checkpoint.manifest import read_manifest, verify_files
+
+    def is_named(name: str) -> bool:
+        try:
+            manifest = read_manifest(copy)
+            for rank in range(manifest.world_size):
+                verify_files(copy, manifest, rank, manifest.world_size)
+        except ValueError as error:
+            return name in str(error)
+        return False
+
+    found = {}
+    for path in sorted(step.iterdir()):
+        named = {}
+        for way, changed in damages(path, other_step, rng):
+            shutil.copytree(step, copy)
+            (copy / path.name).unlink()
+            if changed is not None:
+                (copy / path.name).write_bytes(changed)
+            named[way] = is_named(path.name)
+            shutil.rmtree(copy)
+        missed = [way for way, ok in named.items() if not ok]
+        found[f"damage: {path.name}"] = {"tries": len(named), "missed": missed, "ok": not missed}
+    return found
+
+
+def damages(path: Path, other_step: Path, rng: random.Random) -> Iterator[tuple[str, bytes | None]]:
+    """Yield ways to damage a file of a checkpoint, with what is left of it."""
+    from checkpoint.manifest import MANIFEST
+
+    raw = path.read_bytes()
+    yield "missing", None
+    for cut in CUTS:
+        yield f"cut to {cut}", raw[: cut if isinstance(cut, int) else int(cut * len(raw))]
+    for i in range(FLIPS):
+        yield f"bit flip {i}", flip(raw, rng)
+    if path.name != MANIFEST:
+        yield "of another step", (other_step / path.name).read_bytes()
+
+
+def flip(raw: bytes, rng: random.Random) -> bytes:
+    """Return the bytes with one bit flipped."""
+    position = rng.randrange(len(raw))
+    return raw[:position] + bytes([raw[position] ^ 1 << rng.randrange(8)]) + raw[position + 1 :]
+
+
+def two_checkpoints(folder: Path) -> list[Path]:
+    """Train two ranks for six steps; return the two step folders."""
+    from bench.faults import arguments
+    from bench.forks import Run
+    from checkpoint.manifest import complete_steps
+
+    run_dir = folder / "undamaged"
+    Run(arguments(folder, run_dir, 1, 6), 2, run_dir.with_suffix(".log")).wait(120)
+    return complete_steps(run_dir / "checkpoints")
+
+
+def main() -> int:
+    """Run the command line; status 1 if a case went otherwise."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, required=True, help="for runs and faults.json")
+    args = parser.parse_args()
+    from bench.faults import open_folder
+    from bench.forks import import_everything
+    from bench.record import record
+
+    import_everything()
+    folder, title = args.folder, "Mishaps"
+    out, results = open_folder(folder)
+    done: dict[str, Result] = results.get(title, {}).get("values", {})
+
+    def keep(case: str, result: Result) -> None:
+        done[case] = result
+        print(case, result, file=sys.stderr, flush=True)
+        rows = [{"mishap": c, "ok": str(r["ok"])} for c, r in done.items()]
+        record(out, title, rows, done, quiet=True)
+
+    run_dir = folder / "mishaps"
+    for case in CASES:
+        if case not in done:
+            keep(case, meet(folder, run_dir, case))
+    for present in (0, 1):
+        if (case := f"only rank {present} of two") not in done:
+            keep(case, miss(folder, folder / f"alone{present}", present))
+    if not any(case.startswith("damage") for case in done):
+        older, newer = two_checkpoints(folder)
+        for case, result in damage(newer, older, folder / "damaged", random.Random(0)).items():
+            keep(case, result)
+    record(out, title, [{"mishap": c, "ok": str(r["ok"])} for c, r in done.items()], done)
+    return 0 if all(result["ok"] for result in done.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
