@@ -71,6 +71,7 @@ faults: $(VENV)/installed
 	$(BIN)/python bench/faults.py --campaign points --folder runs/faults
 	$(BIN)/python bench/orphans.py --folder runs/faults
 	$(BIN)/python bench/mishaps.py --folder runs/faults
+	$(BIN)/python bench/resumes.py --folder runs/faults
 
 hellaswag: $(VENV)/installed
 	$(BIN)/python bench/hellaswag.py --model 30m --every 1 --out runs/hellaswag.json

@@ -158,6 +158,7 @@ def main() -> int:
     from bench.faults import open_folder
     from bench.record import record
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     title = "Stops through deepspeed"
     out, results = open_folder(args.folder)
     done = results.get(title, {}).get("values", {})
