@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -105,6 +106,7 @@ def stop_once(folder: Path, variant: str) -> dict[str, Any]:
     sent, _, rest = variant.partition(" to ")
     whom, _, moment = rest.partition(" in ")
     run_dir = folder / variant.replace(" ", "_")
+    shutil.rmtree(run_dir, ignore_errors=True)
     runner = start(folder, run_dir, moment)
     step = 6 if moment == "evaluation" else 8  # evaluation follows the checkpoint after step 6
     reached = wait_for(lambda: step in losses(run_dir), START_S)

@@ -5,7 +5,7 @@
 Stops: ZeRO stages 0 to 3 in fp32 and bf16, two ranks, dropout, two micro-batches per step: stopped
 by a signal at random steps, the losses and the weights of the last checkpoint must have the bits of
 the undisturbed run. Layouts: 2, 1, 4, 2 ranks, and stages 1, 3, 0, 2, in fp32 without dropout: the
-losses must be those of the undisturbed run to 1e-5. Resumable: what the JSON holds is not done again.
+losses must be those of the undisturbed run to 1e-5. Resumable: cases in the JSON stay.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ LAYOUTS = {
     "stages 1, 3, 0, 2 on 2 ranks": ((2, 1), (2, 3), (2, 0), (2, 2)),
     "both at once": ((1, 0), (4, 3), (2, 2), (4, 1), (1, 3), (2, 0)),
 }
+STOPPED = {f"stage {stage}, {precision}": (stage, precision)
+           for stage in range(4) for precision in ("fp32", "bf16")}  # fmt: skip
+CASES = [*LAYOUTS, *STOPPED]
 
 
 def arguments(folder: Path, name: str, stage: int, precision: str, *more: object) -> list[str]:
@@ -125,6 +128,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--cases", nargs="+", default=CASES, help="of these: " + "; ".join(CASES))
     parser.add_argument("--stops", type=int, default=10, help="of each run (default: 10)")
     parser.add_argument("--seed", type=int, default=0, help="of the stops (default: 0)")
     parser.add_argument("--folder", type=Path, required=True, help="for runs and faults.json")
@@ -138,19 +142,17 @@ def main() -> int:
     out, results = open_folder(args.folder)
     done: dict[str, Any] = results.get(title, {}).get("values", {})
 
-    def keep(case: str, result: dict[str, Any]) -> None:
-        done[case] = result
-        print(case, result, file=sys.stderr, flush=True)
+    for case in args.cases:
+        if case in done:
+            continue
+        if case in LAYOUTS:
+            done[case] = change_layouts(args.folder, case)
+        else:
+            stage, precision = STOPPED[case]
+            rng = random.Random(f"{args.seed}/{case}")
+            done[case] = stop_and_compare(args.folder, stage, precision, args.stops, rng)
+        print(case, done[case], file=sys.stderr, flush=True)
         record(out, title, summary(done), done, quiet=True)
-
-    for case in LAYOUTS:
-        if case not in done:
-            keep(case, change_layouts(args.folder, case))
-    for stage in range(4):
-        for precision in ("fp32", "bf16"):
-            if (case := f"stage {stage}, {precision}") not in done:
-                rng = random.Random(f"{args.seed}/{case}")
-                keep(case, stop_and_compare(args.folder, stage, precision, args.stops, rng))
     record(out, title, summary(done), done)
     return 0 if all(result["ok"] for result in done.values()) else 1
 

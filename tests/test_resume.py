@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -55,12 +56,18 @@ def when(happened: Callable[[], bool], act: Callable[[], object]) -> threading.T
     return thread
 
 
-@pytest.fixture
-def whole(one_rank: object, data_dir: Path, tmp_path: Path) -> Path:
-    """A run of 12 steps without interruption, with dropout."""
-    run_dir = tmp_path / "whole"
+@pytest.fixture(scope="module")
+def undisturbed(one_rank: object, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 12 steps without interruption, with dropout; only to be read."""
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
     assert main(arguments(data_dir, run_dir, "--max_steps", 12, "--dropout", 0.1)) == 0
     return run_dir
+
+
+@pytest.fixture
+def whole(undisturbed: Path, tmp_path: Path) -> Path:
+    """Its copy."""
+    return Path(shutil.copytree(undisturbed, tmp_path / "whole"))
 
 
 def assert_same_run(a: Path, b: Path) -> None:

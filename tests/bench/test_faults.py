@@ -1,0 +1,51 @@
+"""Short versions of the campaigns of `make faults`, each through its own command."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def campaign(folder: Path, name: str, *more: str) -> dict[str, Any]:
+    """Run a campaign; return what it recorded."""
+    command = [sys.executable, f"bench/{name}.py", "--folder", str(folder), *more]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (entry,) = json.loads((folder / "faults.json").read_text()).values()
+    return entry["values"]
+
+
+@pytest.mark.parametrize("moment", ["step", "save"])
+def test_a_killed_run_loses_nothing(tmp_path: Path, moment: str) -> None:
+    values = campaign(tmp_path, "faults", "--campaign", moment, "--tries", "2")
+    assert all(t["ok"] and -9 in t["statuses"].values() for t in values["tries"])
+    (trace,) = values["traces"].values()
+    assert trace["steps"] >= 6
+    assert not trace["differing"]
+
+
+def test_nobody_trains_on_when_the_runner_is_gone(tmp_path: Path) -> None:
+    (result,) = campaign(
+        tmp_path, "orphans", "--variants", "SIGTERM to runner in training"
+    ).values()
+    assert result["reason"].startswith("launcher gone before step")
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["disk full for the optimizer of rank 1", "hang in C of rank 0", "stop of rank 1",
+     "only rank 0 of two"],
+)  # fmt: skip
+def test_a_mishap_ends_in_time_and_says_what_it_was(tmp_path: Path, case: str) -> None:
+    (result,) = campaign(tmp_path, "mishaps", "--cases", case).values()
+    assert result["ended_s"] < 6 + 45
+
+
+def test_ranks_and_stages_may_change(tmp_path: Path) -> None:
+    (result,) = campaign(tmp_path, "resumes", "--cases", "both at once").values()
+    assert 0 < result["largest"] <= 1e-5
