@@ -22,10 +22,12 @@ def campaign(folder: Path, name: str, *more: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("moment", ["step", "save"])
 def test_a_killed_run_loses_nothing(tmp_path: Path, moment: str) -> None:
-    values = campaign(tmp_path, "faults", "--campaign", moment, "--tries", "2")
+    values = campaign(
+        tmp_path, "faults", "--campaign", moment, "--tries", "1" if moment == "step" else "2"
+    )
     assert all(t["ok"] and -9 in t["statuses"].values() for t in values["tries"])
     (trace,) = values["traces"].values()
-    assert trace["steps"] >= 6
+    assert trace["steps"] >= 4
     assert not trace["differing"]
 
 
