@@ -7,6 +7,7 @@ Resumable: cells that --out holds are not run again.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -70,7 +71,7 @@ def launch(n_ranks: int, arguments: list[str]) -> subprocess.CompletedProcess[st
 
 
 def engine_losses(
-    folder: Path, stage: int, n_ranks: int, precision: str, steps: int
+    folder: Path, stage: int, n_ranks: int, precision: str, steps: int, *more: str
 ) -> list[float]:
     """Train through the `deepspeed` launcher; return the loss of each step, in nats."""
     from bench import reference as r
@@ -85,7 +86,8 @@ def engine_losses(
          "--micro_batch_size", str(r.N_SEQUENCES // r.GRAD_ACCUM // n_ranks),
          "--max_steps", str(steps), "--warmup_steps", str(r.WARMUP), "--decay_steps", str(steps),
          "--lr", str(r.LR), "--weight_decay", str(r.WEIGHT_DECAY), "--grad_clip", str(r.CLIP),
-         "--eval_every", str(steps), "--eval_tokens", str(r.SEQ_LEN), "--sample_tokens", "1"],
+         "--eval_every", str(steps), "--eval_tokens", str(r.SEQ_LEN), "--sample_tokens", "1",
+         *more],
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"zero{stage}, {n_ranks} ranks:\n{done.stdout}{done.stderr}")
@@ -117,6 +119,9 @@ def main() -> int:
     """Run the command line; status 1 if a cell is outside its tolerance."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="(default: 1 2 4)")
+    parser.add_argument("--precisions", nargs="+", default=list(TOLERANCE), choices=TOLERANCE)
+    parser.add_argument("--compile", action="store_true", help="stages 0 to 2, blocks compiled")
     parser.add_argument("--out", type=Path, default=Path("runs/parity.json"), help="JSON")
     args = parser.parse_args()
     import torch
@@ -131,18 +136,19 @@ def main() -> int:
         write_inputs(folder, n_tokens=args.steps * N_SEQUENCES * SEQ_LEN + 1)
         kinds = ("fp32", "autocast", "bf16")
         references = {p: reference_losses(folder, p, args.steps) for p in kinds}
-        for precision, tolerance in TOLERANCE.items():
-            for stage in range(4):
-                for n_ranks in (1, 2, 4):
-                    name = f"{precision}/zero{stage}/{n_ranks}"
-                    if name in cells:
-                        continue
-                    losses = engine_losses(folder, stage, n_ranks, precision, args.steps)
-                    expected = references[reference_precision(stage, precision)]
-                    difference = largest_difference(losses, expected)
-                    cells[name] = {"difference": difference, "ok": difference <= tolerance}
-                    args.out.write_text(json.dumps(result, indent=1))
-                    print(name, f"{difference:.2e}", file=sys.stderr, flush=True)
+        more = ["--compile"] if args.compile else []
+        stages = range(3 if args.compile else 4)
+        for precision, stage, n_ranks in itertools.product(args.precisions, stages, args.ranks):
+            name = "/".join([precision, f"zero{stage}", str(n_ranks), *more])
+            if name in cells:
+                continue
+            losses = engine_losses(folder, stage, n_ranks, precision, args.steps, *more)
+            expected = references[reference_precision(stage, precision)]
+            difference = largest_difference(losses, expected)
+            ok = difference <= TOLERANCE[precision]
+            cells[name] = {"difference": difference, "ok": ok}
+            args.out.write_text(json.dumps(result, indent=1))
+            print(name, f"{difference:.2e}", file=sys.stderr, flush=True)
     print_table(cells)
     return 0 if all(cell["ok"] for cell in cells.values()) else 1
 
