@@ -98,7 +98,8 @@ bench: $(VENV)/installed
 	$(BIN)/python bench/cross_entropy.py --out $(RESULTS)/4_cross_entropy.json
 	$(BIN)/python bench/loader.py --out $(RESULTS)/5_loader.json
 	$(BIN)/python bench/attention.py --out $(RESULTS)/6_attention.json
-	$(if $(CORPUS),$(BIN)/python bench/prepare.py $(CORPUS) --copies 4 --out $(RESULTS)/7_prepare.json)
+	$(BIN)/python bench/saving.py --out $(RESULTS)/7_saving.json
+	$(if $(CORPUS),$(BIN)/python bench/prepare.py $(CORPUS) --copies 4 --out $(RESULTS)/8_prepare.json)
 	$(BIN)/python bench/page.py $(RESULTS)/*.json --out docs/BENCHMARKS.md
 
 clean:

@@ -37,7 +37,8 @@ ENTRY_POINTS = ["train.py", "data/prepare.py", "data/fineweb.py", "data/show.py"
                 "bench/loader.py", "bench/side.py", "bench/train_step.py",
                 "bench/startup.py", "bench/scaling.py", "bench/page.py",
                 "bench/attention.py", "bench/faults.py",
-                "bench/orphans.py", "bench/mishaps.py", "bench/resumes.py"]  # fmt: skip
+                "bench/orphans.py", "bench/mishaps.py", "bench/resumes.py",
+                "bench/saving.py"]  # fmt: skip
 
 
 def imports(path: Path) -> set[str]:

@@ -215,6 +215,18 @@ def test_what_would_be_another_run_is_refused(
     assert (whole / "config.json").read_text() == before
 
 
+def test_other_data_is_refused(
+    whole: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(data_dir, tmp_path / "data")
+    shard = tmp_path / "data" / "text_train_000002.npy"
+    raw = bytearray(shard.read_bytes())
+    raw[-1] ^= 1
+    shard.write_bytes(raw)
+    assert main(arguments(tmp_path / "data", whole, "--max_steps", 15)) == 2
+    assert "data: " in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("one_rank")
 def test_what_may_change_takes_effect_at_every_stage(data_dir: Path, tmp_path: Path) -> None:
     """DeepSpeed's checkpoints bring lr, betas and clipping back; stage 0 clips in our own code."""

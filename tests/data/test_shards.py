@@ -24,6 +24,27 @@ def test_reads_cross_shard_edges(tmp_path: Path) -> None:
             assert stream.read(start, length).tolist() == expected.tolist()
 
 
+def test_other_tokens_have_another_fingerprint(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 50257, 100_000)
+    path = tmp_path / "text_train_000000.npy"
+
+    def fingerprint(tokens: np.ndarray) -> str:
+        np.save(path, tokens.astype(np.uint16))
+        return TokenStream(tmp_path, "train", 50257).fingerprint()
+
+    original = fingerprint(tokens)
+    assert fingerprint(tokens) == original
+    for position in (0, 1000, 99_999):
+        changed = tokens.copy()
+        changed[position] ^= 1
+        assert fingerprint(changed) != original
+    assert fingerprint(tokens[:-1]) != original
+    fingerprint(tokens)
+    path.rename(tmp_path / "moved_train_000007.npy")
+    assert TokenStream(tmp_path, "train", 50257).fingerprint() == original
+
+
 def test_build_nanogpt_names_are_read_in_order(tmp_path: Path) -> None:
     for i in (2, 10, 1):
         np.save(tmp_path / f"edufineweb_train_{i:06d}.npy", np.array([i], dtype=np.uint16))
