@@ -85,7 +85,7 @@ def hash_weights(run_dir: Path) -> str:
 
     digest = hashlib.sha256()
     for name, weight in step_weights(newest_step(run_dir)):
-        digest.update(name.encode() + weight.contiguous().numpy().tobytes())
+        digest.update(name.encode() + weight.detach().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
