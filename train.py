@@ -194,9 +194,10 @@ def train(run: Run, inputs: Inputs, watchdog: Watchdog, stops: Stops) -> tuple[s
     from launch.tracing import Trace
 
     config, batch, ranks = run.config, run.batch, run.ranks
-    watchdog.phase("start")  # again: whoever is missing is named before the clock runs out
-    device = init_process_group(ranks, group_timeout_s(config.timeouts),
-                                0.9 * watchdog.timeouts_s["start"])  # fmt: skip
+    start_s = watchdog.timeouts_s["start"]
+    watchdog.phase("start", times=3)  # whoever does not come is named before this clock runs out
+    device = init_process_group(ranks, group_timeout_s(config.timeouts), start_s)
+    watchdog.phase("start")
     engine, manifest = start_engine(run, inputs, device)
     resumed = manifest.step if manifest else None
     progress = Progress(resumed or 0, manifest.samples if manifest else 0, resumed or 0)

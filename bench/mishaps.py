@@ -138,7 +138,7 @@ def miss(folder: Path, run_dir: Path, present: int) -> Result:
     log = run_dir.with_suffix(".log")
     command = [*arguments(folder, run_dir, 1, 10), "--timeouts", "start=10"]
     run = Run(command, 2, log, lambda rank: None if rank == present else os._exit(0))
-    ended_s = run.wait(25)
+    ended_s = run.wait(40)
     said = "rank 1 never came" if present == 0 else "did not gather all ranks"
     ok = ended_s is not None and run.statuses[present] == 1 and said in log.read_text()
     return {"ended_s": ended_s, "statuses": run.statuses, "ok": ok}

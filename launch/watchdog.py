@@ -56,9 +56,9 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
-    def phase(self, name: str) -> None:
-        """Begin a phase of `timeouts_s`, and its clock."""
-        self._current = name, time.monotonic() + self.timeouts_s[name]
+    def phase(self, name: str, times: int = 1) -> None:
+        """Begin a phase of `timeouts_s`, or some times that, and its clock."""
+        self._current = name, time.monotonic() + times * self.timeouts_s[name]
 
     def stop(self) -> None:
         """Stop the clock for good."""
