@@ -6,7 +6,7 @@ import datetime
 import os
 import time
 
-from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]  # documented
+from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]  # documented
 from torch.distributed.rendezvous import rendezvous
 
 from launch.ranks import Ranks
@@ -49,6 +49,7 @@ def meet(ranks: Ranks, timeout_s: float) -> Store:
 def _open_store(ranks: Ranks, timeout: datetime.timedelta) -> Store:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun keeps it
         store, _, _ = next(rendezvous("env://", ranks.rank, ranks.world_size, timeout=timeout))
-        return store
+        # The same store after a restart: what the ranks before left in it must not be found.
+        return PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return TCPStore(host, port, ranks.world_size, ranks.is_main, timeout, wait_for_workers=False)

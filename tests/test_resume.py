@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -253,3 +255,32 @@ def test_stages_may_change_between_steps(data_dir: Path, tmp_path: Path) -> None
     for i, stage in enumerate((1, 3, 0, 2, 1)):
         assert main(command(parts, stage, 3 * i + 3)) == 0
     assert losses(parts) == pytest.approx(losses(whole), abs=1e-5)
+
+
+def test_torchrun_restarts_a_run_that_lost_a_rank(data_dir: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+               "2", "--max-restarts", "1", "train.py"]  # fmt: skip
+    command += arguments(data_dir, run_dir, "--max_steps", 12, "--eval_every", 100)
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    environment |= {"OMP_NUM_THREADS": "1"}
+    with (tmp_path / "log").open("w") as log:
+        agent = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    try:
+        found = run_dir / "log.txt"
+        thread = when(lambda: found.exists() and "\n7 train" in found.read_text(),
+                      lambda: os.kill(max(children_of(agent.pid)), signal.SIGKILL))  # fmt: skip
+        assert agent.wait(120) == 0, (tmp_path / "log").read_text()
+        thread.join()
+    finally:
+        agent.kill()
+        agent.wait()
+    said = (tmp_path / "log").read_text()
+    assert said.count("step     6 | loss") == 2
+    assert said.count("step     4 | loss") == 1
+    assert len(losses(run_dir)) == 12
+    assert status_of(run_dir)["status"] == "finished"
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
