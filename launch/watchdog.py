@@ -58,7 +58,10 @@ class Watchdog:
 
     def phase(self, name: str, times: int = 1) -> None:
         """Begin a phase of `timeouts_s`, or some times that, and its clock."""
-        self._current = name, time.monotonic() + times * self.timeouts_s[name]
+        seconds = times * self.timeouts_s[name]
+        self._current = name, time.monotonic() + seconds
+        # Works where no Python thread runs: in C code that keeps the interpreter's lock.
+        faulthandler.dump_traceback_later(seconds + GRACE_S, exit=True, file=STDERR)
 
     def stop(self) -> None:
         """Stop the clock for good."""
@@ -67,16 +70,12 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        armed_for = left_s = 0.0
-        while not self._stopped.wait(min(left_s, POLL_S)):
-            deadline = self._current[1]
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
+        while not self._stopped.wait(max(0, min(self._left_s(), POLL_S))):
+            if self._left_s() <= 0:
                 self._expire()
-            if deadline != armed_for:
-                # Works where no Python thread runs: in C code that keeps the interpreter's lock.
-                faulthandler.dump_traceback_later(left_s + GRACE_S, exit=True, file=STDERR)
-                armed_for = deadline
+
+    def _left_s(self) -> float:
+        return self._current[1] - time.monotonic()
 
     def _expire(self) -> None:
         phase = self._current[0]

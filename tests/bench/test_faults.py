@@ -40,7 +40,7 @@ def test_nobody_trains_on_when_the_runner_is_gone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    ["disk full for the optimizer of rank 1", "hang in C of rank 0", "stop of rank 1",
+    ["disk full for the optimizer of rank 1", "stop of rank 1",
      "only rank 0 of two"],
 )  # fmt: skip
 def test_a_mishap_ends_in_time_and_says_what_it_was(tmp_path: Path, case: str) -> None:
