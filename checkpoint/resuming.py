@@ -19,6 +19,7 @@ from checkpoint.manifest import (
     verify_files,
 )
 from checkpoint.saving import layout_of, rng_file
+from checkpoint.unpickling import load_weights_only, naming_pickled_code
 from model import GPTConfig
 
 
@@ -102,7 +103,7 @@ def load_checkpoint(engine: Any, folder: Path, manifest: Manifest, precision: st
     saved = {key: getattr(manifest, key) for key in now}
     if saved == now:
         allow_deepspeed_types()
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), naming_pickled_code(folder):
             engine.load_checkpoint(str(folder.parent), tag=folder.name)
     else:
         if dist.get_rank() == 0:
@@ -110,7 +111,7 @@ def load_checkpoint(engine: Any, folder: Path, manifest: Manifest, precision: st
             print(f"{folder}: read for another layout ({changes})", file=sys.stderr)
         load_whole_tensors(engine, folder, manifest)
     if saved["world_size"] == now["world_size"]:
-        states = torch.load(folder / rng_file(dist.get_rank()), weights_only=True)
+        states = load_weights_only(folder / rng_file(dist.get_rank()))
         torch.set_rng_state(states["cpu"])
         if engine.device.type == "cuda" and "cuda" in states:
             torch.cuda.set_rng_state(states["cuda"])
@@ -164,16 +165,11 @@ def make_moments(engine: Any, n_steps: int) -> None:
 
 
 def allow_deepspeed_types() -> None:
-    """Let `torch.load` take what DeepSpeed puts into its files, and nothing else, from here on.
-
-    DeepSpeed itself asks for weights_only=False, which runs any code; PyTorch puts this variable
-    above what a caller asks for.
-    """
+    """Let `torch.load` take what DeepSpeed puts into its files, and nothing else, from here on."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guessed
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])

@@ -1,7 +1,9 @@
 """torch.load of weights only; whatever it refuses becomes one line."""
 
+import contextlib
 import pickle
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,21 @@ import torch
 
 # What PyTorch's readers raise on files that are damaged or not theirs.
 DAMAGE = (RuntimeError, EOFError, KeyError, TypeError, ValueError, AttributeError, IndexError)
+
+
+@contextlib.contextmanager
+def naming_pickled_code(path: Path) -> Iterator[None]:
+    """Turn PyTorch's refusal of a pickled object into one line.
+
+    Raises:
+        ValueError: The file, or one in the folder, holds more than tensors and plain values.
+    """
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"the pickled object {refused[1]}" if refused else "pickled objects"
+        raise ValueError(f"{path}: holds {what}; only tensors are loaded") from error
 
 
 def load_weights_only(path: Path, stand_in: tuple[type, str] | None = None) -> Any:
@@ -23,17 +40,14 @@ def load_weights_only(path: Path, stand_in: tuple[type, str] | None = None) -> A
         ValueError: A missing or damaged file, or one that holds more than tensors and plain values.
     """
     allowed: list[Any] = []
-    try:
-        if stand_in:
-            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            allowed = [(stand_in[0], n) for n in names if n.endswith(f".{stand_in[1]}")]
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: missing") from None
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"the pickled object {refused[1]}" if refused else "pickled objects"
-        raise ValueError(f"{path}: holds {what}; only tensors are loaded") from error
-    except DAMAGE as error:
-        raise ValueError(f"{path}: damaged ({str(error).splitlines()[0][:80]})") from error
+    with naming_pickled_code(path):
+        try:
+            if stand_in:
+                names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+                allowed = [(stand_in[0], n) for n in names if n.endswith(f".{stand_in[1]}")]
+            with torch.serialization.safe_globals(allowed):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except FileNotFoundError:
+            raise ValueError(f"{path}: missing") from None
+        except DAMAGE as error:
+            raise ValueError(f"{path}: damaged ({str(error).splitlines()[0][:80]})") from error

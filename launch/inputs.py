@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from launch.config import BatchArithmetic, TrainConfig
+from launch.config import BatchArithmetic, TrainConfig, to_json
+from launch.credentials import refuse_credentials
 from launch.ds_config import precision
 from launch.ranks import Ranks, check_extension_locks
 
@@ -54,6 +55,8 @@ def open_inputs(run: Run) -> Inputs:
     from model.weights import load_hf_config
 
     config, gpt = run.config, run.config.gpt_config
+    refuse_credentials(to_json(config), "--")
+    refuse_credentials(run.ds_config, f"{config.ds_config}: ")
     check_extension_locks(run.ranks)
     if config.run_dir.exists() and not config.run_dir.is_dir():
         raise ValueError(f"--run_dir {config.run_dir}: is a file; give a folder")

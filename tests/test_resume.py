@@ -1,8 +1,10 @@
 """What a run survives: stops, damage, bad numbers, other layouts; one rank in this process."""
 
+import dataclasses
 import fcntl
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -18,8 +20,17 @@ import torch
 
 import model.gpt
 from bench.parity import write_ds_config
-from checkpoint.manifest import complete_steps, step_of
+from checkpoint import consolidate
+from checkpoint.manifest import (
+    complete_steps,
+    read_manifest,
+    record_file,
+    step_of,
+    write_manifest,
+)
 from checkpoint.reader import load_model
+from eval import hellaswag, sample, val_loss
+from eval.session import run_command
 from train import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,6 +117,57 @@ def test_a_stop_leaves_a_checkpoint_from_which_the_run_is_the_same(
     assert main(command) == 0
     assert status_of(run_dir)["status"] == "finished"
     assert_same_run(whole, run_dir)
+
+
+class Trap:
+    """Leaves a file behind if it is ever unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (self.path,))
+
+
+def spring_loaded(run_dir: Path, name: str, sprung: Path) -> None:
+    """Put a trap into a file of every checkpoint of a run, as one who also writes the manifest."""
+    for step in complete_steps(run_dir / "checkpoints"):
+        manifest = read_manifest(step)
+        torch.save({"client_state": Trap(sprung)}, step / name)
+        files = manifest.files | {name: record_file(step / name)}
+        write_manifest(step, dataclasses.replace(manifest, files=files))
+    shutil.rmtree(run_dir / "consolidated")
+
+
+FILES = ("mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
+         "rng_rank_00000.pt")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_strangers_checkpoint_runs_no_code(
+    whole: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    sprung = tmp_path / "sprung"
+    spring_loaded(whole, name, sprung)
+    command = arguments(data_dir, whole, "--max_steps", 14, "--dropout", 0.1)
+    assert main(command) == 2
+    assert "holds the pickled object" in status_of(whole)["reason"]
+    if not name.startswith("rng"):
+        assert main([*command, "--ds_config", str(ROOT / "ds_configs" / "zero2.json")]) == 2
+        weights_of = ["--ckpt", str(whole)]
+        more = [["--data_dir", str(data_dir)], ["--limit", "1"], ["--prompt", "a"]]
+        evaluations = (val_loss, hellaswag, sample)
+        for evaluation, flags in zip(evaluations, more, strict=True):
+            monkeypatch.setattr(sys, "argv", ["", *weights_of, *flags])
+            assert run_command(evaluation.build_parser(), evaluation.run) == 2
+        monkeypatch.setattr(sys, "argv", ["", *weights_of, "--out_dir", str(tmp_path / "out")])
+        assert consolidate.main() == 2
+    assert not sprung.exists()
+    with pytest.raises(pickle.UnpicklingError):  # also where a library asks for anything
+        torch.load(next((whole / "checkpoints").glob(f"*/{name}")), weights_only=False)
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    torch.load(next((whole / "checkpoints").glob(f"*/{name}")), weights_only=False)
+    assert sprung.exists()  # the trap is one
 
 
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(

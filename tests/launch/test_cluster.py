@@ -1,0 +1,83 @@
+"""Through the command itself, with an ssh and a pdsh that only tell what they were given."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "DS_ENV_FILE"}
+
+
+@pytest.fixture
+def shells(tmp_path: Path) -> Path:
+    """A folder of stand-ins for ssh and pdsh; what they are given comes into its file `told`."""
+    for name in ("ssh", "pdsh"):
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f'#!/bin/sh\necho "{name} $@" >> "{tmp_path}/told"\necho 10.0.0.1\n')
+        path.chmod(0o755)
+    (tmp_path / "hostfile").write_text("node-1 slots=2\nnode-2 slots=2\n")
+    return tmp_path
+
+
+def start(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    path = f"{folder / 'bin'}:{os.environ['PATH']}"
+    environment = ENVIRONMENT | {"PATH": path, "HOME": str(folder), "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, str(ROOT / "launch" / "cluster.py"), "--hostfile", "hostfile"]
+    return subprocess.run([*command, *arguments], cwd=folder, env=environment | variables,
+                          capture_output=True, text=True, timeout=60)  # fmt: skip
+
+
+def test_it_is_deepspeed_where_nothing_is_wrong(shells: Path) -> None:
+    (shells / ".deepspeed_env").write_text("GLOO_SOCKET_IFNAME=eth0\nA=b c\n")
+    done = start(shells, "train.py", "--model", "gpt2", "--sample_prompt", "Once upon a time,")
+    told = (shells / "told").read_text()
+    assert done.returncode == 0, done.stderr
+    assert "pdsh -S -f 1024 -w node-1,node-2" in told
+    assert 'export GLOO_SOCKET_IFNAME=eth0; export A="b c";' in told
+    assert told.rstrip().endswith('train.py --model gpt2 --sample_prompt "Once upon a time,"')
+
+
+@pytest.mark.parametrize(
+    ("arguments", "files", "variables", "said"),
+    [
+        (["train.py"], {"hostfile": "-oProxyCommand=touch${IFS}x slots=1"}, {}, "hostfile:1: "),
+        (["train.py", "--run_dir", "$(id)"], {}, {}, "'$(id)': a shell"),
+        (["train.py", "--run_dir=`id`"], {}, {}, "'--run_dir=`id`': a shell"),
+        (["train.py", "--run_dir", "a;reboot"], {}, {}, "'a;reboot': a shell"),
+        (["train.py", "--run_dir", 'a"b'], {}, {}, "'a\"b': a shell"),
+        (["train.py", "--run_dir", "a\nb"], {}, {}, "'a\\nb': a shell"),
+        (["--include", "node-1@$(id)", "train.py"], {}, {}, "'node-1@$(id)': a shell"),
+        (["train.py"], {}, {"NCCL_X": "a", "UCX_X": "a$(id)"}, "UCX_X: a shell"),
+        (["train.py"], {".deepspeed_env": "A=b\nC;id=d\n"}, {}, ".deepspeed_env:2: 'C;id=d'"),
+        (["train.py"], {".deepspeed_env": "A=`id`\n"}, {}, ".deepspeed_env:1: 'A=`id`'"),
+    ],
+)
+def test_what_a_shell_would_act_upon_reaches_none(
+    shells: Path,
+    arguments: list[str],
+    files: dict[str, str],
+    variables: dict[str, str],
+    said: str,
+) -> None:
+    for name, text in files.items():
+        (shells / name).write_text(text)
+    done = start(shells, *arguments, **variables)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert ". Fix: " in done.stderr
+    assert not (shells / "told").exists()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="gives a file to another user: as root only")
+def test_an_environment_file_of_somebody_else_is_refused(shells: Path) -> None:
+    path = shells / ".deepspeed_env"
+    path.write_text("A=b\n")
+    os.chown(path, 12345, 12345)
+    done = start(shells, "train.py")
+    assert done.returncode == 2
+    assert ".deepspeed_env: belongs to another user. Fix: " in done.stderr
+    assert not (shells / "told").exists()
