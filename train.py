@@ -27,7 +27,7 @@ from launch.config import (
 from launch.ds_config import load_ds_config, precision, resolve_ds_config, zero_stage
 from launch.inputs import Inputs, Run, open_inputs, take_run_dir
 from launch.ranks import read_ranks, say_once
-from launch.supervision import BAD_INPUT, FAILED, FINISHED, report, supervise
+from launch.supervision import BAD_INPUT, FAILED, FINISHED, error_line, report, supervise
 from launch.watchdog import Watchdog, group_timeout_s
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
         inputs = open_inputs(run)
         folder = take_run_dir(run, inputs) if ranks.is_main else contextlib.nullcontext()
     except (ValueError, OSError) as error:  # every rank of a machine finds the same
-        say_once(ranks, f"error: {error}")
+        say_once(ranks, f"error: {error_line(error)}")
         return BAD_INPUT if isinstance(error, ValueError) else FAILED
     with folder:
         try:
@@ -89,7 +89,9 @@ def start_engine(run: Run, inputs: Inputs, device: torch.device) -> tuple[Any, M
             order=inputs.order,
         )
         if checkpoint[1].step > config.max_steps:
-            raise ValueError(f"--max_steps {config.max_steps}: {checkpoint[0]} is beyond it")
+            raise ValueError(
+                f"--max_steps {config.max_steps}: {checkpoint[0]} is beyond it. Fix: give more"
+            )
     model = build_model(config, run.ds_config, device)
     if inputs.init_folder:
         load_weights(model, load_hf_weights(inputs.init_folder, config.gpt_config), stage)

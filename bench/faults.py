@@ -6,7 +6,8 @@ One run of two ranks is killed, started again and killed again. After each kill 
 checkpoint must be whole, `latest` must name a whole one, no more steps may be lost than lie
 between two checkpoints, and no rank may live on; at the end every loss must have the bits of a run
 that nobody disturbed. Campaigns: step (at any moment of training), save (at any moment of a save),
-points (at each point of a save, every ZeRO stage, either rank).
+points (at each point of a save, every ZeRO stage, either rank), grace (SIGTERM, then killed before
+the slow save that it asks for is done).
 
 Resumable: the JSON and the run in --folder go on where they were. `make faults` runs all.
 """
@@ -18,6 +19,7 @@ import json
 import os
 import random
 import select
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -125,6 +127,25 @@ def kill_in_save(folder: Path, run_dir: Path, rng: random.Random) -> Result:
     return result | _after(run_dir, run, len(events) == 3)
 
 
+def kill_after_grace(folder: Path, run_dir: Path, rng: random.Random) -> Result:
+    """Ask both ranks to stop, and kill them while they still save."""
+    from bench.forks import Run
+    from bench.sabotage import slow_saves
+
+    step = newest_step(run_dir) + INTERVAL + 1
+    run = Run(arguments(folder, run_dir, 1, 10**6), N_RANKS, run_dir.with_suffix(".log"),
+              lambda rank: slow_saves())  # fmt: skip
+    deadline = time.monotonic() + START_S
+    while step not in losses(run_dir) and time.monotonic() < deadline and not run.poll():
+        time.sleep(0.02)
+    reached = step in losses(run_dir)
+    run.kill(range(N_RANKS), signal.SIGTERM)
+    grace_s = rng.uniform(0.1, 4)
+    time.sleep(grace_s)
+    run.kill(range(N_RANKS))
+    return {"grace_s": grace_s} | _after(run_dir, run, reached)
+
+
 def _after(run_dir: Path, run: Any, reached: bool) -> Result:
     ended_s = run.wait(END_S)
     result = judge(run_dir, ended_s, run.statuses)
@@ -193,7 +214,7 @@ def tries_of(
             for stage in range(4) for point, victims in POINTS.items() for victim in victims
             if (stage, point, victim) != (0, "first file", 1)  # it writes none
         ]  # fmt: skip
-    kill = {"step": kill_in_step, "save": kill_in_save}[campaign]
+    kill = {"step": kill_in_step, "save": kill_in_save, "grace": kill_after_grace}[campaign]
     return [(campaign, kill, (random.Random(f"{seed}/{i}"),)) for i in range(n_tries)]
 
 
@@ -202,7 +223,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--campaign", choices=("step", "save", "points"), required=True)
+    parser.add_argument("--campaign", choices=("step", "save", "grace", "points"), required=True)
     parser.add_argument("--tries", type=int, default=20, help="kills (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="of the kills (default: 0)")
     parser.add_argument("--folder", type=Path, required=True, help="for runs and faults.json")

@@ -18,7 +18,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,9 @@ if not __package__:  # run as a file: import from the repository root, exactly a
 
 HUNG = 70
 TITLE = "Mishaps"
+EXPORTED = 20
 LIMIT_S, GRACE_S = 6, 45  # a phase of the runs here; what a hang may last beyond it
 TIMEOUTS = ["--timeouts", f"start=60,step={LIMIT_S},eval=60,save={LIMIT_S}"]
-CUTS = (0, 1, 0.3, 0.999)  # bytes, or parts of a file
-FLIPS = 50
 FULL = (("the model", 2**20, 0), ("the optimizer", 8 * 2**20, 0), ("the optimizer", 2**20, 1),
         ("the manifest", 700, 0))  # bytes to which a file can grow  # fmt: skip
 
@@ -95,7 +94,9 @@ MEETINGS: dict[str, tuple[Callable[..., None], Callable[[], None], int]] = {
                       ("stop", stop))
 }  # fmt: skip
 ALONE = {f"only rank {rank} of two": rank for rank in (0, 1)}
-CASES = [*MEETINGS, *ALONE, "damaged files"]
+EXPORTS = "exports of a live run"
+CUT = "a shard is cut while it is read"
+CASES = [*MEETINGS, *ALONE, "damaged files", CUT, EXPORTS]
 
 
 def meet(folder: Path, run_dir: Path, case: str) -> Result:
@@ -144,62 +145,33 @@ def miss(folder: Path, run_dir: Path, present: int) -> Result:
     return {"ended_s": ended_s, "statuses": run.statuses, "ok": ok}
 
 
-def damage(step: Path, other_step: Path, copy: Path, rng: random.Random) -> Result:
-    """Damage each file of a checkpoint in every way; each must be named by somebody."""
-    from checkpoint.manifest import read_manifest, verify_files
-
-    def is_named(name: str) -> bool:
-        try:
-            manifest = read_manifest(copy)
-            for rank in range(manifest.world_size):
-                verify_files(copy, manifest, rank, manifest.world_size)
-        except ValueError as error:
-            return name in str(error)
-        return False
-
-    n_tries, missed = 0, []
-    for path in sorted(step.iterdir()):
-        for way, changed in damages(path, other_step, rng):
-            shutil.copytree(step, copy)
-            (copy / path.name).unlink()
-            if changed is not None:
-                (copy / path.name).write_bytes(changed)
-            n_tries += 1
-            if not is_named(path.name):
-                missed.append(f"{path.name}: {way}")
-            shutil.rmtree(copy)
-    return {"tries": n_tries, "missed": missed, "ok": not missed}
-
-
-def damages(path: Path, other_step: Path, rng: random.Random) -> Iterator[tuple[str, bytes | None]]:
-    """Yield ways to damage a file of a checkpoint, with what is left of it."""
-    from checkpoint.manifest import MANIFEST
-
-    raw = path.read_bytes()
-    yield "missing", None
-    for cut in CUTS:
-        yield f"cut to {cut}", raw[: cut if isinstance(cut, int) else int(cut * len(raw))]
-    for i in range(FLIPS):
-        yield f"bit flip {i}", flip(raw, rng)
-    if path.name != MANIFEST:
-        yield "of another step", (other_step / path.name).read_bytes()
-
-
-def flip(raw: bytes, rng: random.Random) -> bytes:
-    """Return the bytes with one bit flipped."""
-    position = rng.randrange(len(raw))
-    return raw[:position] + bytes([raw[position] ^ 1 << rng.randrange(8)]) + raw[position + 1 :]
-
-
-def two_checkpoints(folder: Path) -> list[Path]:
-    """Train two ranks for six steps; return the two step folders."""
-    from bench.faults import arguments
+def export_live(folder: Path, run_dir: Path) -> Result:
+    """Export a run again and again while it trains, saves and prunes."""
+    from bench.faults import arguments, newest_step
     from bench.forks import Run
-    from checkpoint.manifest import complete_steps
+    from checkpoint import consolidate
+    from model.weights import load_hf_folder
 
-    run_dir = folder / "undamaged"
-    Run(arguments(folder, run_dir, 1, 6), 2, run_dir.with_suffix(".log")).wait(120)
-    return complete_steps(run_dir / "checkpoints")
+    log = run_dir.with_suffix(".log")
+    run = Run(arguments(folder, run_dir, 1, 10**6), 2, log)
+    while newest_step(run_dir) < 3 and not run.poll():
+        time.sleep(0.05)
+    statuses = []
+    for i in range(EXPORTED):
+        out = run_dir / "exports" / str(i)
+        child = os.fork()
+        if not child:
+            sys.argv = ["", "--ckpt", str(run_dir), "--out_dir", str(out)]
+            status = consolidate.main()
+            if status == 0:
+                load_hf_folder(out)  # whole, or it raises
+            os._exit(status)
+        statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    steps = newest_step(run_dir)
+    run.wait(0)
+    # Status 2: what was to be exported was pruned meanwhile, and the command said so.
+    ok = statuses.count(0) > 0 and set(statuses) <= {0, 2} and steps > 6
+    return {"tries": EXPORTED, "statuses": statuses, "steps": steps, "ok": ok}
 
 
 def main() -> int:
@@ -210,6 +182,7 @@ def main() -> int:
     parser.add_argument("--cases", nargs="+", default=CASES, help="of these: " + "; ".join(CASES))
     parser.add_argument("--folder", type=Path, required=True, help="for runs and faults.json")
     args = parser.parse_args()
+    from bench.damage import cut_shard, damage, two_checkpoints
     from bench.faults import open_folder
     from bench.forks import import_everything
     from bench.record import record
@@ -224,6 +197,10 @@ def main() -> int:
             done[case] = meet(args.folder, args.folder / "mishaps", case)
         elif case in ALONE:
             done[case] = miss(args.folder, args.folder / "alone", ALONE[case])
+        elif case == CUT:
+            done[case] = cut_shard(args.folder, args.folder / "cut")
+        elif case == EXPORTS:
+            done[case] = export_live(args.folder, args.folder / "live")
         else:
             older, newer = two_checkpoints(args.folder)
             done[case] = damage(newer, older, args.folder / "damaged", random.Random(0))

@@ -75,7 +75,9 @@ def check_empty(out_dir: Path) -> None:
         ValueError: `out_dir` is a file, or a folder that holds something.
     """
     if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
-        raise ValueError(f"--out_dir {out_dir}: exists and is not an empty folder; give another")
+        raise ValueError(
+            f"--out_dir {out_dir}: exists and is not an empty folder. Fix: give another"
+        )
 
 
 def main() -> int:

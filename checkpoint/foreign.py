@@ -19,9 +19,10 @@ from model import GPT, GPTConfig
 from model.weights import HEAD, MASKS, NOT_TIED, PREFIX, fill_model, weight_shapes
 
 ACCEPTED = (
-    "accepted are a run, step or Hugging Face folder, a hub name, a build-nanogpt or nanoGPT .pt "
-    "and an llm.c .bin (version 3 or 5)"
+    "Fix: give a run, step or Hugging Face folder, a hub name, a build-nanogpt or nanoGPT .pt "
+    "or an llm.c .bin (version 3 or 5)"
 )
+COPY_AGAIN = "Fix: copy or download it again"
 ZIP_MAGIC = b"PK\x03\x04"  # torch.save's container
 LLM_C_MAGIC = 20240326
 LLM_C_DTYPES = {3: torch.float32, 5: torch.bfloat16}
@@ -49,7 +50,7 @@ def load_foreign(path: Path) -> GPT:
     header = np.frombuffer(start, "<i4", len(start) // 4)
     if len(header) == LLM_C_HEADER and header[0] == LLM_C_MAGIC:
         return _load_llm_c(path, header)
-    raise ValueError(f"{path}: begins with {start[:8]!r}, no format of weights; {ACCEPTED}")
+    raise ValueError(f"{path}: begins with {start[:8]!r}, no format of weights. {ACCEPTED}")
 
 
 def _load_pt(path: Path) -> GPT:
@@ -57,17 +58,17 @@ def _load_pt(path: Path) -> GPT:
         with zipfile.ZipFile(path) as container:
             broken = container.testzip()
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{path}: damaged ({error})") from error
+        raise ValueError(f"{path}: damaged ({error}). {COPY_AGAIN}") from error
     if broken:
-        raise ValueError(f"{path}: damaged (checksum of {broken})")
+        raise ValueError(f"{path}: damaged (checksum of {broken}). {COPY_AGAIN}")
     content = load_weights_only(path, (ConfigFields, "GPTConfig"))
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         found = list(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{path}: holds {found}, no 'model'; {ACCEPTED}")
+        raise ValueError(f"{path}: holds {found}, no 'model'. {ACCEPTED}")
     weights = {_plain_name(str(k)): w for k, w in content["model"].items()}
     weights = {name: w for name, w in weights.items() if not name.endswith(MASKS)}
     if odd := [name for name, w in weights.items() if not isinstance(w, Tensor)]:
-        raise ValueError(f"{path}: {odd[0]} is no tensor; {ACCEPTED}")
+        raise ValueError(f"{path}: {odd[0]} is no tensor. {ACCEPTED}")
     try:
         options, gelu = _options(content)
         wte, wpe = weights["wte.weight"], weights["wpe.weight"]
@@ -75,9 +76,9 @@ def _load_pt(path: Path) -> GPT:
         sizes = (wte.shape[-1], wpe.shape[0], _vocab_size(len(wte)))
         config = GPTConfig(n_layer, options["n_head"], *sizes, gelu=gelu)
     except KeyError as error:
-        raise ValueError(f"{path}: not a GPT-2, it lacks {error}; {ACCEPTED}") from error
+        raise ValueError(f"{path}: not a GPT-2, it lacks {error}. {ACCEPTED}") from error
     except (ValueError, TypeError, IndexError) as error:
-        raise ValueError(f"{path}: not a GPT-2 ({error}); {ACCEPTED}") from error
+        raise ValueError(f"{path}: not a GPT-2 ({error}). {ACCEPTED}") from error
     head = weights.pop(HEAD, wte)
     if head.data_ptr() != wte.data_ptr() and not torch.equal(head, wte):
         raise ValueError(f"{path}: {NOT_TIED}")
@@ -114,18 +115,20 @@ def _vocab_size(rows: int) -> int:
 def _load_llm_c(path: Path, header: np.ndarray) -> GPT:
     version, block_size, vocab_size, n_layer, n_head, n_embd, rows = header[1:8].tolist()
     if version not in LLM_C_DTYPES:
-        raise ValueError(f"{path}: llm.c version {version}; {ACCEPTED}")
+        raise ValueError(f"{path}: llm.c version {version}. {ACCEPTED}")
     try:
         config = GPTConfig(n_layer, n_head, n_embd, block_size, vocab_size)
     except ValueError as error:
-        raise ValueError(f"{path}: damaged header ({error})") from error
+        raise ValueError(f"{path}: damaged header ({error}). {COPY_AGAIN}") from error
     dtype, shapes = LLM_C_DTYPES[version], weight_shapes(config)
     shapes["wte.weight"] = (rows, n_embd)
     n_values = sum(map(math.prod, shapes.values()))
     n_bytes = 4 * LLM_C_HEADER + n_values * dtype.itemsize
     if path.stat().st_size != n_bytes:
         found = path.stat().st_size
-        raise ValueError(f"{path}: damaged: the header says {n_bytes:,} bytes, it has {found:,}")
+        raise ValueError(
+            f"{path}: damaged: the header says {n_bytes:,} bytes, it has {found:,}. {COPY_AGAIN}"
+        )
     integers = np.int32 if dtype.itemsize == 4 else np.int16
     mapped = np.memmap(path, integers, "c", offset=4 * LLM_C_HEADER)  # "c": not written back
     return fill_model(config, _llm_c_weights(torch.from_numpy(mapped).view(dtype), shapes), path)

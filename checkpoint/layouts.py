@@ -42,7 +42,8 @@ def step_tensors(folder: Path, manifest: Manifest, key: str) -> Iterator[tuple[s
             yield from _merge_stage3(_shards(folder, manifest), shapes, key)
     except (KeyError, StopIteration, RuntimeError) as error:
         raise ValueError(
-            f"{folder}: not a checkpoint that this version wrote ({error!r})"
+            f"{folder}: not a checkpoint that this version wrote ({error!r}). "
+            "Fix: go on from a Hugging Face folder of it with --init_from"
         ) from error
 
 
@@ -60,7 +61,8 @@ def optimizer_steps(folder: Path, manifest: Manifest) -> int:
         return int(next(iter(state.values()))["step"])
     except (KeyError, StopIteration, RuntimeError) as error:
         raise ValueError(
-            f"{folder}: not a checkpoint that this version wrote ({error!r})"
+            f"{folder}: not a checkpoint that this version wrote ({error!r}). "
+            "Fix: go on from a Hugging Face folder of it with --init_from"
         ) from error
 
 

@@ -105,9 +105,13 @@ def read_manifest(folder: Path) -> Manifest:
             raise ValueError("precision, zero_stage or world_size")
         return Manifest(**raw, files=files)
     except FileNotFoundError:
-        raise ValueError(f"{folder}: no {MANIFEST}: not a complete checkpoint") from None
+        raise ValueError(
+            f"{folder}: no {MANIFEST}: not a complete checkpoint. Fix: delete it"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: damaged ({error!r}); delete {folder} to go back one") from error
+        raise ValueError(
+            f"{path}: damaged ({error!r}). Fix: rm -r {folder}, to go back one"
+        ) from error
 
 
 def writer_of(name: str) -> int:
@@ -125,16 +129,16 @@ def verify_files(folder: Path, manifest: Manifest, rank: int = 0, world_size: in
     for extra in sorted(
         p.name for p in folder.iterdir() if p.name not in {MANIFEST, *manifest.files}
     ):
-        raise ValueError(f"{folder / extra}: not in {MANIFEST}; move it out of the folder")
+        raise ValueError(f"{folder / extra}: not in {MANIFEST}. Fix: move it out of the folder")
     for name in manifest.files:
         path = folder / name
         if writer_of(name) % world_size != rank:
             continue
         if not path.is_file():
-            raise ValueError(f"{path}: missing; delete {folder} to go back one checkpoint")
+            raise ValueError(f"{path}: missing. Fix: rm -r {folder}, to go back one checkpoint")
         if record_file(path) != manifest.files[name]:
             raise ValueError(
-                f"{path}: damaged (SHA-256); delete {folder} to go back one checkpoint"
+                f"{path}: damaged (SHA-256). Fix: rm -r {folder}, to go back one checkpoint"
             )
 
 
@@ -156,7 +160,8 @@ def newest_step(path: Path) -> Path:
     steps = complete_steps(path / "checkpoints")
     if not steps:
         raise ValueError(
-            f"--ckpt {path}: neither a step folder nor a run with a complete checkpoint"
+            f"--ckpt {path}: neither a step folder nor a run with a complete checkpoint. "
+            "Fix: give one of them"
         )
     return steps[-1]
 

@@ -41,7 +41,7 @@ def load_model(ckpt: str) -> tuple[GPT, str]:
     try:
         return _load(Path(resolve_ckpt(ckpt)), ckpt)
     except OSError as error:
-        raise ValueError(f"{ckpt}: cannot be read ({error.strerror}); {ACCEPTED}") from error
+        raise ValueError(f"{ckpt}: cannot be read ({error.strerror}). {ACCEPTED}") from error
 
 
 def _load(path: Path, ckpt: str) -> tuple[GPT, str]:
@@ -52,11 +52,12 @@ def _load(path: Path, ckpt: str) -> tuple[GPT, str]:
         return fill_model(GPTConfig(**manifest.model), step_weights(path), path), manifest.precision
     if path.is_dir() and not (path / "config.json").is_file():
         names = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
-        raise ValueError(f"{path}: a folder that holds {names}; {ACCEPTED}")
+        raise ValueError(f"{path}: a folder that holds {names}. {ACCEPTED}")
     try:
         folder = locate_hf_folder(ckpt).resolve()
     except ValueError as error:
-        raise ValueError(f"{error}; {ACCEPTED}") from error
+        what = str(error).partition(". Fix: ")[0]
+        raise ValueError(f"{what}. {ACCEPTED}") from error
     step = folder.parents[1] / "checkpoints" / folder.name  # where a run's own folder is from
     is_ours = (step / MANIFEST).is_file()
     return load_hf_folder(folder), read_manifest(step).precision if is_ours else "fp32"

@@ -40,9 +40,11 @@ def find_checkpoints(run_dir: Path, resume: str) -> list[Path]:
     if steps:
         return steps[::-1]
     if broken := incomplete_steps(checkpoints):
-        raise ValueError(f"{broken[-1]}: no manifest.json; delete it to start anew")
+        raise ValueError(f"{broken[-1]}: no manifest.json. Fix: rm -r {broken[-1]}, to start anew")
     if resume == "must":
-        raise ValueError(f"--resume must: {checkpoints} holds no complete checkpoint")
+        raise ValueError(
+            f"--resume must: {checkpoints} holds no complete checkpoint. Fix: --resume auto"
+        )
     return []
 
 
@@ -59,8 +61,9 @@ def check_same_run(
     differences = [f"{k}: {saved.get(k)} -> {v}" for k, v in given.items() if saved.get(k) != v]
     if differences:
         raise ValueError(
-            f"step {manifest.step} was saved with other settings ({', '.join(differences)}); "
-            "resume with the saved ones, or consolidate it and start a new run with --init_from"
+            f"--resume: step {manifest.step} was saved with other settings "
+            f"({', '.join(differences)}). Fix: resume with the saved ones, or consolidate it and "
+            "start a new run with --init_from"
         )
 
 

@@ -26,7 +26,7 @@ def check_unused(run_dir: Path) -> None:
         ValueError: Names it.
     """
     if run_dir.is_dir() and any(run_dir.iterdir()):
-        raise ValueError(f"--resume none: {run_dir} is not empty; give another --run_dir")
+        raise ValueError(f"--resume none: {run_dir} is not empty. Fix: give another --run_dir")
 
 
 def lock_run_dir(run_dir: Path, needed_bytes: int) -> IO[str]:
@@ -49,7 +49,7 @@ def lock_run_dir(run_dir: Path, needed_bytes: int) -> IO[str]:
         if free < needed_bytes:
             raise OSError(
                 f"--run_dir {run_dir}: {free / 2**30:.2f} GiB are free, a checkpoint takes "
-                f"{needed_bytes / 2**30:.2f}; make room or give another folder"
+                f"{needed_bytes / 2**30:.2f}. Fix: make room or give another folder"
             )
         undo.pop_all()  # it stays locked
     return lock
@@ -61,8 +61,8 @@ def _lock(lock: IO[str], run_dir: Path) -> None:
     except BlockingIOError:
         lock.seek(0)
         raise ValueError(
-            f"--run_dir {run_dir}: in use by {lock.read().strip() or 'another run'}; stop that run "
-            "or give another folder"
+            f"--run_dir {run_dir}: in use by {lock.read().strip() or 'another run'}. "
+            "Fix: stop that run, or give another folder"
         ) from None
     except OSError as error:
         print(f"warning: {lock.name}: {error.strerror}; start no second run here", file=sys.stderr)
@@ -106,6 +106,7 @@ def count_starts(run_dir: Path, resume_step: int) -> list[int]:
     if starts.count(resume_step) > 1 + MAX_RESTARTS:
         raise ValueError(
             f"{run_dir / STATUS}: {MAX_RESTARTS} restarts from step {resume_step} came to no "
-            f"checkpoint ({old.get('reason') or 'killed'}); mend the cause, then delete this file"
+            f"checkpoint ({old.get('reason') or 'killed'}). "
+            "Fix: mend the cause, then delete this file"
         )
     return starts

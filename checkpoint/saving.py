@@ -103,7 +103,9 @@ def write_files(engine: Any, partial: Path) -> None:
             engine.save_checkpoint(str(partial.parent), tag=partial.name, save_latest=False)
         torch.save(states, partial / rng_file(rank))
     except RuntimeError as error:  # PyTorch's writer on a full disk
-        raise OSError(f"{partial}: {str(error).splitlines()[0]}") from error
+        raise OSError(
+            f"{partial}: {str(error).splitlines()[0]}. Fix: make room, start again"
+        ) from error
 
 
 def record_share(partial: Path, rank: int) -> dict[str, FileRecord]:

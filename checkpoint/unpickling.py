@@ -25,7 +25,9 @@ def naming_pickled_code(path: Path) -> Iterator[None]:
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         what = f"the pickled object {refused[1]}" if refused else "pickled objects"
-        raise ValueError(f"{path}: holds {what}; only tensors are loaded") from error
+        raise ValueError(
+            f"{path}: holds {what}, only tensors are loaded. Fix: consolidate it where it is from"
+        ) from error
 
 
 def load_weights_only(path: Path, stand_in: tuple[type, str] | None = None) -> Any:
@@ -48,6 +50,8 @@ def load_weights_only(path: Path, stand_in: tuple[type, str] | None = None) -> A
             with torch.serialization.safe_globals(allowed):
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except FileNotFoundError:
-            raise ValueError(f"{path}: missing") from None
+            raise ValueError(f"{path}: missing. Fix: copy it again") from None
         except DAMAGE as error:
-            raise ValueError(f"{path}: damaged ({str(error).splitlines()[0][:80]})") from error
+            raise ValueError(
+                f"{path}: damaged ({str(error).splitlines()[0][:80]}). Fix: copy it again"
+            ) from error

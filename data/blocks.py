@@ -23,14 +23,14 @@ CUT = re.compile(
     rb"(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80)[ \n]"
 )
 MAX_ROWS = 1024  # of a block: repeated cells are stored once, and longer than they look
-MEND = "Mend it, or leave it out with --on_error skip"
+MEND = "mend it, or leave it out with --on_error skip"
 
 
 class BadInputError(ValueError):
     """What is wrong with one document or file, where, and what to do about it."""
 
     def __init__(self, where: str, what: str, remedy: str = MEND) -> None:
-        super().__init__(f"{where}: {what}. {remedy}")
+        super().__init__(f"{where}: {what}. Fix: {remedy}")
         self.what = what
 
 
@@ -145,7 +145,7 @@ class Reader:
     def _check_size(self, file: SourceFile, n_bytes: int) -> None:
         if file.packing and n_bytes > self.how.max_bytes:
             what = f"expands beyond {self.how.max_bytes:,} bytes"
-            raise BadInputError(file.url, what, "Raise --max_bytes if it is meant to")
+            raise BadInputError(file.url, what, "raise --max_bytes if it is meant to")
 
     def _read_rows(self, raw: BinaryIO, file: SourceFile, at: Position) -> Iterator[Block]:
         from pyarrow import ArrowException, parquet
@@ -219,7 +219,7 @@ def _check_text(raw: BinaryIO, name: str, max_word_bytes: int) -> None:
             raise BadInputError(
                 f"{name}:{line}",
                 what,
-                "Raise --max_line_bytes, or leave it out with --on_error skip",
+                "raise --max_line_bytes, or leave it out with --on_error skip",
             )
         line, held = line + data.count(b"\n", 0, good), data[good:]
     if held:
@@ -246,11 +246,11 @@ def _text_column(table: Any, name: str, text_column: str) -> int:
     schema = table.schema_arrow
     if text_column not in schema.names:
         what = f'no column "{text_column}", it has {", ".join(schema.names)}'
-        raise BadInputError(name, what, "Name one with --text_column")
+        raise BadInputError(name, what, "name one with --text_column")
     kind = schema.field(text_column).type
     kind = kind.value_type if types.is_dictionary(kind) else kind
     tests = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary,
              types.is_large_binary)  # fmt: skip
     if not any(test(kind) for test in tests):
-        raise BadInputError(name, f'column "{text_column}" is {kind}', "Name one of strings")
+        raise BadInputError(name, f'column "{text_column}" is {kind}', "name one of strings")
     return [table.schema.column(i).path for i in range(len(table.schema))].index(text_column)

@@ -105,7 +105,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         return Manifest(raw["recipe"], shards, raw["bad"], resume)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path}: damaged ({error!r}). Prepare the data in a new folder"
+            f"{path}: damaged ({error!r}). Fix: prepare the data in a new folder"
         ) from error
 
 

@@ -61,7 +61,7 @@ def connect() -> Any:
             return Alone()
         raise ValueError(
             f"started as {n_processes} MPI processes without mpi4py ({error}). "
-            "pip install -c constraints.txt -e '.[mpi]', and an MPI library"
+            "Fix: pip install -c constraints.txt -e '.[mpi]', and an MPI library"
         ) from error
 
     def abort(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -64,7 +64,8 @@ class Order:
     def __post_init__(self) -> None:
         if self.n_windows < 1:
             raise ValueError(
-                f"{self.n_tokens} tokens are less than one window of --seq_len {self.seq_len} + 1"
+                f"{self.n_tokens} tokens are less than one window of --seq_len {self.seq_len} + 1. "
+                "Fix: give more text, or a smaller --seq_len"
             )
 
     @property

@@ -92,7 +92,9 @@ class Pipeline:
         for error in (p.error for p in parts if p.error):
             raise ValueError(error)
         if any(p.positions != part.positions for p in parts):
-            raise ValueError("the ranks do not read the same files. Put them on shared storage")
+            raise ValueError(
+                "the ranks do not read the same files. Fix: put them on shared storage"
+            )
         if blocks:
             writer.add(tokens, parts)
             self.progress.show(blocks[-1], parts, writer)

@@ -85,7 +85,7 @@ def _write(
         args.out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(
-            f"--out_dir {args.out_dir}: {error.strerror}. Give another place"
+            f"--out_dir {args.out_dir}: {error.strerror}. Fix: give another place"
         ) from error
     writer = ShardWriter(args.out_dir, manifest, comm)
     start = manifest.resume.position if manifest.resume else Position()
@@ -113,20 +113,22 @@ def check_options(args: argparse.Namespace) -> None:
     """
     for name in ("shard_tokens", "workers", "max_line_bytes", "max_bytes"):
         if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
+            raise ValueError(f"--{name} {getattr(args, name)}: out of range. Fix: give at least 1")
     if args.val_tokens is not None and args.val_tokens < 1:
-        raise ValueError(f"--val_tokens {args.val_tokens}: must be at least 1")
+        raise ValueError(f"--val_tokens {args.val_tokens}: out of range. Fix: give at least 1")
     if args.val_every < 0 or args.val_every == 1:
-        raise ValueError(f"--val_every {args.val_every}: must be 0, or 2 and more")
+        raise ValueError(f"--val_every {args.val_every}: out of range. Fix: give 0, or 2 and more")
     if args.val_every and args.val_tokens:
-        raise ValueError("--val_tokens and --val_every: give one of them")
+        raise ValueError("--val_tokens and --val_every: exclude each other. Fix: give one of them")
     if bool(args.inputs) == bool(args.dataset):
-        raise ValueError("give either files and folders, or --dataset NAME")
+        raise ValueError(
+            "INPUT: none or twice. Fix: give either files and folders, or --dataset NAME"
+        )
     for name in ("name", "revision", "streaming"):
         if getattr(args, name) and not args.dataset:
-            raise ValueError(f"--{name}: only with --dataset")
+            raise ValueError(f"--{name}: is for the hub only. Fix: give --dataset too")
     if args.out_dir.exists() and not args.out_dir.is_dir():
-        raise ValueError(f"--out_dir {args.out_dir}: is a file; give a folder")
+        raise ValueError(f"--out_dir {args.out_dir}: is a file. Fix: give a folder")
 
 
 def _recipe(
@@ -159,7 +161,7 @@ def _find_manifest(out_dir: Path, recipe: dict[str, Any]) -> "Manifest":
     manifest = read_manifest(out_dir)
     holds_shards = any(out_dir.glob("*.npy")) or any(out_dir.glob("*.bin"))
     if not manifest and holds_shards:
-        raise ValueError(f"--out_dir {out_dir}: holds shards already. Give an empty folder")
+        raise ValueError(f"--out_dir {out_dir}: holds shards already. Fix: give an empty folder")
     if not manifest or not (manifest.shards or holds_shards):
         first = "val" if recipe["val_every"] else ""
         return Manifest(recipe, [], {}, Resume(first, Position(), 0, {}))
@@ -170,11 +172,11 @@ def _find_manifest(out_dir: Path, recipe: dict[str, Any]) -> "Manifest":
             for key in keys
         )
         raise ValueError(
-            f"--out_dir {out_dir}: holds another dataset ({what}). Give an empty folder"
+            f"--out_dir {out_dir}: holds another dataset ({what}). Fix: give an empty folder"
         )
     for shard in manifest.shards:
         if not (out_dir / shard.name).is_file():
-            raise ValueError(f"{out_dir / shard.name}: missing. Give an empty folder")
+            raise ValueError(f"{out_dir / shard.name}: missing. Fix: give an empty folder")
     return manifest
 
 
@@ -189,16 +191,16 @@ def _check_splits(args: argparse.Namespace, writer: "ShardWriter") -> None:
     if manifest.bad:
         where += f" (left out: {_left_out(manifest)})"
     if train_tokens + val_tokens < 2:
-        raise ValueError(f"{where}: no text in it. Give files that hold some")
+        raise ValueError(f"{where}: no text in it. Fix: give files that hold some")
     if args.val_every:
         raise ValueError(
-            f"{where}: no tokens for the {'val' if train_tokens else 'train'} split; "
-            "give --val_every N with N from 2 to the number of documents"
+            f"{where}: no tokens for the {'val' if train_tokens else 'train'} split. "
+            "Fix: give --val_every N with N from 2 to the number of documents"
         )
     raise ValueError(
         f"{where}: {val_tokens:,} tokens are not more than --val_tokens, which is "
-        f"{_val_tokens(args):,}; no tokens for the train split; "
-        f"give --val_tokens {max(1, val_tokens // 10)}, or --val_every 10"
+        f"{_val_tokens(args):,}; no tokens for the train split. "
+        f"Fix: give --val_tokens {max(1, val_tokens // 10)}, or --val_every 10"
     )
 
 

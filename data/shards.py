@@ -22,7 +22,7 @@ HEADER_BYTES = 128  # of a .npy of one dimension, as numpy writes it
 CHECKED_TOKENS = 2**20  # of a shard without manifest, when it is opened; the rest when it is read
 FINGERPRINT_TOKENS = 2**15  # of either end of a shard
 LLM_C_MAGIC, LLM_C_VERSION, LLM_C_HEADER_BYTES = 20240520, 1, 1024
-PREPARE = "Prepare the text with data/prepare.py"
+PREPARE = "Fix: prepare the text with data/prepare.py"
 
 
 def find_shards(data_dir: Path, split: str) -> list[Path]:
@@ -35,12 +35,13 @@ def find_shards(data_dir: Path, split: str) -> list[Path]:
     found = {p: sorted(data_dir.glob(p)) for p in patterns if any(data_dir.glob(p))}
     if not found:
         raise ValueError(
-            f"--data_dir {data_dir}: no shard {' or '.join(patterns)}; "
-            f"make some: python data/prepare.py TEXT… --out_dir {data_dir}"
+            f"--data_dir {data_dir}: no shard {' or '.join(patterns)}. "
+            f"Fix: python data/prepare.py TEXT… --out_dir {data_dir}"
         )
     if len(found) > 1:
         raise ValueError(
-            f"--data_dir {data_dir}: holds {' and '.join(found)}; give each dataset its own folder"
+            f"--data_dir {data_dir}: holds {' and '.join(found)}. "
+            "Fix: give each dataset its own folder"
         )
     return next(iter(found.values()))
 
@@ -69,10 +70,14 @@ def _open_npy(path: Path) -> Tokens:
         raise ValueError(f"{path}: not a readable .npy file ({error}). {PREPARE}") from error
     if not isinstance(tokens, np.memmap) or tokens.ndim != 1 or tokens.dtype != DTYPE:
         found = f"{tokens.dtype.str} {tokens.shape}" if isinstance(tokens, np.ndarray) else "npz"
-        raise ValueError(f"{path}: holds {found}; a shard is one dimension of {DTYPE.str}")
+        raise ValueError(
+            f"{path}: holds {found}; a shard is one dimension of {DTYPE.str}. {PREPARE}"
+        )
     size, header_size = path.stat().st_size, tokens.offset
     if size != header_size + tokens.nbytes:
-        raise ValueError(f"{path}: header says {len(tokens)} tokens, the file has {size} bytes")
+        raise ValueError(
+            f"{path}: header says {len(tokens)} tokens, the file has {size} bytes. {PREPARE}"
+        )
     if not len(tokens):
         raise ValueError(f"{path}: holds no token. {PREPARE}")
     return tokens
@@ -87,7 +92,9 @@ def _open_llm_c(path: Path, magic: int, version: int, n_tokens: int) -> Tokens:
         )
     size = path.stat().st_size
     if n_tokens < 1 or size != LLM_C_HEADER_BYTES + DTYPE.itemsize * n_tokens:
-        raise ValueError(f"{path}: header says {n_tokens} tokens, the file has {size} bytes")
+        raise ValueError(
+            f"{path}: header says {n_tokens} tokens, the file has {size} bytes. {PREPARE}"
+        )
     return np.memmap(path, DTYPE, "r", offset=LLM_C_HEADER_BYTES)
 
 
@@ -167,7 +174,9 @@ class TokenStream:
 
     def _compare(self, manifest: Manifest, data_dir: Path, split: str, verify: bool) -> None:
         if manifest.resume:
-            raise ValueError(f"--data_dir {data_dir}: not finished; run the same preparation again")
+            raise ValueError(
+                f"--data_dir {data_dir}: not finished. Fix: run the same preparation again"
+            )
         made_with = manifest.recipe.get("tokenizer", {}).get("merges_sha256", MERGES_SHA256)
         if made_with != MERGES_SHA256:
             raise ValueError(f"{data_dir / MANIFEST}: made with another tokenizer. {PREPARE}")
@@ -177,13 +186,14 @@ class TokenStream:
         for path, tokens in zip(self.paths, self.shards, strict=True):
             record = records.get(path.name)
             if not record:
-                raise ValueError(f"{path}: not in {MANIFEST}; move it out of the folder")
+                raise ValueError(f"{path}: not in {MANIFEST}. Fix: move it out of the folder")
             if len(tokens) != record.tokens:
                 said = f"{len(tokens)} tokens, {MANIFEST} says {record.tokens}"
                 raise ValueError(f"{path}: {said}. {PREPARE}")
             if record.max_token >= self.vocab_size:
                 raise ValueError(
-                    f"{path}: token {record.max_token}, the vocabulary has {self.vocab_size}"
+                    f"{path}: token {record.max_token}, the vocabulary has {self.vocab_size}. "
+                    f"{PREPARE}"
                 )
             if verify and hash_file(path) != record.sha256:
                 raise ValueError(f"{path}: damaged (SHA-256). {PREPARE}")
@@ -194,6 +204,5 @@ class TokenStream:
             swapped = int(tokens.byteswap().max()) < self.vocab_size
             raise ValueError(
                 f"{self.paths[shard]}: token {largest}, the vocabulary has {self.vocab_size}"
-                f"{' (big-endian, it seems)' if swapped else ''}; "
-                "prepare the shards with GPT-2's tokenizer"
+                f"{' (big-endian, it seems)' if swapped else ''}. {PREPARE}"
             )

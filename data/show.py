@@ -176,9 +176,14 @@ def show_step(data_dir: Path, step: int, config_path: Path) -> None:
         seq_len, batch_tokens = config["seq_len"], config["batch_tokens"]
         seed, shuffle, max_steps = config["seed"], config["shuffle"], config["max_steps"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--config {config_path}: not a run's config.json ({error!r})") from error
+        raise ValueError(
+            f"--config {config_path}: not a run's config.json ({error!r}). "
+            "Fix: give RUN/config.json"
+        ) from error
     if not 0 <= step < max_steps:
-        raise ValueError(f"--step {step}: the run has the steps 0 to {max_steps - 1}")
+        raise ValueError(
+            f"--step {step}: the run has the steps 0 to {max_steps - 1}. Fix: give one of them"
+        )
     stream = TokenStream(data_dir, "train", VOCAB_SIZE)
     order = Order(len(stream), seq_len, seed, shuffle)
     batch = batch_tokens // seq_len
@@ -208,7 +213,7 @@ def main() -> int:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     try:
         if (args.step is None) != (args.config is None):
-            raise ValueError("--step and --config: give both or neither")
+            raise ValueError("--step and --config: belong together. Fix: give both or neither")
         if args.step is not None:
             show_step(args.data_dir, args.step, args.config)
             return 0

@@ -87,17 +87,21 @@ def find_files(inputs: list[str]) -> list[SourceFile]:
         else:
             found = [Path(p) for p in sorted(glob.glob(given, recursive=True)) if Path(p).is_file()]
             if not found:
-                raise ValueError(f"{given}: no such file or folder; give what exists")
+                raise ValueError(f"{given}: no such file or folder. Fix: give what exists")
         for p in found:
             if not _kind(p.name)[0]:
-                raise ValueError(f"{p}: not one of {' '.join(KINDS)}; convert it to one of them")
+                raise ValueError(
+                    f"{p}: not one of {' '.join(KINDS)}. Fix: convert it to one of them"
+                )
             name = str(p.relative_to(path)) if path.is_dir() else p.name
             files.append(SourceFile(name, str(p), p.stat().st_size))
     if not files:
-        raise ValueError(f"{' '.join(inputs)}: no file that ends in {' '.join(KINDS)}")
+        raise ValueError(
+            f"{' '.join(inputs)}: no file that ends in {' '.join(KINDS)}. Fix: give such"
+        )
     url, times = Counter(os.path.realpath(file.url) for file in files).most_common(1)[0]
     if times > 1:
-        raise ValueError(f"{url}: given {times} times; name each file once")
+        raise ValueError(f"{url}: given {times} times. Fix: name each file once")
     return files
 
 
@@ -121,15 +125,20 @@ def find_dataset(
     try:
         builder = datasets.load_dataset_builder(dataset, name, revision=revision)
     except (ValueError, OSError) as error:
-        raise ValueError(f"--dataset {dataset}: {' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"--dataset {dataset}: {' '.join(str(error).split())}. "
+            "Fix: give a dataset of the hub, or a folder"
+        ) from error
     splits: dict[str, Any] = dict(builder.config.data_files or {})
     if split not in splits:
-        raise ValueError(f"--split {split}: {dataset} has {', '.join(map(str, splits))}")
+        raise ValueError(
+            f"--split {split}: {dataset} has {', '.join(map(str, splits))}. Fix: give one"
+        )
     urls = [str(url) for url in splits[split]]
     if other := [url for url in urls if not _kind(url)[0]]:
         raise ValueError(
-            f"--dataset {dataset}: {other[0]} is not one of {' '.join(KINDS)}; the hub's own "
-            "conversion may be: --revision refs/convert/parquet"
+            f"--dataset {dataset}: {other[0]} is not one of {' '.join(KINDS)}. Fix: try the hub's "
+            "own conversion, --revision refs/convert/parquet"
         )
     if urls[0].startswith(HUB):
         return _hub_files(urls), _split_url(urls[0])[1]
@@ -177,7 +186,7 @@ def download(url: str) -> Path:
     if digest != blob.name:
         path.unlink()
         blob.unlink()
-        raise OSError(f"{url} does not have the hub's checksum")
+        raise OSError(f"{url} does not have the hub's checksum. Fix: start again")
     return path
 
 

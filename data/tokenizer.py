@@ -30,7 +30,7 @@ def _byte_symbols() -> dict[str, int]:
 def _load_merges() -> list[tuple[str, str]]:
     raw = MERGES.read_bytes()
     if hashlib.sha256(raw).hexdigest() != MERGES_SHA256:
-        raise ValueError(f"{MERGES}: not GPT-2's merges (wrong SHA-256); restore it from git")
+        raise ValueError(f"{MERGES}: not GPT-2's merges (wrong SHA-256). Fix: restore it from git")
     lines = raw.decode().splitlines()[1:]  # the first line is "#version: 0.2"
     return [(left, right) for left, right in (line.split() for line in lines)]
 

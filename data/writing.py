@@ -88,7 +88,7 @@ class ShardWriter:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(
-                f"--out_dir {self.out_dir}: another process writes here. Wait for it (under "
+                f"--out_dir {self.out_dir}: another process writes here. Fix: wait for it (under "
                 "Slurm, srun --mpi=pmix makes the ranks of one job find each other)"
             ) from error
         except OSError:  # a file system without locks on folders
@@ -123,7 +123,9 @@ class ShardWriter:
             number, first = number + 1, first + size
         self._held = starts[-1]
         if self._held < 0:
-            raise ValueError(f"--out_dir {self.out_dir}: the source has changed since. Start anew")
+            raise ValueError(
+                f"--out_dir {self.out_dir}: the source has changed since. Fix: start anew"
+            )
         while self._held >= (size := self._size(len(self.manifest.shards))):
             last = int(np.searchsorted(starts[1:], size))  # the block that fills the shard
             bad = self.bad + sum((part.bad for part in parts[:last]), Counter())

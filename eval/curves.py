@@ -74,7 +74,9 @@ def _read_model(config: Path) -> str | None:
     try:
         return str(json.loads(config.read_text())["model"]) if config.is_file() else None
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{config}: not the configuration of a run ({error!r})") from error
+        raise ValueError(
+            f"{config}: not the configuration of a run ({error!r}). Fix: give a run folder"
+        ) from error
 
 
 def read_log(path: Path) -> dict[str, Curve]:
@@ -95,14 +97,18 @@ def _whole_lines(path: Path, is_whole: Callable[[str], bool]) -> Iterator[str]:
     try:
         lines = path.read_text(errors="replace").splitlines(keepends=True)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); give a run folder") from error
+        raise ValueError(
+            f"{path}: cannot be read ({error.strerror}). Fix: give a run folder"
+        ) from error
     for number, line in enumerate(lines, 1):
         if not line.endswith("\n"):
             return
         if is_whole(line):
             yield line
         else:
-            raise ValueError(f"{path}:{number}: not a line of a log: {line.rstrip()!r}")
+            raise ValueError(
+                f"{path}:{number}: not a line of a log: {line.rstrip()!r}. Fix: delete the line"
+            )
 
 
 def _is_log_line(line: str) -> bool:

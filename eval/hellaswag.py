@@ -45,9 +45,9 @@ def load_examples(path: Path = VALIDATION, limit: int | None = None) -> list[Exa
 
     rows = [_read_row(line, f"{path}:{n}") for n, line in enumerate(_read_lines(path)[:limit], 1)]
     if not rows:
-        raise ValueError(f"{path}: no rows; give HellaSwag's JSON lines")
+        raise ValueError(f"{path}: no rows. Fix: give HellaSwag's JSON lines")
     if len({label is None for *_, label in rows}) > 1:
-        raise ValueError(f"{path}: some rows have a label, some have none")
+        raise ValueError(f"{path}: some rows have a label, some have none. Fix: label all or none")
     encode = load_tokenizer().encode_ordinary_batch
     contexts = encode([context for context, _, _ in rows])
     endings = iter(encode([" " + ending for _, endings, _ in rows for ending in endings]))
@@ -68,9 +68,11 @@ def _read_lines(path: Path) -> list[bytes]:
         with path.open("rb") as raw, unpack(raw, path.suffix) as text:
             content = text.read()
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
-        raise ValueError(f"--data {path}: cannot be read ({error})") from error
+        raise ValueError(f"--data {path}: cannot be read ({error}). Fix: give a file") from error
     if path == VALIDATION and hashlib.sha256(content).hexdigest() != VALIDATION_SHA256:
-        raise ValueError(f"{path}: not the published validation set (SHA-256); restore the file")
+        raise ValueError(
+            f"{path}: not the published validation set (SHA-256). Fix: restore the file"
+        )
     return content.splitlines()
 
 
@@ -86,7 +88,7 @@ def _read_row(line: bytes, where: str) -> tuple[str, list[str], int | None]:
         if str(label) not in LABELS:
             raise ValueError(f"label {label!r} is not 0 to 3")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{where}: not a HellaSwag row ({error})") from error
+        raise ValueError(f"{where}: not a HellaSwag row ({error}). Fix: mend it") from error
     return context, endings, int(label)
 
 
@@ -154,12 +156,14 @@ def run(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     """
     for name in ("limit", "forward_tokens"):
         if (value := getattr(args, name)) is not None and value < 1:
-            raise ValueError(f"--{name} {value}: must be at least 1")
+            raise ValueError(f"--{name} {value}: out of range. Fix: give at least 1")
     if args.details:
         try:
             args.details.open("a").close()  # before the work, not after it
         except OSError as error:
-            raise ValueError(f"--details {args.details}: {error.strerror}") from error
+            raise ValueError(
+                f"--details {args.details}: {error.strerror}. Fix: give another place"
+            ) from error
     examples = load_examples(args.data, args.limit)
     from checkpoint.reader import load_model, resolve_ckpt
 
@@ -180,7 +184,9 @@ def run(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
         )
     losses = session.sum(losses)
     if not losses.isfinite().all():
-        raise ValueError(f"{ckpt}: gives losses that are no finite numbers")
+        raise ValueError(
+            f"{ckpt}: gives losses that are no finite numbers. Fix: score an earlier step"
+        )
     if args.details and ranks.is_main:
         write_details(args.details, losses, fitting)
     n_cropped = sum(len(a.context) > len(b.context) for a, b in zip(examples, fitting, strict=True))

@@ -44,8 +44,8 @@ def crop_contexts(examples: Sequence[Example], block_size: int) -> list[Example]
         room = block_size + 1 - max(map(len, example.endings))  # the last token is not an input
         if room < 1:
             raise ValueError(
-                f"HellaSwag row {i + 1} has an ending of {block_size + 1 - room} tokens, the "
-                f"model's block_size is {block_size}: use a larger one, or fewer rows"
+                f"--data: row {i + 1} has an ending of {block_size + 1 - room} tokens, the model's "
+                f"block_size is {block_size}. Fix: use fewer rows, or a larger model"
             )
         cropped.append(replace(example, context=example.context[-room:]))
     return cropped

@@ -66,7 +66,9 @@ def write_report(runs: Sequence[RunCurves], out: Path) -> dict[str, object]:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--out {out}: cannot be made ({error.strerror})") from error
+        raise ValueError(
+            f"--out {out}: cannot be made ({error.strerror}). Fix: give another"
+        ) from error
     write_page(runs, draw_all(runs, out), out / "index.html")
     return {"page": str(out / "index.html"), "runs": {run.name: extremes(run) for run in runs}}
 
@@ -89,9 +91,9 @@ def main() -> int:
         runs = [read_run(path) for path in args.runs]
         for run in runs:
             if not run.curves:
-                raise ValueError(f"{run.name}: the log is empty")
+                raise ValueError(f"{run.name}: the log is empty. Fix: leave it out")
         if args.check and len(runs) > 1:
-            raise ValueError("--check compares one run; give one")
+            raise ValueError("--check compares one run. Fix: give one")
         result = check(runs[0], args.check) if args.check else write_report(runs, args.out)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

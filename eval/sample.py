@@ -150,13 +150,17 @@ def check_options(args: argparse.Namespace) -> None:
     """
     for name in ("n_samples", "max_new_tokens", "top_k"):
         if (value := getattr(args, name)) is not None and value < 1:
-            raise ValueError(f"--{name} {value}: must be at least 1")
+            raise ValueError(f"--{name} {value}: out of range. Fix: give at least 1")
     if not (math.isfinite(args.temperature) and args.temperature >= 0):
-        raise ValueError(f"--temperature {args.temperature}: must be a number of at least 0")
+        raise ValueError(
+            f"--temperature {args.temperature}: out of range. Fix: give a number of at least 0"
+        )
     if args.top_p is not None and not 0 < args.top_p <= 1:
-        raise ValueError(f"--top_p {args.top_p}: must be above 0 and at most 1")
+        raise ValueError(f"--top_p {args.top_p}: out of range. Fix: give one above 0 and at most 1")
     if not 0 <= args.seed < 2**64:
-        raise ValueError(f"--seed {args.seed}: must be at least 0 and below 2^64")
+        raise ValueError(
+            f"--seed {args.seed}: out of range. Fix: give one of at least 0 and below 2^64"
+        )
 
 
 def read_prompt(args: argparse.Namespace) -> str:
@@ -170,7 +174,9 @@ def read_prompt(args: argparse.Namespace) -> str:
     try:
         return args.prompt_file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prompt_file {args.prompt_file}: cannot be read ({error})") from error
+        raise ValueError(
+            f"--prompt_file {args.prompt_file}: cannot be read ({error}). Fix: give a text file"
+        ) from error
 
 
 def run(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
@@ -193,8 +199,8 @@ def run(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     prompt_tokens = load_tokenizer().encode_ordinary(prompt) or [EOT_TOKEN]
     if len(prompt_tokens) > model.config.block_size:
         raise ValueError(
-            f"the prompt has {len(prompt_tokens)} tokens, the model's block_size is "
-            f"{model.config.block_size}; give a shorter one"
+            f"--prompt: has {len(prompt_tokens)} tokens, the model's block_size is "
+            f"{model.config.block_size}. Fix: give a shorter one"
         )
     session = start_session(model, args.dtype or run_precision, ranks)
     tokens = torch.tensor([prompt_tokens] * args.n_samples, device=session.device)  # (n, T)

@@ -68,8 +68,8 @@ def check_gpt2_tokens(config: GPTConfig) -> None:
     """
     if config.vocab_size < GPTConfig.vocab_size:
         raise ValueError(
-            f"the model has {config.vocab_size} tokens, GPT-2's tokenizer {GPTConfig.vocab_size}: "
-            "it was trained on other tokens"
+            f"--ckpt: the model has {config.vocab_size} tokens, GPT-2's tokenizer "
+            f"{GPTConfig.vocab_size}. Fix: give one that was trained on GPT-2's tokens"
         )
 
 

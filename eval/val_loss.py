@@ -40,7 +40,7 @@ def check_eval_tokens(stream: TokenStream, eval_tokens: int) -> None:
         remedy = f"give --eval_tokens {most}" if most else "prepare more validation tokens"
         raise ValueError(
             f"{stream.paths[-1]}: the validation split has {len(stream)} tokens, not "
-            f"--eval_tokens {eval_tokens} + 1; {remedy}"
+            f"--eval_tokens {eval_tokens} + 1. Fix: {remedy}"
         )
 
 
@@ -130,7 +130,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     """
     for name in ("eval_tokens", "seq_len", "batch_size"):
         if (value := getattr(args, name)) is not None and value < 1:
-            raise ValueError(f"--{name} {value}: must be at least 1")
+            raise ValueError(f"--{name} {value}: out of range. Fix: give at least 1")
     import torch
 
     from checkpoint.reader import load_model, resolve_ckpt
@@ -140,7 +140,9 @@ def run(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     model, run_precision = load_model(ckpt)
     seq_len = args.seq_len or model.config.block_size
     if seq_len > model.config.block_size:
-        raise ValueError(f"--seq_len {seq_len}: block_size is {model.config.block_size}")
+        raise ValueError(
+            f"--seq_len {seq_len}: block_size is {model.config.block_size}. Fix: give no more"
+        )
     stream = TokenStream(args.data_dir, "val", model.config.vocab_size)
     check_eval_tokens(stream, args.eval_tokens)
     session = start_session(model, args.dtype or run_precision, ranks)
@@ -157,7 +159,9 @@ def run(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
         )
     total, n_tokens = session.sum(torch.tensor(sums, dtype=torch.float64)).tolist()
     if not math.isfinite(total):
-        raise ValueError(f"{ckpt}: gives a loss that is no finite number")
+        raise ValueError(
+            f"{ckpt}: gives a loss that is no finite number. Fix: evaluate an earlier step"
+        )
     loss, entropy = total / n_tokens, unigram_entropy(stream, args.eval_tokens)
     say(
         ranks,

@@ -101,7 +101,7 @@ def resolve_train_config(config: TrainConfig) -> TrainConfig:
     preset = config.preset
     batch_tokens = preset.batch_tokens if config.batch_tokens is None else config.batch_tokens
     if batch_tokens < 1:
-        raise ValueError(f"--batch_tokens {batch_tokens}: must be positive")
+        raise ValueError(f"--batch_tokens {batch_tokens}: out of range. Fix: give at least 1")
     steps = {
         "max_steps": preset.max_tokens,
         "warmup_steps": preset.warmup_tokens,
@@ -126,12 +126,14 @@ def _check_ranges(config: TrainConfig) -> None:
                 "max_bad_steps")  # fmt: skip
     for name in positive:
         if getattr(config, name) <= 0:
-            raise ValueError(f"--{name} {getattr(config, name)}: must be positive")
+            raise ValueError(
+                f"--{name} {getattr(config, name)}: out of range. Fix: give one above 0"
+            )
     for name in ("lr", "eps", "weight_decay", "grad_clip", "min_lr_ratio"):
         if not math.isfinite(getattr(config, name)):
-            raise ValueError(f"--{name} {getattr(config, name)}: must be finite")
+            raise ValueError(f"--{name} {getattr(config, name)}: no number. Fix: give a finite one")
     if config.seed >= 2**32:
-        raise ValueError(f"--seed {config.seed}: must be below 2^32")
+        raise ValueError(f"--seed {config.seed}: out of range. Fix: give one below 2^32")
     for name in (
         "warmup_steps",
         "decay_steps",
@@ -144,26 +146,32 @@ def _check_ranges(config: TrainConfig) -> None:
         "keep_every",
     ):
         if getattr(config, name) < 0:
-            raise ValueError(f"--{name} {getattr(config, name)}: must not be negative")
+            raise ValueError(
+                f"--{name} {getattr(config, name)}: out of range. Fix: give at least 0"
+            )
     for name in ("beta1", "beta2", "dropout"):
         if not 0 <= getattr(config, name) < 1:
-            raise ValueError(f"--{name} {getattr(config, name)}: must be in [0, 1)")
+            raise ValueError(
+                f"--{name} {getattr(config, name)}: out of range. Fix: give one in [0, 1)"
+            )
     if config.resume not in ("auto", "must", "none"):
-        raise ValueError(f"--resume {config.resume}: must be auto, must or none")
+        raise ValueError(f"--resume {config.resume}: unknown. Fix: give auto, must or none")
     parse_timeouts(config.timeouts)
     if config.profile:
         first, end = profiled_steps(config)
         if not first < end <= config.max_steps:
             raise ValueError(
-                f"--profile {config.profile}: FIRST must be below END, and END at most --max_steps "
-                f"{config.max_steps}"
+                f"--profile {config.profile}: out of range. Fix: FIRST below END, and END "
+                f"at most --max_steps {config.max_steps}"
             )
     if config.micro_batch_size is not None and config.micro_batch_size < 1:
-        raise ValueError(f"--micro_batch_size {config.micro_batch_size}: must be positive")
+        raise ValueError(
+            f"--micro_batch_size {config.micro_batch_size}: out of range. Fix: give at least 1"
+        )
     if config.seq_len > config.preset.config.block_size:
         raise ValueError(
             f"--seq_len {config.seq_len}: {config.model} has a block_size of "
-            f"{config.preset.config.block_size}"
+            f"{config.preset.config.block_size}. Fix: give no more"
         )
 
 
@@ -175,7 +183,7 @@ def profiled_steps(config: TrainConfig) -> tuple[int, int]:
     """
     match = re.fullmatch(r"([0-9]+):([0-9]+)", config.profile or "0:0")
     if not match:
-        raise ValueError(f"--profile {config.profile}: must be FIRST:END, as in 10:13")
+        raise ValueError(f"--profile {config.profile}: not FIRST:END. Fix: give such, as in 10:13")
     return int(match[1]), int(match[2])
 
 
@@ -190,14 +198,14 @@ def resolve_batch(config: TrainConfig, world_size: int) -> BatchArithmetic:
         nearest = max(1, round(config.batch_tokens / config.seq_len)) * config.seq_len
         raise ValueError(
             f"--batch_tokens {config.batch_tokens} is not a multiple of --seq_len "
-            f"{config.seq_len}; try --batch_tokens {nearest}"
+            f"{config.seq_len}. Fix: --batch_tokens {nearest}"
         )
     per_rank, rest = divmod(sequences, world_size)
     if rest or not per_rank:
         nearest = max(1, round(sequences / world_size)) * world_size * config.seq_len
         raise ValueError(
             f"--batch_tokens {config.batch_tokens}: {sequences} sequences do not divide among "
-            f"{world_size} ranks; try --batch_tokens {nearest}"
+            f"{world_size} ranks. Fix: --batch_tokens {nearest}"
         )
     divisors = [m for m in range(1, per_rank + 1) if per_rank % m == 0]
     micro = config.micro_batch_size or max(m for m in divisors if m <= MAX_DERIVED_MICRO_BATCH)
@@ -205,7 +213,7 @@ def resolve_batch(config: TrainConfig, world_size: int) -> BatchArithmetic:
         fitting = max((m for m in divisors if m <= micro), default=1)
         raise ValueError(
             f"--micro_batch_size {micro} does not divide the {per_rank} sequences of a rank and "
-            f"step; try --micro_batch_size {fitting}"
+            f"step. Fix: --micro_batch_size {fitting}"
         )
     return BatchArithmetic(sequences, micro, per_rank // micro, world_size)
 

@@ -43,34 +43,44 @@ def load_ds_config(path: Path) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         for key in keys:
             if keys.count(key) > 1:
-                raise ValueError(f"{path}: duplicate key {key!r}; keep one")
+                raise ValueError(f"{path}: duplicate key {key!r}. Fix: keep one")
         return dict(pairs)
 
     try:
         raw = json.loads(path.read_text(), object_pairs_hook=refuse_duplicates)
     except FileNotFoundError:
-        raise ValueError(f"--ds_config {path}: no such file") from None
+        raise ValueError(
+            f"--ds_config {path}: no such file. Fix: give one of ds_configs/"
+        ) from None
     except OSError as error:
-        raise ValueError(f"--ds_config {path}: cannot be read ({error.strerror})") from error
+        raise ValueError(
+            f"--ds_config {path}: cannot be read ({error.strerror}). Fix: give one that can"
+        ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
+        raise ValueError(f"{path}: not JSON ({error}). Fix: correct it there") from error
     if not isinstance(raw, dict):
-        raise ValueError(f"{path}: holds {type(raw).__name__}, not an object")
+        raise ValueError(
+            f"{path}: holds {type(raw).__name__}, no object. Fix: begin and end it with braces"
+        )
     for key, value in raw.items():
         if key in BLOCKS and not isinstance(value, dict):
-            raise ValueError(f"{path}: {key} is {value!r}, not a block in braces")
+            raise ValueError(f"{path}: {key} is {value!r}, no block. Fix: put it in braces")
         if key in BLOCKS and not isinstance(value.get("enabled", True), bool):
-            raise ValueError(f"{path}: {key}.enabled is {value['enabled']!r}, not true or false")
+            raise ValueError(
+                f"{path}: {key}.enabled is {value['enabled']!r}, no answer. Fix: true or false"
+            )
         if key in DERIVED_KEYS and value != "auto":
             raise ValueError(
-                f'{path}: {key} belongs to {DERIVED_KEYS[key]}; remove it or say "auto"'
+                f'{path}: {key} belongs to {DERIVED_KEYS[key]}. Fix: remove it or say "auto"'
             )
         if key not in ENGINE_KEYS and key not in DERIVED_KEYS:
             nearest = difflib.get_close_matches(key, ENGINE_KEYS, 1)
             hint = (
-                f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(ENGINE_KEYS)}"
+                f"did you mean {nearest[0]!r}?"
+                if nearest
+                else f"take one of {', '.join(ENGINE_KEYS)}"
             )
-            raise ValueError(f"{path}: unknown key {key!r}; {hint}")
+            raise ValueError(f"{path}: unknown key {key!r}. Fix: {hint}")
     return raw
 
 
@@ -117,25 +127,29 @@ def resolve_ds_config(
     name = f"--ds_config {config.ds_config}"
     if zero_stage(raw) not in (0, 1, 2, 3):
         raise ValueError(
-            f"{name}: zero_optimization.stage is {zero_stage(raw)!r}, not 0, 1, 2 or 3"
+            f"{name}: zero_optimization.stage is {zero_stage(raw)!r}, unknown. "
+            "Fix: give 0, 1, 2 or 3"
         )
     if zero_stage(raw) == 0 and precision(raw) == "bf16":
         raise ValueError(
             f"{name}: ZeRO stage 0 with bf16 takes a step on zero gradients at its start and "
-            "trains a wrong curve; use torch_autocast (ds_configs/zero0.json) or stage 1"
+            "trains a wrong curve. Fix: use torch_autocast (ds_configs/zero0.json) or stage 1"
         )
     if config.compile and zero_stage(raw) == 3:
         raise ValueError(
-            f"--compile: the compiler cannot trace ZeRO-3's hooks ({name}); use stage 0, 1 or 2"
+            f"--compile: the compiler cannot trace ZeRO-3's hooks ({name}). "
+            "Fix: use stage 0, 1 or 2"
         )
     if precision(raw) == "bf16" and raw.get("torch_autocast", {}).get("enabled"):
-        raise ValueError(f"{name}: bf16 and torch_autocast exclude each other; enable one")
+        raise ValueError(f"{name}: bf16 and torch_autocast exclude each other. Fix: enable one")
     zero = dict(raw.get("zero_optimization", {}))
     sizes = _auto_sizes(config.gpt_config)
     for key, value in zero.items():
         if value == "auto":
             if key not in sizes:
-                raise ValueError(f'{name}: zero_optimization.{key} cannot be "auto"; give a value')
+                raise ValueError(
+                    f'{name}: zero_optimization.{key} cannot be "auto". Fix: give a value'
+                )
             zero[key] = sizes[key]
     derived: dict[str, Any] = {
         "train_batch_size": batch.batch_sequences,

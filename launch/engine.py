@@ -47,12 +47,14 @@ def init_process_group(
         ValueError: The GPU of this rank does not exist, or the accelerator is Apple's MPS.
     """
     if torch.backends.mps.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
-        raise ValueError("Apple's MPS is not supported; set DS_ACCELERATOR=cpu to train on the CPU")
+        raise ValueError(
+            "Apple's MPS: not supported. Fix: set DS_ACCELERATOR=cpu to train on the CPU"
+        )
     use_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     if use_cuda and ranks.local_rank >= torch.cuda.device_count():
         raise ValueError(
             f"--num_gpus: rank {ranks.rank} needs GPU {ranks.local_rank}, this machine has "
-            f"{torch.cuda.device_count()}"
+            f"{torch.cuda.device_count()}. Fix: start no more ranks"
         )
     if not use_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guessed

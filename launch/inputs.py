@@ -59,7 +59,7 @@ def open_inputs(run: Run) -> Inputs:
     refuse_credentials(run.ds_config, f"{config.ds_config}: ")
     check_extension_locks(run.ranks)
     if config.run_dir.exists() and not config.run_dir.is_dir():
-        raise ValueError(f"--run_dir {config.run_dir}: is a file; give a folder")
+        raise ValueError(f"--run_dir {config.run_dir}: is a file. Fix: give a folder")
     verify = config.verify and run.ranks.local_rank == 0  # once per machine
     train_stream = TokenStream(config.data_dir, "train", gpt.vocab_size, verify)
     val_stream = TokenStream(config.data_dir, "val", gpt.vocab_size, verify)
@@ -76,7 +76,8 @@ def open_inputs(run: Run) -> Inputs:
         found = replace(load_hf_config(init_folder), dropout=config.dropout)
         if found != gpt:
             raise ValueError(
-                f"--init_from {config.init_from} is {found}, --model {config.model} is {gpt}"
+                f"--init_from {config.init_from} is {found}, --model {config.model} is {gpt}. "
+                "Fix: give the --model that it is"
             )
     return Inputs(*data, init_folder, checkpoints, order)
 

@@ -33,14 +33,14 @@ def meet(ranks: Ranks, timeout_s: float) -> Store:
             return store
     except RuntimeError as error:  # c10d's errors of store and network
         raise OSError(
-            f"rank 0 at {address} did not gather all ranks within {timeout_s:.0f} s; {remedy}"
+            f"rank 0 at {address} did not gather all ranks within {timeout_s:.0f} s. Fix: {remedy}"
         ) from error
     missing = [f"came/{rank}" for rank in range(ranks.world_size)]
     while missing := [key for key in missing if not store.check([key])]:
         if time.monotonic() > deadline:
             names = ", ".join(key.removeprefix("came/") for key in missing[:NAMED])
             more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
-            raise OSError(f"rank {names}{more} never came to {address}; {remedy}")
+            raise OSError(f"rank {names}{more} never came to {address}. Fix: {remedy}")
         time.sleep(POLL_S)
     store.set("all came", "")
     return store

@@ -63,7 +63,7 @@ def check_extension_locks(ranks: Ranks) -> None:
             age_s = time.time() - lock.stat().st_mtime
             stale = not _is_held(lock) and (not shared or age_s > STALE_LOCK_S)
             if stale and lock.exists():  # the build may have ended while its holder was sought
-                raise ValueError(f"{lock}: left by a build that was killed; delete it")
+                raise ValueError(f"{lock}: left by a build that was killed. Fix: rm {lock}")
 
 
 def _is_held(lock: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import sys
 import traceback
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from checkpoint.run_folder import write_status
 from launch.inputs import Run
-from launch.watchdog import HUNG, Watchdog, parse_timeouts
+from launch.watchdog import HUNG, STDERR, Watchdog, parse_timeouts
 
 if TYPE_CHECKING:
     from launch.stops import Stops
@@ -33,6 +34,7 @@ def supervise(run: Run, train: Callable[[Watchdog, Stops], tuple[str, str]]) -> 
     from launch.stops import Stops
 
     config, ranks = run.config, run.ranks
+    faulthandler.enable(STDERR)  # a stack also of what ends a process at once, as SIGBUS does
 
     def on_expiry(line: str) -> None:
         print(f"error: rank {ranks.rank}: {line}", file=sys.stderr, flush=True)
@@ -60,13 +62,21 @@ def supervise(run: Run, train: Callable[[Watchdog, Stops], tuple[str, str]]) -> 
     return STATUS[status]
 
 
+def error_line(error: Exception) -> str:
+    """Return `file: what. Fix: remedy` of an error."""
+    line = (str(error) or type(error).__name__).splitlines()[0]
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}. Fix: mend that, then start again"
+    if "Fix: " in line:
+        return line
+    return f"{type(error).__name__}: {line}. Fix: see the traceback, --debug"
+
+
 def report(run: Run, error: Exception) -> int:
     """Say in one line what ended the run; return the exit status."""
     if run.config.debug:
         traceback.print_exc()
-    line = (str(error) or type(error).__name__).splitlines()[0]
-    if not isinstance(error, ValueError | OSError):
-        line = f"{type(error).__name__}: {line}; for the traceback: --debug"
+    line = error_line(error)
     print(f"error: rank {run.ranks.rank}: {line}", file=sys.stderr, flush=True)
     exit_status = BAD_INPUT if isinstance(error, ValueError) else FAILED
     if run.ranks.is_main:

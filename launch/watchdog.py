@@ -28,7 +28,9 @@ def parse_timeouts(text: str) -> dict[str, int]:
         match = re.fullmatch(r"([a-z]+)=([0-9]+)", part)
         if not match or match[1] not in TIMEOUTS_S or not int(match[2]):
             phases = ", ".join(TIMEOUTS_S)
-            raise ValueError(f"--timeouts {text}: must be like step=600,eval=3600; of {phases}")
+            raise ValueError(
+                f"--timeouts {text}: not understood. Fix: like step=600,eval=3600; of {phases}"
+            )
         timeouts[match[1]] = int(match[2])
     return timeouts
 
@@ -81,8 +83,8 @@ class Watchdog:
         phase = self._current[0]
         limit_s = self.timeouts_s[phase]
         line = (
-            f"{phase}: not done after {limit_s} s; stacks are in {self.stacks}; "
-            f"for more time: --timeouts {phase}={2 * limit_s}"
+            f"{phase}: not done after {limit_s} s; stacks are in {self.stacks}. "
+            f"Fix: for more time, --timeouts {phase}={2 * limit_s}"
         )
         try:
             self.stacks.parent.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,8 @@ def locate_hf_folder(name: str) -> Path:
     is_local = name not in HUB_NAMES and Path(name).parent.is_dir()  # runs/x, where runs/ exists
     if is_local or repo.count("/") != 1 or repo.startswith((".", "/")):
         raise ValueError(
-            f"{name}: no such folder; hub names are {', '.join(HUB_NAMES)}, owner/name"
+            f"{name}: no such folder. "
+            f"Fix: give one, or a name of the hub ({', '.join(HUB_NAMES)}, owner/name)"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
@@ -31,7 +32,7 @@ def locate_hf_folder(name: str) -> Path:
     except (OSError, HfHubHTTPError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"{name}: neither a folder nor to be had from the hub ({reason})"
+            f"{name}: neither a folder nor to be had from the hub ({reason}). Fix: give a folder"
         ) from error
     for file in folder.glob("*.safetensors"):
         blob = file.resolve()  # the hub's cache names a large file by the SHA-256 that it states
@@ -40,5 +41,5 @@ def locate_hf_folder(name: str) -> Path:
         if digest != blob.name:
             file.unlink()
             blob.unlink()
-            raise ValueError(f"{repo}: {file.name} does not have the hub's SHA-256; try again")
+            raise ValueError(f"{repo}: {file.name} does not have the hub's SHA-256. Fix: try again")
     return folder

@@ -71,5 +71,5 @@ def get_preset(name: str) -> Preset:
         ValueError: No such preset; the message lists them all.
     """
     if name not in PRESETS:
-        raise ValueError(f"--model {name}: unknown; choose from {', '.join(PRESETS)}")
+        raise ValueError(f"--model {name}: unknown. Fix: choose from {', '.join(PRESETS)}")
     return PRESETS[name]

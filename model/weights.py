@@ -20,7 +20,8 @@ from model.gpt import GPT
 PREFIX = "transformer."
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 MASKS = (".attn.bias", ".attn.masked_bias")  # buffers of older versions
-NOT_TIED = "lm_head is not tied to wte, as GPT-2's is"
+NOT_TIED = "lm_head is not tied to wte, as GPT-2's is. Fix: give a GPT-2"
+OTHER = "Fix: give a whole GPT-2"
 HEAD = "lm_head.weight"  # a second name of wte in some files
 SHARD_BYTES = 5 * 10**9  # Hugging Face's own limit for one file
 EOT_TOKEN = 50256
@@ -68,25 +69,30 @@ def load_hf_config(folder: Path) -> GPTConfig:
         raw = json.loads(path.read_text())
         for key, ours in FIXED.items():
             if raw.get(key, ours) != ours:
-                raise ValueError(f"{path}: {key} = {raw[key]!r}, only {ours!r} is supported")
+                raise ValueError(
+                    f"{path}: {key} = {raw[key]!r}, only {ours!r} is supported. {OTHER}"
+                )
         if raw.get("n_inner") not in (None, 4 * raw["n_embd"]):
-            raise ValueError(f"{path}: n_inner = {raw['n_inner']}, only 4·n_embd is supported")
+            raise ValueError(
+                f"{path}: n_inner = {raw['n_inner']}, only 4·n_embd is supported. {OTHER}"
+            )
         activation = raw.get("activation_function", "gelu_new")
         if activation not in ACTIVATIONS:
             supported = ", ".join(map(repr, ACTIVATIONS))
             raise ValueError(
-                f"{path}: activation_function = {activation!r}, only {supported} are supported"
+                f"{path}: activation_function = {activation!r}, only {supported} are supported. "
+                f"{OTHER}"
             )
         shape = {key: raw[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
         return GPTConfig(**shape, block_size=raw["n_positions"], gelu=ACTIVATIONS[activation])
     except FileNotFoundError:
         raise ValueError(
-            f"{folder}: no config.json; give a Hugging Face GPT-2 folder "
+            f"{folder}: no config.json. Fix: give a Hugging Face GPT-2 folder "
             "(of a run: consolidated/step_…)"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path}: not a GPT-2 configuration ({error!r}); give a Hugging Face "
+            f"{path}: not a GPT-2 configuration ({error!r}). Fix: give a Hugging Face "
             "GPT-2 folder (of a run: consolidated/step_…)"
         ) from error
 
@@ -111,14 +117,16 @@ def weight_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
 def _files_by_key(folder: Path) -> dict[str, Path]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ValueError(f"{folder}: no .safetensors file; give a Hugging Face GPT-2 folder")
+        raise ValueError(f"{folder}: no .safetensors file. Fix: give a Hugging Face GPT-2 folder")
     keys = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
                 keys |= dict.fromkeys(tensors.keys(), file)
         except Exception as error:  # safetensors raises its own type for every kind of damage
-            raise ValueError(f"{file}: not a readable safetensors file ({error})") from error
+            raise ValueError(
+                f"{file}: not a readable safetensors file ({error}). Fix: copy it again"
+            ) from error
     return {k: f for k, f in keys.items() if not k.endswith(MASKS)}
 
 
@@ -145,7 +153,9 @@ def load_hf_weights(folder: Path, config: GPTConfig) -> Iterator[tuple[str, Tens
     shapes = weight_shapes(config)
     for problem, names in (("missing", shapes.keys() - files), ("unknown", files.keys() - shapes)):
         if names:
-            raise ValueError(f"{folder}: {problem} weights: {', '.join(sorted(names)[:5])}")
+            raise ValueError(
+                f"{folder}: {problem} weights: {', '.join(sorted(names)[:5])}. {OTHER}"
+            )
     for name, shape in shapes.items():
         key, file = files[name]
         with safe_open(file, framework="pt") as tensors:
@@ -153,7 +163,9 @@ def load_hf_weights(folder: Path, config: GPTConfig) -> Iterator[tuple[str, Tens
         if name.endswith(CONV1D):
             weight = weight.t().contiguous()
         if tuple(weight.shape) != shape:
-            raise ValueError(f"{file}: {key} is {tuple(weight.shape)}, config.json says {shape}")
+            raise ValueError(
+                f"{file}: {key} is {tuple(weight.shape)}, config.json says {shape}. {OTHER}"
+            )
         yield name, pad_vocabulary(weight, config) if name == "wte.weight" else weight
 
 
@@ -173,22 +185,25 @@ def fill_model(config: GPTConfig, weights: Iterable[tuple[str, Tensor]], source:
     shapes, held = weight_shapes(config), {}
     for name, weight in weights:
         if name not in shapes:
-            raise ValueError(f"{source}: unknown weights: {name}")
+            raise ValueError(f"{source}: unknown weights: {name}. {OTHER}")
         if weight.layout != torch.strided or weight.is_meta or not weight.is_floating_point():
             kind = f"{weight.dtype}, {weight.layout}"
-            raise ValueError(f"{source}: {name} is {kind}; needs dense floating-point numbers")
+            raise ValueError(
+                f"{source}: {name} is {kind}; needs dense floating-point numbers. {OTHER}"
+            )
         if name == "wte.weight":
             weight = pad_vocabulary(weight, config)
             shapes[name] = (config.padded_vocab_size, config.n_embd)
         if tuple(weight.shape) != shapes[name]:
             raise ValueError(
-                f"{source}: {name} is {tuple(weight.shape)}, the model needs {shapes[name]}"
+                f"{source}: {name} is {tuple(weight.shape)}, the model needs {shapes[name]}. "
+                f"{OTHER}"
             )
         if not weight.isfinite().all():
-            raise ValueError(f"{source}: {name} holds values that are no finite numbers")
+            raise ValueError(f"{source}: {name} holds values that are no finite numbers. {OTHER}")
         held[name] = weight.to(torch.float32, copy=True)
     if missing := sorted(shapes.keys() - held):
-        raise ValueError(f"{source}: missing weights: {', '.join(missing[:5])}")
+        raise ValueError(f"{source}: missing weights: {', '.join(missing[:5])}. {OTHER}")
     with torch.device("meta"):  # neither memory nor values of its own
         model = GPT(config)
     model.load_state_dict(held, assign=True)

@@ -98,6 +98,25 @@ def test_nothing_is_unpickled_or_passed_to_a_shell(path: Path) -> None:
             )
 
 
+# Said of a part: whoever knows the file or flag puts it before, and the remedy behind.
+INNER = {"model/config.py", "model/gpt.py", "model/__init__.py", "launch/stops.py"}
+PARTS = ("SHA-256", "precision, zero_stage or world_size", "options that GPT-2 does not have",
+         "needs a context and four endings", "label {label!r} is not 0 to 3")  # fmt: skip
+REMEDIES = ("Fix: ", "{ACCEPTED}", "{COPY_AGAIN}", "{PREPARE}", "{OTHER}", "{NOT_TIED}")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_an_error_says_what_to_do(path: Path) -> None:
+    if path.parent.name == "bench" or str(path.relative_to(ROOT)) in INNER:
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            text = ast.unparse(node.exc)
+            is_text = isinstance(node.exc.args[0], ast.Constant | ast.JoinedStr)
+            if text.startswith(("ValueError", "OSError")) and is_text:
+                assert any(part in text for part in (*REMEDIES, *PARTS)), text
+
+
 @pytest.mark.parametrize("entry", ENTRY_POINTS)
 def test_help_is_fast_and_imports_no_torch(entry: str) -> None:
     command = [sys.executable, "-X", "importtime", entry, "--help"]

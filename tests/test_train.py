@@ -327,9 +327,9 @@ def test_dry_run_of_175b_imports_neither_torch_nor_deepspeed() -> None:
         (["--init_from", "nowhere"], "error: nowhere: no such folder"),
         (["--model", "quickstart", "--init_from", "INIT"], "error: --init_from "),
         (["--eval_tokens", "0"], "error: --eval_tokens 0"),
-        (["--profile", "3"], "error: --profile 3: must be FIRST:END, as in 10:13"),
-        (["--profile", "3:3"], "error: --profile 3:3: FIRST must be below END"),
-        (["--profile", "3:99"], "error: --profile 3:99: FIRST must be below END"),
+        (["--profile", "3"], "error: --profile 3: not FIRST:END. Fix: give such, as in 10:13"),
+        (["--profile", "3:3"], "error: --profile 3:3: out of range. Fix: FIRST below END"),
+        (["--profile", "3:99"], "error: --profile 3:99: out of range. Fix: FIRST below END"),
         (["--run_dir", __file__], f"error: --run_dir {__file__}: is a file"),
     ],
 )

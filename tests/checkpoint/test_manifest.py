@@ -84,12 +84,18 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
         read_manifest(folder)
 
 
+def test_the_newest_is_that_of_the_largest_step_whatever_the_clock_says(tmp_path: Path) -> None:
+    older, newer = (save(tmp_path / "checkpoints", step) for step in (3, 6))
+    os.utime(newer, (0, 0))
+    assert find_checkpoints(tmp_path, "auto") == [newer, older]
+
+
 def test_auto_starts_anew_only_where_there_is_no_checkpoint(tmp_path: Path) -> None:
     assert find_checkpoints(tmp_path, "auto") == []
     assert find_checkpoints(tmp_path, "none") == []
     (tmp_path / "checkpoints" / "step_000005.tmp").mkdir(parents=True)
     assert find_checkpoints(tmp_path, "auto") == []  # a first save that was killed
-    with pytest.raises(ValueError, match="is not empty; give another --run_dir"):
+    with pytest.raises(ValueError, match=r"is not empty\. Fix: give another --run_dir"):
         check_unused(tmp_path)
     with pytest.raises(ValueError, match=r"--resume must: .* no complete checkpoint"):
         find_checkpoints(tmp_path, "must")

@@ -159,8 +159,8 @@ def test_a_strangers_code_is_not_run(tmp_path: Path) -> None:
         (lambda b: b[:700], "damaged"),
         (lambda b: b[:5000] + bytes([b[5000] ^ 1]) + b[5001:], r"damaged \(checksum of "),
         (lambda b: b[:-3000] + bytes([b[-3000] ^ 1]) + b[-2999:], r"damaged \(checksum of "),
-        (lambda b: b"GGUF" + b[4:], r"begins with b'GGUF.*accepted are a run, step"),
-        (lambda b: b"", r"begins with b''.*accepted are"),
+        (lambda b: b"GGUF" + b[4:], r"begins with b'GGUF.*Fix: give a run, step"),
+        (lambda b: b"", r"begins with b''.*Fix: give"),
     ],
 )
 def test_a_damaged_pt_is_one_line(
@@ -183,7 +183,7 @@ def test_a_cut_or_old_llm_c_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.bin: damaged: the header says"):
         load_model(str(path))
     path.write_bytes(content[:4] + b"\x01" + content[5:])
-    with pytest.raises(ValueError, match=r"llm\.c version 1; accepted are .*version 3 or 5"):
+    with pytest.raises(ValueError, match=r"llm\.c version 1\. Fix: give .*version 3 or 5"):
         load_model(str(path))
 
 
@@ -264,11 +264,11 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
 
 def test_what_is_there_and_what_is_accepted_is_said(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(ValueError, match=r"holds notes\.txt; accepted are a run"):
+    with pytest.raises(ValueError, match=r"holds notes\.txt\. Fix: give a run"):
         load_model(str(tmp_path))
-    with pytest.raises(ValueError, match=r"no such folder.*accepted are a run"):
+    with pytest.raises(ValueError, match=r"no such folder.*Fix: give a run"):
         load_model(str(tmp_path / "nothing"))
-    with pytest.raises(ValueError, match=r"cannot be read \(File name too long\); accepted are"):
+    with pytest.raises(ValueError, match=r"cannot be read \(File name too long\)\. Fix: give"):
         load_model(resolve_ckpt("x" * 300))
 
 
@@ -277,5 +277,5 @@ def test_a_path_whose_folder_is_there_is_no_hub_name(
 ) -> None:
     (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"^runs/gpt2: no such folder; hub names are"):
+    with pytest.raises(ValueError, match=r"^runs/gpt2: no such folder. Fix: give a run"):
         load_model("runs/gpt2")

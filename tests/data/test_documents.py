@@ -120,7 +120,7 @@ def test_an_archive_without_end_stops_at_max_bytes(tmp_path: Path) -> None:
     (tmp_path / "lines.jsonl.gz").write_bytes(gzip.compress(line(GOOD[0]) * 100_000))
     for name in ("zeros", "lines"):
         with pytest.raises(
-            ValueError, match=rf"{name}.*expands beyond 1,000,000 bytes\. Raise --max"
+            ValueError, match=rf"{name}.*expands beyond 1,000,000 bytes\. Fix: raise --max"
         ):
             run(tmp_path / f"{name}.jsonl.gz", "--out_dir", tmp_path / "out", "--max_bytes", 10**6)
 
@@ -131,7 +131,7 @@ def test_tables_name_row_and_column(tmp_path: Path) -> None:
     options = (path, "--out_dir", tmp_path / "out")
     with pytest.raises(ValueError, match=r'a\.parquet:row 5: "text" is null'):
         run(*options)
-    with pytest.raises(ValueError, match=r'no column "body", it has text, n\. Name one'):
+    with pytest.raises(ValueError, match=r'no column "body", it has text, n\. Fix: name one'):
         run(*options, "--text_column", "body")
     with pytest.raises(ValueError, match='column "n" is int64'):
         run(*options, "--text_column", "n")

@@ -177,7 +177,7 @@ def test_a_source_that_has_changed_is_another_dataset(tmp_path: Path) -> None:
 
 def test_shards_of_others_are_not_mixed_with(sources: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "edufineweb_train_000001.npy", np.zeros(5, np.uint16))
-    with pytest.raises(ValueError, match=r"holds shards already\. Give an empty folder"):
+    with pytest.raises(ValueError, match=r"holds shards already\. Fix: give an empty folder"):
         run(sources, "--out_dir", tmp_path)
 
 
@@ -185,11 +185,13 @@ def test_a_split_that_would_be_empty_is_refused_and_leaves_nothing(
     sources: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        ValueError, match=r"no tokens for the train split; give --val_tokens \d+, or"
+        ValueError, match=r"no tokens for the train split\. Fix: give --val_tokens \d+, or"
     ):
         run(sources, "--out_dir", tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())  # the remedy works in the same folder
-    with pytest.raises(ValueError, match="no tokens for the train split; give --val_every N"):
+    with pytest.raises(
+        ValueError, match=r"no tokens for the train split\. Fix: give --val_every N"
+    ):
         run(sources / "a" / "1.txt", "--out_dir", tmp_path / "out", "--val_every", 2)
     assert not list((tmp_path / "out").iterdir())
     run(sources, "--out_dir", tmp_path / "out", "--val_every", 2)
@@ -198,12 +200,12 @@ def test_a_split_that_would_be_empty_is_refused_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--shard_tokens", 0], "--shard_tokens 0: must be"),
-        (["--workers", 0], "--workers 0: must be"),
-        (["--val_tokens", 0], "--val_tokens 0: must be"),
-        (["--val_every", 1], "--val_every 1: must be"),
+        (["--shard_tokens", 0], "--shard_tokens 0: out of range"),
+        (["--workers", 0], "--workers 0: out of range"),
+        (["--val_tokens", 0], "--val_tokens 0: out of range"),
+        (["--val_every", 1], "--val_every 1: out of range"),
         (["--val_every", 2, "--val_tokens", 5], "give one of them"),
-        (["--streaming"], "--streaming: only with --dataset"),
+        (["--streaming"], "--streaming: is for the hub only"),
         (["--dataset", "x/y"], "either files and folders, or --dataset"),
         (["no/such/place"], "no/such/place: no such file or folder"),
         (["README.md"], r"README\.md: not one of \.txt"),
@@ -230,7 +232,7 @@ def test_a_mistake_is_one_line_and_status_2(sources: Path, tmp_path: Path) -> No
         [*command, "--quiet"], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
     )
     assert done.returncode == 2
-    assert "no tokens for the train split; give --val_tokens" in done.stderr
+    assert "no tokens for the train split. Fix: give --val_tokens" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 

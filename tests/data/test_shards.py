@@ -250,7 +250,7 @@ def test_the_largest_token_is_known_without_reading(folder: Path) -> None:
 
 def test_an_unfinished_or_damaged_manifest_is_refused(folder: Path) -> None:
     write_manifest(folder, Manifest({}, [], {}, Resume("", Position(), 0, {})))
-    with pytest.raises(ValueError, match="not finished; run the same preparation again"):
+    with pytest.raises(ValueError, match=r"not finished\. Fix: run the same preparation again"):
         TokenStream(folder, "train", 50257)
     (folder / "shards.json").write_text('{"shards": 1}')
     with pytest.raises(ValueError, match=r"shards\.json: damaged"):

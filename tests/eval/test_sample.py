@@ -45,7 +45,7 @@ def test_an_empty_prompt_starts_a_document() -> None:
 )
 def test_values_out_of_range_name_their_flag(option: str, value: float) -> None:
     args = build_parser().parse_args(["--ckpt", "x", f"--{option}", str(value)])
-    with pytest.raises(ValueError, match=f"--{option} {value}: must"):
+    with pytest.raises(ValueError, match=f"--{option} {value}: out of range"):
         check_options(args)
 
 
@@ -108,7 +108,7 @@ def test_the_best_token_is_hugging_faces(folder: Path) -> None:
 
 
 def test_bad_prompts_are_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the prompt has 40 tokens, the model's block_size is 32"):
+    with pytest.raises(ValueError, match="--prompt: has 40 tokens, the model's block_size is 32"):
         run_with(folder, "--prompt", "cat " * 39 + "cat")
     (tmp_path / "latin").write_bytes(b"\xe9")
     for name in ("none", "latin"):

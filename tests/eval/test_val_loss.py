@@ -67,7 +67,7 @@ def test_unigram_entropy_is_that_of_the_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["eval_tokens", "seq_len", "batch_size"])
 def test_values_out_of_range_name_their_flag(name: str) -> None:
     args = build_parser().parse_args(["--ckpt", "x", f"--{name}", "0"])
-    with pytest.raises(ValueError, match=f"--{name} 0: must be at least 1"):
+    with pytest.raises(ValueError, match=f"--{name} 0: out of range. Fix: give at least 1"):
         run(args, read_ranks())
 
 

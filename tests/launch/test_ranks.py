@@ -30,7 +30,7 @@ def test_on_a_shared_folder_a_young_lock_may_be_another_machines(lock: Path) -> 
     ranks = Ranks(rank=0, local_rank=0, world_size=16, local_world_size=8)
     check_extension_locks(ranks)
     os.utime(lock, (0, time.time() - 601))
-    with pytest.raises(ValueError, match="delete it"):
+    with pytest.raises(ValueError, match="Fix: rm "):
         check_extension_locks(ranks)
 
 

@@ -74,5 +74,5 @@ def test_timeouts_are_defaults_with_some_replaced() -> None:
     "text", ["step", "step=0", "step=x", "train=5", "step=5;eval=6", "step=-1"]
 )
 def test_other_timeouts_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=f"--timeouts {text}: must be like step=600"):
+    with pytest.raises(ValueError, match=f"--timeouts {text}: not understood. Fix: like step=600"):
         parse_timeouts(text)
