@@ -100,7 +100,7 @@ class Reader:
                 yield self._block(at, error, file.n_bytes)
             except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
                 if file.url.startswith(HUB):  # the network's fault: never left out
-                    raise OSError(f"{file.url}: {error}") from error
+                    raise OSError(f"{file.url}: {error}. Fix: start again") from error
                 yield self._block(at, _unreadable(file.url, error), file.n_bytes)
 
     def _block(self, position: Position, data: Any, stored_bytes: int) -> Block:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def resolve_train_config(config: TrainConfig) -> TrainConfig:
     preset = config.preset
     batch_tokens = preset.batch_tokens if config.batch_tokens is None else config.batch_tokens
     if batch_tokens < 1:
-        raise ValueError(f"--batch_tokens {batch_tokens}: out of range. Fix: give at least 1")
+        raise ValueError(f"--batch_tokens {batch_tokens}: out of range. Fix: give one above 0")
     steps = {
         "max_steps": preset.max_tokens,
         "warmup_steps": preset.warmup_tokens,
@@ -120,40 +121,25 @@ def resolve_train_config(config: TrainConfig) -> TrainConfig:
     return config
 
 
+# Fields, what must hold of their values unless they are None, and how to say it.
+RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (("batch_tokens", "micro_batch_size", "seq_len", "max_steps", "lr", "eps", "eval_every",
+      "eval_tokens", "hellaswag_limit", "sample_tokens", "checkpoint_every", "log_every",
+      "max_bad_steps"), lambda x: x > 0, "above 0"),
+    (("lr", "eps", "weight_decay", "grad_clip", "min_lr_ratio"), math.isfinite, "that is finite"),
+    (("warmup_steps", "decay_steps", "weight_decay", "grad_clip", "min_lr_ratio", "seed",
+      "hellaswag_every", "keep_checkpoints", "keep_every"), lambda x: x >= 0, "of at least 0"),
+    (("seed",), lambda x: x < 2**32, "below 2^32"),
+    (("beta1", "beta2", "dropout"), lambda x: 0 <= x < 1, "in [0, 1)"),
+)  # fmt: skip
+
+
 def _check_ranges(config: TrainConfig) -> None:
-    positive = ("batch_tokens", "seq_len", "max_steps", "lr", "eps", "eval_every", "eval_tokens",
-                "hellaswag_limit", "sample_tokens", "checkpoint_every", "log_every",
-                "max_bad_steps")  # fmt: skip
-    for name in positive:
-        if getattr(config, name) <= 0:
-            raise ValueError(
-                f"--{name} {getattr(config, name)}: out of range. Fix: give one above 0"
-            )
-    for name in ("lr", "eps", "weight_decay", "grad_clip", "min_lr_ratio"):
-        if not math.isfinite(getattr(config, name)):
-            raise ValueError(f"--{name} {getattr(config, name)}: no number. Fix: give a finite one")
-    if config.seed >= 2**32:
-        raise ValueError(f"--seed {config.seed}: out of range. Fix: give one below 2^32")
-    for name in (
-        "warmup_steps",
-        "decay_steps",
-        "weight_decay",
-        "grad_clip",
-        "min_lr_ratio",
-        "seed",
-        "hellaswag_every",
-        "keep_checkpoints",
-        "keep_every",
-    ):
-        if getattr(config, name) < 0:
-            raise ValueError(
-                f"--{name} {getattr(config, name)}: out of range. Fix: give at least 0"
-            )
-    for name in ("beta1", "beta2", "dropout"):
-        if not 0 <= getattr(config, name) < 1:
-            raise ValueError(
-                f"--{name} {getattr(config, name)}: out of range. Fix: give one in [0, 1)"
-            )
+    for names, is_within, words in RANGES:
+        for name in names:
+            value = getattr(config, name)
+            if value is not None and not is_within(value):
+                raise ValueError(f"--{name} {value}: out of range. Fix: give one {words}")
     if config.resume not in ("auto", "must", "none"):
         raise ValueError(f"--resume {config.resume}: unknown. Fix: give auto, must or none")
     parse_timeouts(config.timeouts)
@@ -164,10 +150,6 @@ def _check_ranges(config: TrainConfig) -> None:
                 f"--profile {config.profile}: out of range. Fix: FIRST below END, and END "
                 f"at most --max_steps {config.max_steps}"
             )
-    if config.micro_batch_size is not None and config.micro_batch_size < 1:
-        raise ValueError(
-            f"--micro_batch_size {config.micro_batch_size}: out of range. Fix: give at least 1"
-        )
     if config.seq_len > config.preset.config.block_size:
         raise ValueError(
             f"--seq_len {config.seq_len}: {config.model} has a block_size of "

@@ -38,26 +38,7 @@ def load_ds_config(path: Path) -> dict[str, Any]:
         ValueError: No such file, not JSON, a duplicate key, an unknown key (with the nearest
             known one), or a derived key with a value of its own.
     """
-
-    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ValueError(f"{path}: duplicate key {key!r}. Fix: keep one")
-        return dict(pairs)
-
-    try:
-        raw = json.loads(path.read_text(), object_pairs_hook=refuse_duplicates)
-    except FileNotFoundError:
-        raise ValueError(
-            f"--ds_config {path}: no such file. Fix: give one of ds_configs/"
-        ) from None
-    except OSError as error:
-        raise ValueError(
-            f"--ds_config {path}: cannot be read ({error.strerror}). Fix: give one that can"
-        ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON ({error}). Fix: correct it there") from error
+    raw = _read_json(path)
     if not isinstance(raw, dict):
         raise ValueError(
             f"{path}: holds {type(raw).__name__}, no object. Fix: begin and end it with braces"
@@ -82,6 +63,28 @@ def load_ds_config(path: Path) -> dict[str, Any]:
             )
             raise ValueError(f"{path}: unknown key {key!r}. Fix: {hint}")
     return raw
+
+
+def _read_json(path: Path) -> Any:
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f"{path}: duplicate key {key!r}. Fix: keep one")
+        return dict(pairs)
+
+    try:
+        return json.loads(path.read_text(), object_pairs_hook=refuse_duplicates)
+    except FileNotFoundError:
+        raise ValueError(
+            f"--ds_config {path}: no such file. Fix: give one of ds_configs/"
+        ) from None
+    except OSError as error:
+        raise ValueError(
+            f"--ds_config {path}: cannot be read ({error.strerror}). Fix: give one that can"
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error}). Fix: correct it there") from error
 
 
 def zero_stage(ds_config: dict[str, Any]) -> int:

@@ -55,7 +55,7 @@ def test_the_launchers_local_rank_is_accepted_and_ignored() -> None:
     [
         (["--model", "gpt9"], "--model gpt9"),
         (["--lr", "-1"], r"--lr -1\.0: out of range"),
-        (["--lr", "nan"], "--lr nan: no number"),
+        (["--lr", "nan"], "--lr nan: out of range"),
         (["--decay_steps", "-5"], "--decay_steps -5"),
         (["--seed", str(2**32)], "--seed 4294967296: out of range. Fix: give one below"),
         (["--batch_tokens", "0"], "--batch_tokens 0: out of range"),
