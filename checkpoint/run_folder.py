@@ -102,7 +102,10 @@ def count_starts(run_dir: Path, resume_step: int) -> list[int]:
     """
     old = read_status(run_dir)
     crashed = old.get("status") in ("running", "hung", "failed", "diverged")
-    starts = [*(old.get("starts", []) if crashed else []), resume_step]
+    starts = old.get("starts", []) if crashed else []
+    if old.get("status") == "diverged":  # its steps changed no weight: they are no progress
+        starts = [resume_step for _ in starts]
+    starts = [*starts, resume_step]
     if starts.count(resume_step) > 1 + MAX_RESTARTS:
         raise ValueError(
             f"{run_dir / STATUS}: {MAX_RESTARTS} restarts from step {resume_step} came to no "

@@ -258,6 +258,9 @@ def test_three_restarts_without_progress_are_enough(
     (whole / "run_status.json").write_text(json.dumps(crashed))
     assert main(command) == 0
     assert status_of(whole)["starts"] == []
+    crashed |= {"status": "diverged", "starts": [5, 8, 11, 14]}  # steps that changed no weight
+    (whole / "run_status.json").write_text(json.dumps(crashed))
+    assert main([*command, "--max_steps", "20"]) == 2
 
 
 @pytest.mark.parametrize(
