@@ -99,6 +99,8 @@ def read_manifest(folder: Path) -> Manifest:
         if raw.pop("sha256") != _digest(raw):
             raise ValueError("SHA-256")
         files = {name: FileRecord(**record) for name, record in raw.pop("files").items()}
+        if not all(re.fullmatch(r"[\w.-]*\w", name) for name in files):
+            raise ValueError("a file elsewhere")
         GPTConfig(**raw["model"])
         known = raw["precision"] in PRECISIONS and raw["zero_stage"] in range(4)
         if not known or type(raw["world_size"]) is not int:

@@ -29,6 +29,19 @@ def check_unused(run_dir: Path) -> None:
         raise ValueError(f"--resume none: {run_dir} is not empty. Fix: give another --run_dir")
 
 
+def refuse_links(run_dir: Path) -> None:
+    """Refuse symbolic links in a run folder: it may be somebody else's, and is written to.
+
+    Raises:
+        ValueError: Names the first.
+    """
+    for path in (*run_dir.glob("*"), *(run_dir / "checkpoints").glob("*")):
+        if path.is_symlink():
+            raise ValueError(
+                f"{path}: a symbolic link. Fix: delete it (--run_dir itself may be one)"
+            )
+
+
 def lock_run_dir(run_dir: Path, needed_bytes: int) -> IO[str]:
     """Make the folder this process's alone until the returned file is closed, or it dies.
 
@@ -37,10 +50,11 @@ def lock_run_dir(run_dir: Path, needed_bytes: int) -> IO[str]:
         needed_bytes: Of the first checkpoint.
 
     Raises:
-        ValueError: Another run writes there.
+        ValueError: Another run writes there, or it holds symbolic links.
         OSError: It cannot be written, or there is no room for a checkpoint.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
+    refuse_links(run_dir)
     with contextlib.ExitStack() as undo:
         lock = undo.enter_context((run_dir / LOCK).open("a+"))
         _lock(lock, run_dir)

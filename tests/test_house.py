@@ -100,8 +100,9 @@ def test_nothing_is_unpickled_or_passed_to_a_shell(path: Path) -> None:
 
 # Said of a part: whoever knows the file or flag puts it before, and the remedy behind.
 INNER = {"model/config.py", "model/gpt.py", "model/__init__.py", "launch/stops.py"}
-PARTS = ("SHA-256", "precision, zero_stage or world_size", "options that GPT-2 does not have",
-         "needs a context and four endings", "label {label!r} is not 0 to 3")  # fmt: skip
+PARTS = ("SHA-256", "a file elsewhere", "precision, zero_stage or world_size",
+         "options that GPT-2 does not have", "needs a context and four endings",
+         "label {label!r} is not 0 to 3")  # fmt: skip
 REMEDIES = ("Fix: ", "{ACCEPTED}", "{COPY_AGAIN}", "{PREPARE}", "{OTHER}", "{NOT_TIED}")
 
 

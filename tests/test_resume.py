@@ -39,7 +39,12 @@ SMALL = ["--model", "debug", "--micro_batch_size", "2", "--batch_tokens", "256",
          "--checkpoint_every", "5"]  # fmt: skip
 
 
-def arguments(data_dir: Path, run_dir: Path, *more: object, stage: int = 1) -> list[str]:
+NEEDS_COMPILER = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="DeepSpeedCPUAdam needs it: install g++"
+)
+
+
+def arguments(data_dir: Path, run_dir: Path, *more: object, stage: int | str = 1) -> list[str]:
     ds_config = ROOT / "ds_configs" / f"zero{stage}.json"
     paths = ["--data_dir", data_dir, "--run_dir", run_dir, "--ds_config", ds_config]
     return [*SMALL, *map(str, [*paths, *more])]
@@ -191,11 +196,11 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
 
 
 @pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3, pytest.param("3_offload", marks=NEEDS_COMPILER)])
 def test_a_run_of_bad_numbers_changes_no_weight_and_stops(
     data_dir: Path,
     tmp_path: Path,
-    stage: int,
+    stage: int | str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -236,6 +241,21 @@ def test_a_run_folder_has_one_writer(
             capsys.readouterr().err
         )
     assert [p.name for p in tmp_path.iterdir()] == ["lock"]
+
+
+def test_a_link_out_of_the_run_folder_is_not_followed(
+    whole: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("mine\n")
+    for name in ("log.txt", "checkpoints/step_000099"):
+        link = whole / name
+        link.unlink(missing_ok=True)
+        link.symlink_to(precious)
+        assert main(arguments(data_dir, whole, "--max_steps", 14, "--dropout", 0.1)) == 2
+        assert f"error: {link}: a symbolic link. Fix: " in capsys.readouterr().err
+        link.unlink()
+    assert precious.read_text() == "mine\n"
 
 
 def test_a_folder_that_is_no_folder_is_refused(

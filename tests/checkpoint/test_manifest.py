@@ -1,3 +1,4 @@
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from checkpoint.manifest import (
     step_of,
     sweep,
     verify_files,
+    write_manifest,
 )
 from checkpoint.resuming import check_same_run, find_checkpoints
 from checkpoint.run_folder import check_unused
@@ -88,6 +90,26 @@ def test_the_newest_is_that_of_the_largest_step_whatever_the_clock_says(tmp_path
     older, newer = (save(tmp_path / "checkpoints", step) for step in (3, 6))
     os.utime(newer, (0, 0))
     assert find_checkpoints(tmp_path, "auto") == [newer, older]
+
+
+@pytest.mark.parametrize("latest", [None, "", "step_000003", "step_000009", "../../x", "\0"])
+def test_what_latest_says_decides_nothing(tmp_path: Path, latest: str | None) -> None:
+    older, newer = (save(tmp_path / "checkpoints", step) for step in (3, 6))
+    pointer = tmp_path / "checkpoints" / "latest"
+    pointer.unlink()
+    if latest is not None:
+        pointer.write_text(latest)
+    assert find_checkpoints(tmp_path, "auto") == [newer, older]
+
+
+@pytest.mark.parametrize("name", ["../a.pt", "/etc/hostname", "..", ""])
+def test_a_manifest_names_files_of_its_folder_only(tmp_path: Path, name: str) -> None:
+    folder = save(tmp_path, 3)
+    manifest = read_manifest(folder)
+    files = manifest.files | {name: manifest.files["a.pt"]}
+    write_manifest(folder, dataclasses.replace(manifest, files=files))
+    with pytest.raises(ValueError, match=r"manifest\.json: damaged .*a file elsewhere"):
+        read_manifest(folder)
 
 
 def test_auto_starts_anew_only_where_there_is_no_checkpoint(tmp_path: Path) -> None:
