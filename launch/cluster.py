@@ -19,12 +19,11 @@ from typing import Any
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.hostfile import check_not_open_to_all, read_hostfile
+from launch.environment import check_environment_file, check_variable
+from launch.hostfile import read_hostfile
 
 BAD_INPUT = 2
 ARGUMENT = re.compile(r"[\w@%+=:,./ -]*")  # DeepSpeed puts one with a space between double quotes
-VARIABLE = re.compile(r"[A-Za-z_]\w*")
-ACTIVE = re.compile(r"[$`\"\\\n]")  # what a shell acts upon between double quotes
 
 
 def check_arguments(arguments: list[str]) -> None:
@@ -39,34 +38,6 @@ def check_arguments(arguments: list[str]) -> None:
                 f"{argument[:60]!r}: a shell on another machine would act upon it. "
                 "Fix: use letters, digits, spaces and _@%+=:,./- only"
             )
-
-
-def check_variables(variables: dict[str, str], prefixes: list[str]) -> None:
-    """Refuse a variable that is sent along and that a shell would act upon.
-
-    Raises:
-        ValueError: Names it.
-    """
-    for name, value in variables.items():
-        if name.startswith(tuple(prefixes)) and (
-            not VARIABLE.fullmatch(name) or ACTIVE.search(value)
-        ):
-            raise ValueError(f"{name}: a shell would act upon its value. Fix: unset {name}")
-
-
-def check_environment_file(path: Path) -> None:
-    """Refuse a .deepspeed_env of somebody else, or with what a shell would act upon.
-
-    Raises:
-        ValueError: Names the file and the line.
-    """
-    check_not_open_to_all(path)
-    if path.stat().st_uid not in (0, os.getuid()):
-        raise ValueError(f"{path}: belongs to another user. Fix: delete it, or cp it to your own")
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
-        name, equals, value = line.partition("=")
-        if not equals or not VARIABLE.fullmatch(name) or ACTIVE.search(value):
-            raise ValueError(f"{path}:{number}: {line[:60]!r}. Fix: a line like NAME=value")
 
 
 def main(argv: list[str]) -> int:
@@ -87,7 +58,9 @@ def main(argv: list[str]) -> int:
         # The operator's own options of ssh or pdsh: no shell sees them.
         check_arguments([given for given in argv if given != args.launcher_args])
         accelerator: Any = get_accelerator()
-        check_variables(dict(os.environ), runner.EXPORT_ENVS + accelerator.export_envs())
+        for name, value in os.environ.items():
+            if name.startswith((*runner.EXPORT_ENVS, *accelerator.export_envs())):
+                check_variable(name, value)
         for folder in runner.DEEPSPEED_ENVIRONMENT_PATHS:
             path = Path(folder, runner.DEEPSPEED_ENVIRONMENT_NAME)
             if path.is_file():

@@ -1,10 +1,22 @@
-"""The hostfile: one machine and its number of GPUs per line, as in `node-1 slots=8`."""
+"""The hostfile: one machine and its number of GPUs per line, as in `node-1 slots=8`.
+
+python launch/hostfile.py node-1 node-2 --slots 8 > hostfile
+python launch/hostfile.py --list machines.txt --slots 8 > hostfile     one name per line
+python launch/hostfile.py > hostfile                                   those of a Slurm allocation
+"""
 
 from __future__ import annotations
 
+import argparse
+import os
 import re
 import stat
+import subprocess
+import sys
 from pathlib import Path
+
+if not __package__:  # run as a file: import from the repository root, exactly as train.py does
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 HOST = r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?"
 LINE = re.compile(rf"(?P<host>{HOST})\s+slots=(?P<slots>[1-9][0-9]{{0,4}})")
@@ -20,18 +32,28 @@ def read_hostfile(path: Path) -> dict[str, int]:
     check_not_open_to_all(path)
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path}: over {MAX_BYTES:,} bytes. Fix: one line per machine")
+    return parse_hostfile(path.read_text(errors="replace"), str(path))
+
+
+def parse_hostfile(text: str, name: str) -> dict[str, int]:
+    """Return the slots of each host, in order.
+
+    Raises:
+        ValueError: A line is something else; names it.
+    """
     hosts: dict[str, int] = {}
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
-        text = line.strip()
-        if not text or text.startswith("#"):
+    for number, line in enumerate(map(str.strip, text.splitlines()), 1):
+        if not line or line.startswith("#"):
             continue
-        match = LINE.fullmatch(text)
+        match = LINE.fullmatch(line)
         if not match or match["host"] in hosts:
-            what = "given before" if match else f"not a host and its slots: {text[:60]!r}"
-            raise ValueError(f"{path}:{number}: {what}. Fix: a line like node-{number} slots=8")
+            what = "given before" if match else "not a host and its slots"
+            raise ValueError(
+                f"{name}:{number}: {line[:60]!r} is {what}. Fix: a line like node-{number} slots=8"
+            )
         hosts[match["host"]] = int(match["slots"])
     if not hosts:
-        raise ValueError(f"{path}: no host in it. Fix: lines like node-1 slots=8")
+        raise ValueError(f"{name}: no host in it. Fix: lines like node-1 slots=8")
     return hosts
 
 
@@ -43,3 +65,46 @@ def check_not_open_to_all(path: Path) -> None:
     """
     if path.stat().st_mode & stat.S_IWOTH:
         raise ValueError(f"{path}: every user can write to it. Fix: chmod o-w {path}")
+
+
+def slurm_hosts() -> list[str]:
+    """Return the machines of the Slurm allocation that this process is in.
+
+    Raises:
+        ValueError: It is in none.
+    """
+    nodes = os.environ.get("SLURM_JOB_NODELIST")
+    if not nodes:
+        raise ValueError("HOST: none given, and no Slurm allocation. Fix: name the machines")
+    command = ["scontrol", "show", "hostnames", nodes]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+
+
+def main() -> int:
+    """Run the command line; return the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("hosts", nargs="*", metavar="HOST")
+    parser.add_argument("--list", type=Path, help="file with one host per line")
+    parser.add_argument(
+        "--slots", type=int, default=os.environ.get("SLURM_GPUS_ON_NODE"),
+        help="ranks per machine (default: the GPUs of a Slurm allocation)",
+    )  # fmt: skip
+    args = parser.parse_args()
+    try:
+        listed = args.list.read_text().split() if args.list else []
+        hosts = [*args.hosts, *listed] or slurm_hosts()
+        if not args.slots or int(args.slots) < 1:
+            raise ValueError(f"--slots {args.slots}: not a number of ranks. Fix: give 1 or more")
+        text = "".join(f"{host} slots={args.slots}\n" for host in hosts)
+        parse_hostfile(text, "HOST")
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(text, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,3 +40,43 @@ def test_an_empty_a_huge_and_an_open_file_are_refused(tmp_path: Path) -> None:
     path.chmod(0o666)
     with pytest.raises(ValueError, match=f"{path}: every user can write to it. Fix: chmod o-w"):
         read_hostfile(path)
+
+
+def run(folder: Path, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    script = Path(__file__).resolve().parents[2] / "launch" / "hostfile.py"
+    environment = {"PATH": f"{folder}:/usr/bin:/bin", **variables}
+    return subprocess.run([sys.executable, script, *arguments], env=environment, cwd=folder,
+                          capture_output=True, text=True, timeout=30)  # fmt: skip
+
+
+def test_the_command_writes_what_is_read_back(tmp_path: Path) -> None:
+    (tmp_path / "machines").write_text("b\nc\n")
+    done = run(tmp_path, "a", "--list", "machines", "--slots", "8")
+    assert read_hostfile(write(tmp_path, done.stdout)) == {"a": 8, "b": 8, "c": 8}
+
+
+def test_a_slurm_allocation_is_a_hostfile(tmp_path: Path) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(
+        '#!/bin/sh\n[ "$*" = "show hostnames gpu-[7-8]" ] && echo gpu-7 && echo gpu-8'
+    )
+    scontrol.chmod(0o755)
+    done = run(tmp_path, SLURM_JOB_NODELIST="gpu-[7-8]", SLURM_GPUS_ON_NODE="4")
+    assert done.stdout == "gpu-7 slots=4\ngpu-8 slots=4\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "error: HOST: none given, and no Slurm allocation. Fix: "),
+        (["a"], "error: --slots None: not a number"),
+        (["a", "--slots", "0"], "error: --slots 0: not a number"),
+        (["a", "a", "--slots", "1"], "error: HOST:2: 'a slots=1' is given before. Fix: "),
+        (["--slots", "1", "--", "-oProxyCommand=x"], "error: HOST:1: "),
+        (["--list", "nothing", "--slots", "1"], "nothing"),
+    ],
+)
+def test_what_cannot_be_one_is_refused(tmp_path: Path, arguments: list[str], said: str) -> None:
+    done = run(tmp_path, *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr

@@ -1,0 +1,32 @@
+from pathlib import Path
+
+import pytest
+
+from launch.environment import check_environment_file, main, needed_variables
+
+
+def test_what_ranks_need_is_written_and_read_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    secret = "hf_" + 30 * "a"
+    monkeypatch.setattr("os.environ", {
+        "GLOO_SOCKET_IFNAME": "eth0", "NCCL_DEBUG": "INFO", "HF_HOME": "/a b", "EDITOR": "vi",
+        "HF_TOKEN": secret, "HF_X": secret, "OMP_NUM_THREADS": "4", "PATH": "/bin",
+    })  # fmt: skip
+    out = tmp_path / ".deepspeed_env"
+    monkeypatch.setattr("sys.argv", ["", "--out", str(out)])
+    assert main() == 0
+    written = "GLOO_SOCKET_IFNAME=eth0\nHF_HOME=/a b\nNCCL_DEBUG=INFO\nOMP_NUM_THREADS=4\n"
+    assert out.read_text() == written
+    assert out.stat().st_mode & 0o777 == 0o600
+    check_environment_file(out)
+    said = capsys.readouterr().err
+    assert "HF_TOKEN: left out" in said
+    assert "HF_X: left out" in said
+    assert secret not in said
+
+
+def test_a_value_that_a_shell_would_act_upon_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.environ", {"NCCL_X": "$(id)"})
+    with pytest.raises(ValueError, match=r"NCCL_X: a shell would act upon its value\. Fix: unset"):
+        needed_variables()
