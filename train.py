@@ -75,23 +75,12 @@ def main(argv: list[str]) -> int:
 
 def start_engine(run: Run, inputs: Inputs, device: torch.device) -> tuple[Any, Manifest | None]:
     """Build the engine, with fresh, given or resumed weights (all ranks)."""
-    from checkpoint.resuming import check_same_run, load_checkpoint, newest_intact
+    from checkpoint.resuming import load_checkpoint, newest_intact
     from launch.engine import build_engine, build_model, load_weights, set_clipping
     from model.weights import load_hf_weights
 
     config, stage = run.config, zero_stage(run.ds_config)
     checkpoint = newest_intact(inputs.checkpoints, config.resume)
-    if checkpoint:
-        check_same_run(
-            checkpoint[1],
-            precision=precision(run.ds_config),
-            model=config.gpt_config,
-            order=inputs.order,
-        )
-        if checkpoint[1].step > config.max_steps:
-            raise ValueError(
-                f"--max_steps {config.max_steps}: {checkpoint[0]} is beyond it. Fix: give more"
-            )
     model = build_model(config, run.ds_config, device)
     if inputs.init_folder:
         load_weights(model, load_hf_weights(inputs.init_folder, config.gpt_config), stage)

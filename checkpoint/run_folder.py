@@ -53,7 +53,10 @@ def lock_run_dir(run_dir: Path, needed_bytes: int) -> IO[str]:
         ValueError: Another run writes there, or it holds symbolic links.
         OSError: It cannot be written, or there is no room for a checkpoint.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--run_dir {run_dir}: {error.strerror}. Fix: give another folder") from error
     refuse_links(run_dir)
     with contextlib.ExitStack() as undo:
         lock = undo.enter_context((run_dir / LOCK).open("a+"))

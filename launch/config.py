@@ -64,7 +64,7 @@ class TrainConfig:
     keep_checkpoints: int = _flag(0, "checkpoints to keep, the newest; 0: all")
     keep_every: int = _flag(0, "of older ones keep those of a multiple of this step; 0: none")
     log_every: int = _flag(1, "steps between log lines")
-    compile: bool = _flag(False, "compile each block's training pass: minutes once, then faster")
+    compile: bool = _flag(False, "compile each block's training pass: about 20 s once")
     profile: str = _flag("", "FIRST:END: trace steps FIRST to END - 1 into RUN_DIR/profile")
     max_bad_steps: int = _flag(10, "steps in a row without a finite loss, then the run stops")
     timeouts: str = _flag("", "seconds after which a phase is hung: start=1800,step=1800,"
@@ -206,11 +206,14 @@ def _parse_bool(text: str) -> bool:
     return text.lower() == "true"
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f"error: {message}. Fix: {self.prog} --help lists the flags\n")
+
+
 def build_parser(description: str) -> argparse.ArgumentParser:
     """Return a parser with one flag per field of TrainConfig."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     hints = typing.get_type_hints(TrainConfig)
     for f in dataclasses.fields(TrainConfig):
         hint = hints[f.name]

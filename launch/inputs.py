@@ -70,6 +70,7 @@ def open_inputs(run: Run) -> Inputs:
     order = {name: getattr(config, name) for name in ("seed", "shuffle", "seq_len", "batch_tokens")}
     order["data"] = train_stream.fingerprint()
     checkpoints = find_checkpoints(config.run_dir, config.resume)
+    _check_same_run(run, checkpoints, order)
     init_folder = None
     if config.init_from and not checkpoints:
         init_folder = locate_hf_folder(config.init_from)
@@ -80,6 +81,24 @@ def open_inputs(run: Run) -> Inputs:
                 "Fix: give the --model that it is"
             )
     return Inputs(*data, init_folder, checkpoints, order)
+
+
+def _check_same_run(run: Run, checkpoints: list[Path], order: dict[str, Any]) -> None:
+    from checkpoint.manifest import read_manifest
+    from checkpoint.resuming import check_same_run
+
+    for folder in checkpoints:
+        try:
+            manifest = read_manifest(folder)
+        except ValueError:
+            continue  # which one is damaged is said when every byte has been read
+        precise = precision(run.ds_config)
+        check_same_run(manifest, precision=precise, model=run.config.gpt_config, order=order)
+        if manifest.step > run.config.max_steps:
+            raise ValueError(
+                f"--max_steps {run.config.max_steps}: {folder} is beyond it. Fix: give more"
+            )
+        return
 
 
 def take_run_dir(run: Run, inputs: Inputs) -> IO[str]:

@@ -80,6 +80,8 @@ def report(run: Run, error: Exception) -> int:
     print(f"error: rank {run.ranks.rank}: {line}", file=sys.stderr, flush=True)
     exit_status = BAD_INPUT if isinstance(error, ValueError) else FAILED
     if run.ranks.is_main:
+        # To be mended by hand: no start that counts among the restarts.
+        more = {"starts": []} if exit_status == BAD_INPUT else {}
         with contextlib.suppress(OSError):  # the disk may be what failed
-            write_status(run.config.run_dir, "failed", reason=line, exit_status=exit_status)
+            write_status(run.config.run_dir, "failed", reason=line, exit_status=exit_status, **more)
     return exit_status

@@ -108,3 +108,21 @@ def test_a_batch_beyond_the_presets_tokens_is_one_step() -> None:
 def test_the_suggested_batch_works() -> None:
     config = resolve("--batch_tokens", "525312")
     assert resolve_batch(config, 3).batch_sequences == 513
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--bogus", "1"], "error: unrecognized arguments: --bogus 1. Fix: "),
+        (["--seed", "x"], "error: argument --seed: invalid int value: 'x'. Fix: "),
+    ],
+)
+def test_what_is_no_flag_is_one_line(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_train_config(argv, "")
+    assert ended.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith(said)
+    assert err.count("\n") == 1
