@@ -87,6 +87,8 @@ def start_engine(run: Run, inputs: Inputs, device: torch.device) -> tuple[Any, M
     engine, groups = build_engine(model, config, run.ds_config, run.ranks)
     if checkpoint:
         load_checkpoint(engine, *checkpoint, precision(run.ds_config))
+        if run.ranks.is_main:
+            print(f"resumed from {checkpoint[0]}", file=sys.stderr)
         set_clipping(engine, config.grad_clip)
     if run.ranks.is_main:
         print(describe_run(config, run.batch, run.ds_config), file=sys.stderr)
@@ -239,8 +241,7 @@ def train(run: Run, inputs: Inputs, watchdog: Watchdog, stops: Stops) -> tuple[s
         if metrics:
             metrics.close()
     watchdog.phase("save")
-    consolidate_engine(engine, config.run_dir, progress.step)
-    return "finished", ""
+    return "finished", str(consolidate_engine(engine, config.run_dir, progress.step))
 
 
 if __name__ == "__main__":

@@ -33,16 +33,17 @@ def engine_weights(engine: Any) -> Iterator[tuple[str, Tensor]]:
         yield name, weight
 
 
-def consolidate_engine(engine: Any, run_dir: Path, step: int) -> None:
-    """Write `run_dir/consolidated/step_…` from a live engine (all ranks; rank 0 writes)."""
+def consolidate_engine(engine: Any, run_dir: Path, step: int) -> Path:
+    """Write a live engine as `run_dir/consolidated/step_…` (all ranks); return the folder."""
     import torch.distributed as dist
 
-    weights = engine_weights(engine)
+    weights, folder = engine_weights(engine), run_dir / "consolidated" / step_name(step)
     if dist.get_rank() == 0:
-        save_consolidated(run_dir / "consolidated" / step_name(step), engine.module.config, weights)
+        save_consolidated(folder, engine.module.config, weights)
     for _ in weights:  # the other ranks take part in gathering each weight
         pass
     dist.barrier()  # all ranks: the folder is there
+    return folder
 
 
 def save_consolidated(

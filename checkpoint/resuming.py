@@ -86,11 +86,13 @@ def newest_intact(folders: list[Path], resume: str) -> tuple[Path, Manifest] | N
             problem = str(error)
         problems = [""] * dist.get_world_size()
         dist.all_gather_object(problems, problem)  # all ranks
-        found = next(filter(None, problems), None)
+        found = next(filter(None, problems), "")
         if not found and manifest:
             return folder, manifest
         if resume == "must" or folder == folders[-1]:
-            raise ValueError(found)
+            what = found.partition(". Fix: ")[0]
+            remedy = "--resume auto" if folder != folders[-1] else "give another --run_dir"
+            raise ValueError(f"{what}. Fix: {remedy}")
         if dist.get_rank() == 0:
             print(f"warning: {found}", file=sys.stderr)
     return None

@@ -29,6 +29,24 @@ def check_unused(run_dir: Path) -> None:
         raise ValueError(f"--resume none: {run_dir} is not empty. Fix: give another --run_dir")
 
 
+def check_not_lost(run_dir: Path) -> None:
+    """Refuse to begin anew where a run has saved checkpoints that are gone.
+
+    Raises:
+        ValueError: Its log is beyond its first checkpoint; names the folder.
+    """
+    try:
+        every = json.loads((run_dir / "config.json").read_text())["checkpoint_every"]
+        steps = [int(line.split()[0]) for line in (run_dir / "log.txt").read_text().splitlines()]
+    except (OSError, ValueError, KeyError, IndexError):
+        return  # no run, or one that had not begun
+    if read_status(run_dir).get("status") == "finished" or max(steps, default=0) >= every:
+        raise ValueError(
+            f"{run_dir}: its log is at step {max(steps, default=0)}, its checkpoints are gone. "
+            "Fix: put them back, or give another --run_dir"
+        )
+
+
 def refuse_links(run_dir: Path) -> None:
     """Refuse symbolic links in a run folder: it may be somebody else's, and is written to.
 

@@ -109,12 +109,20 @@ def take_run_dir(run: Run, inputs: Inputs) -> IO[str]:
         OSError: It cannot be written, or there is no room for a checkpoint.
     """
     from checkpoint.manifest import step_of
-    from checkpoint.run_folder import check_unused, count_starts, lock_run_dir, write_status
+    from checkpoint.run_folder import (
+        check_not_lost,
+        check_unused,
+        count_starts,
+        lock_run_dir,
+        write_status,
+    )
     from checkpoint.saving import BYTES_PER_PARAMETER
 
     run_dir, gpt = run.config.run_dir, run.config.gpt_config
     if run.config.resume == "none":
         check_unused(run_dir)
+    if not inputs.checkpoints:
+        check_not_lost(run_dir)
     with contextlib.ExitStack() as undo:
         needed_bytes = BYTES_PER_PARAMETER[precision(run.ds_config)] * gpt.n_params()
         lock = undo.enter_context(lock_run_dir(run_dir, needed_bytes))

@@ -45,7 +45,7 @@ def supervise(run: Run, train: Callable[[Watchdog, Stops], tuple[str, str]]) -> 
             write_status(
                 config.run_dir, "preempted", reason=reason, exit_status=STATUS["preempted"]
             )
-        os._exit(STATUS["preempted"])  # nothing is lost: no step has been taken
+        os._exit(_status_for_launcher("preempted"))  # nothing is lost: no step has been taken
 
     stacks = config.run_dir / "stacks" / f"rank_{ranks.rank:05d}.txt"
     watchdog = Watchdog(parse_timeouts(config.timeouts), stacks, on_expiry)
@@ -59,7 +59,14 @@ def supervise(run: Run, train: Callable[[Watchdog, Stops], tuple[str, str]]) -> 
         more = {"starts": []} if status != "diverged" else {}
         write_status(config.run_dir, status, reason=reason, exit_status=STATUS[status], **more)
         print(f"{status}{': ' if reason else ''}{reason}", file=sys.stderr, flush=True)
-    return STATUS[status]
+    return _status_for_launcher(status)
+
+
+def _status_for_launcher(status: str) -> int:
+    # torchrun starts again whatever does not end with 0, and whoever asks for a stop means it.
+    count, limit = (int(os.environ.get(f"TORCHELASTIC_{name}", 0))
+                    for name in ("RESTART_COUNT", "MAX_RESTARTS"))  # fmt: skip
+    return FINISHED if status == "preempted" and count < limit else STATUS[status]
 
 
 def error_line(error: Exception) -> str:

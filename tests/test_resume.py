@@ -196,6 +196,26 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
     assert (whole / "log.txt").read_text() == logged
 
 
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(
+    whole: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logged = (whole / "log.txt").read_text()
+    command = arguments(data_dir, whole, "--max_steps", 14, "--dropout", 0.1)
+    steps = complete_steps(whole / "checkpoints")
+    for step in steps:  # all are damaged
+        (step / "rng_rank_00000.pt").write_bytes(b"")
+    assert main(command) == 2
+    assert f"{steps[0] / 'rng_rank_00000.pt'}: damaged (SHA-256). Fix: give another --run_dir" in (
+        capsys.readouterr().err
+    )
+    shutil.rmtree(whole / "checkpoints")
+    assert main(command) == 2
+    assert f"{whole}: its log is at step 12, its checkpoints are gone. Fix: " in (
+        capsys.readouterr().err
+    )
+    assert (whole / "log.txt").read_text() == logged
+
+
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("stage", [0, 1, 2, 3, pytest.param("3_offload", marks=NEEDS_COMPILER)])
 def test_a_run_of_bad_numbers_changes_no_weight_and_stops(
@@ -344,29 +364,33 @@ def test_stages_may_change_between_steps(data_dir: Path, tmp_path: Path) -> None
     assert losses(parts) == pytest.approx(losses(whole), abs=1e-5)
 
 
-def test_torchrun_restarts_a_run_that_lost_a_rank(data_dir: Path, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
+def test_torchrun_restarts_a_run_that_lost_a_rank_not_one_that_was_stopped(
+    data_dir: Path, tmp_path: Path
+) -> None:
+    run_dir, log = tmp_path / "run", tmp_path / "log"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-               "2", "--max-restarts", "1", "train.py"]  # fmt: skip
-    command += arguments(data_dir, run_dir, "--max_steps", 12, "--eval_every", 100)
+               "2", "--max-restarts", "3", "train.py"]  # fmt: skip
+    command += arguments(data_dir, run_dir, "--max_steps", 100_000, "--eval_every", 100_000)
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     environment |= {"OMP_NUM_THREADS": "1"}
-    with (tmp_path / "log").open("w") as log:
-        agent = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    with log.open("w") as file:
+        agent = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
     try:
-        found = run_dir / "log.txt"
-        thread = when(lambda: found.exists() and "\n7 train" in found.read_text(),
-                      lambda: os.kill(max(children_of(agent.pid)), signal.SIGKILL))  # fmt: skip
-        assert agent.wait(120) == 0, (tmp_path / "log").read_text()
-        thread.join()
+        when(lambda: "step     7 | loss" in log.read_text(),
+             lambda: os.kill(max(children_of(agent.pid)), signal.SIGKILL)).join()  # fmt: skip
+        when(lambda: log.read_text().count("step     7 | loss") == 2,
+             (run_dir / "STOP").touch).join()  # fmt: skip
+        assert agent.wait(60) == 0, log.read_text()
     finally:
         agent.kill()
         agent.wait()
-    said = (tmp_path / "log").read_text()
+    said = log.read_text()
     assert said.count("step     6 | loss") == 2
     assert said.count("step     4 | loss") == 1
-    assert len(losses(run_dir)) == 12
-    assert status_of(run_dir)["status"] == "finished"
+    status = status_of(run_dir)
+    assert (status["status"], status["exit_status"]) == ("preempted", 75)
+    (newest,) = complete_steps(run_dir / "checkpoints")[-1:]
+    assert len(losses(run_dir)) == step_of(newest) < 100_000
 
 
 def children_of(pid: int) -> list[int]:

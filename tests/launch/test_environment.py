@@ -30,3 +30,11 @@ def test_a_value_that_a_shell_would_act_upon_is_refused(monkeypatch: pytest.Monk
     monkeypatch.setattr("os.environ", {"NCCL_X": "$(id)"})
     with pytest.raises(ValueError, match=r"NCCL_X: a shell would act upon its value\. Fix: unset"):
         needed_variables()
+
+
+@pytest.mark.parametrize("line", ["A=`id`", "A=$(id)", "A;id=b", "A", 'A="b"', "=b"])
+def test_so_is_a_line_of_that_kind(tmp_path: Path, line: str) -> None:
+    path = tmp_path / ".deepspeed_env"
+    path.write_text(f"OK=1\n{line}\n")
+    with pytest.raises(ValueError, match=rf"{path}:2: .*Fix: a line like NAME=value"):
+        check_environment_file(path)
