@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from checkpoint.manifest import Manifest
     from data.loader import Loader
     from eval.in_loop import Evaluator
+    from launch.health import Health
     from launch.metrics import Metrics
     from launch.stops import Stops
 
@@ -135,7 +136,9 @@ def is_due(config: TrainConfig, step: int, every: int) -> bool:
     return step == config.max_steps or step % every == 0
 
 
-def save(run: Run, inputs: Inputs, engine: Any, progress: Progress, watchdog: Watchdog) -> None:
+def save(
+    run: Run, inputs: Inputs, engine: Any, progress: Progress, health: Health, watchdog: Watchdog
+) -> None:
     """Leave a checkpoint of this step, unless there is one (all ranks)."""
     from checkpoint.saving import save_checkpoint
 
@@ -149,7 +152,7 @@ def save(run: Run, inputs: Inputs, engine: Any, progress: Progress, watchdog: Wa
         samples=progress.samples,
         precision=precision(run.ds_config),
         order=inputs.order,
-        keep=run.config.keep_checkpoints,
+        keep=0 if health.last_was_bad() else run.config.keep_checkpoints,  # 0: all, good ones too
         keep_every=run.config.keep_every,
     )
     progress.saved_step = progress.step
@@ -210,7 +213,9 @@ def train(run: Run, inputs: Inputs, watchdog: Watchdog, stops: Stops) -> tuple[s
             step = progress.step
             stops.check(device)
             if is_due(config, step, config.checkpoint_every):
-                save(run, inputs, engine, progress, watchdog)  # first: evaluation may be stopped
+                save(
+                    run, inputs, engine, progress, health, watchdog
+                )  # first: evaluation may be stopped
             watchdog.phase("eval")
             engine.eval()
             evaluate(run, inputs, evaluator, step, metrics)
@@ -231,10 +236,10 @@ def train(run: Run, inputs: Inputs, watchdog: Watchdog, stops: Stops) -> tuple[s
             progress.step += 1
             progress.samples += batch.batch_sequences
             if health.is_lost:
-                save(run, inputs, engine, progress, watchdog)
-                return "diverged", f"{health.bad_in_row} steps in a row were not finite"
+                save(run, inputs, engine, progress, health, watchdog)
+                return "diverged", health.farewell(step)
     except StopRequested as stop:
-        save(run, inputs, engine, progress, watchdog)
+        save(run, inputs, engine, progress, health, watchdog)
         return "preempted", f"{stop} before step {progress.step}"
     finally:
         loader.close()

@@ -42,6 +42,21 @@ class Health:
         """Whether too many steps in a row were bad."""
         return self.bad_in_row >= self.max_bad_steps
 
+    def last_was_bad(self) -> bool:
+        """Return whether the newest step was not finite (all ranks)."""
+        if not self.pending:
+            return self.bad_in_row > 0
+        _, loss_sum, norm = self.pending[-1]
+        numbers = torch.stack([loss_sum, norm.to(loss_sum.dtype)])
+        return not bool(sum_tensor(numbers, numbers.device).isfinite().all())
+
+    def farewell(self, step: int) -> str:
+        """Say why a run ends after `step`, and what to do."""
+        return (
+            f"{self.bad_in_row} steps in a row were not finite. Fix: delete the checkpoints "
+            f"after step {step + 1 - self.bad_in_row}, then start again with a lower --lr"
+        )
+
     def add(self, step: int, loss_sum: Tensor, norm: Tensor | float) -> None:
         """Take note of a step: the sum of this rank's losses, and the global norm."""
         self.pending.append((step, loss_sum, torch.as_tensor(norm, device=loss_sum.device)))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from launch.config import BatchArithmetic, TrainConfig, to_json
 from launch.credentials import refuse_credentials
-from launch.ds_config import precision
+from launch.ds_config import precision, uses_offload
 from launch.ranks import Ranks, check_extension_locks
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ def open_inputs(run: Run) -> Inputs:
     refuse_credentials(to_json(config), "--")
     refuse_credentials(run.ds_config, f"{config.ds_config}: ")
     check_extension_locks(run.ranks)
+    _check_compiler(run)
     if config.run_dir.exists() and not config.run_dir.is_dir():
         raise ValueError(f"--run_dir {config.run_dir}: is a file. Fix: give a folder")
     verify = config.verify and run.ranks.local_rank == 0  # once per machine
@@ -81,6 +84,17 @@ def open_inputs(run: Run) -> Inputs:
                 "Fix: give the --model that it is"
             )
     return Inputs(*data, init_folder, checkpoints, order)
+
+
+def _check_compiler(run: Run) -> None:
+    needs = [name for name, does in (("--compile", run.config.compile),
+                                     ("offload", uses_offload(run.ds_config))) if does]  # fmt: skip
+    compiler = os.environ.get("CXX", "g++")
+    if needs and not shutil.which(compiler):
+        raise ValueError(
+            f"{needs[0]}: there is no C++ compiler {compiler!r}. "
+            "Fix: install g++, or name another in CXX"
+        )
 
 
 def _check_same_run(run: Run, checkpoints: list[Path], order: dict[str, Any]) -> None:

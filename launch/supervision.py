@@ -58,7 +58,8 @@ def supervise(run: Run, train: Callable[[Watchdog, Stops], tuple[str, str]]) -> 
         stops.stop_file.unlink(missing_ok=True)  # the request was met
         more = {"starts": []} if status != "diverged" else {}
         write_status(config.run_dir, status, reason=reason, exit_status=STATUS[status], **more)
-        print(f"{status}{': ' if reason else ''}{reason}", file=sys.stderr, flush=True)
+        line = f"error: {config.run_dir}: " if status == "diverged" else f"{status}: "
+        print(line + reason, file=sys.stderr, flush=True)
     return _status_for_launcher(status)
 
 

@@ -233,17 +233,22 @@ def test_a_run_of_bad_numbers_changes_no_weight_and_stops(
         return real(x, head, targets) * (float("nan") if len(calls) > 2 * 6 else 1)
 
     command = arguments(data_dir, run_dir, "--max_steps", 12, "--max_bad_steps", 3, "--log_every",
-                        2, "--checkpoint_every", 6, stage=stage)  # fmt: skip
+                        2, "--checkpoint_every", 6, "--keep_checkpoints", 1,
+                        stage=stage)  # fmt: skip
     monkeypatch.setattr(model.gpt, "linear_cross_entropy", loss)
     assert main(command) == 70
     status = status_of(run_dir)
     assert (status["status"], status["exit_status"]) == ("diverged", 70)
     err = capsys.readouterr().err
+    assert (
+        f"error: {run_dir}: 3 steps in a row were not finite. Fix: delete the checkpoints after "
+        "step 6, " in err
+    )
     for step in (6, 7, 8):
         samples = f"(samples {4 * step} to {4 * step + 3})"
         assert f"step     {step} | skipped: the loss or the gradient is not finite {samples}" in err
-    good, bad = complete_steps(run_dir / "checkpoints")
-    assert step_of(bad) == 9
+    good, bad = complete_steps(run_dir / "checkpoints")  # the good one is not pruned
+    assert (step_of(good), step_of(bad)) == (6, 9)
     a, b = (load_model(str(folder))[0].state_dict() for folder in (good, bad))
     assert all(torch.equal(a[k], b[k]) for k in a)
     monkeypatch.setattr(model.gpt, "linear_cross_entropy", real)

@@ -330,13 +330,15 @@ def test_dry_run_of_175b_imports_neither_torch_nor_deepspeed() -> None:
         (["--profile", "3"], "error: --profile 3: not FIRST:END. Fix: give such, as in 10:13"),
         (["--profile", "3:3"], "error: --profile 3:3: out of range. Fix: FIRST below END"),
         (["--profile", "3:99"], "error: --profile 3:99: out of range. Fix: FIRST below END"),
+        (["--compile"], "error: --compile: there is no C++ compiler 'no-such-compiler'. Fix: "),
         (["--run_dir", __file__], f"error: --run_dir {__file__}: is a file"),
     ],
 )
 def test_mistakes_cost_one_line_and_status_2(
     data_dir: Path, tmp_path: Path, options: list[str], message: str,
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    monkeypatch.setenv("CXX", "no-such-compiler")
     if "INIT" in options:
         reference.write_inputs(tmp_path, n_tokens=600)
         options = [str(tmp_path / "init") if o == "INIT" else o for o in options]
