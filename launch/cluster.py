@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> int:
 
     args = runner.parse_args(argv)
     try:
-        if Path(args.hostfile).is_file():
+        if args.hostfile != runner.DLTS_HOSTFILE or Path(args.hostfile).is_file():
             read_hostfile(Path(args.hostfile))
         # The operator's own options of ssh or pdsh: no shell sees them.
         check_arguments([given for given in argv if given != args.launcher_args])
@@ -65,10 +66,11 @@ def main(argv: list[str]) -> int:
             path = Path(folder, runner.DEEPSPEED_ENVIRONMENT_NAME)
             if path.is_file():
                 check_environment_file(path)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        runner.main(argv)
+    except (ValueError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        remedy = "" if "Fix: " in str(error) else ". Fix: see that ssh reaches every host"
+        print(f"error: {error}{remedy}", file=sys.stderr)
         return BAD_INPUT
-    runner.main(argv)
     return 0
 
 

@@ -142,6 +142,10 @@ def _check_ranges(config: TrainConfig) -> None:
                 raise ValueError(f"--{name} {value}: out of range. Fix: give one {words}")
     if config.resume not in ("auto", "must", "none"):
         raise ValueError(f"--resume {config.resume}: unknown. Fix: give auto, must or none")
+    if config.run_dir == Path() or not str(config.run_dir).isprintable():
+        raise ValueError(
+            f"--run_dir {str(config.run_dir)!r}: no name. Fix: give a folder, as runs/x"
+        )
     parse_timeouts(config.timeouts)
     if config.profile:
         first, end = profiled_steps(config)

@@ -113,7 +113,7 @@ def build_model(config: TrainConfig, ds_config: dict[str, Any], device: torch.de
     if zero_stage(ds_config) < 3:
         with device:  # where zero.Init builds too: the same generator, the same values
             return GPT(config.gpt_config, config.seed)
-    with deepspeed.zero.Init(config_dict_or_path=ds_config):
+    with _naming_keys(config), deepspeed.zero.Init(config_dict_or_path=ds_config):
         model = GPT(config.gpt_config, config.seed)
     # The head reads wte outside wte's own forward: gather it for the whole of GPT.forward.
     deepspeed.zero.register_external_parameter(model, model.wte.weight)
@@ -181,7 +181,7 @@ def build_engine(
     groups = decay_groups(model, config.weight_decay)
     description = describe_groups(groups)
     torch.manual_seed(config.seed + ranks.rank)  # dropout: each rank draws its own
-    with _quiet_stdout():
+    with _naming_keys(config), _quiet_stdout():
         engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=groups,  # pyright: ignore[reportArgumentType]  # annotated too narrowly
@@ -199,6 +199,21 @@ def build_engine(
     if not torch.cuda.is_initialized():
         _keep_freed_memory_after_a_step(engine.basic_optimizer)
     return engine, description
+
+
+@contextlib.contextmanager
+def _naming_keys(config: TrainConfig) -> Iterator[None]:
+    """Turn DeepSpeed's complaint about a nested key into one line."""
+    from pydantic import ValidationError
+
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ValueError(
+            f"--ds_config {config.ds_config}: {key}: {first['msg']}. Fix: correct or remove it"
+        ) from error
 
 
 def _average_in_place(optimizer: Any, world_size: int, **_: Any) -> None:

@@ -27,8 +27,12 @@ def read_hostfile(path: Path) -> dict[str, int]:
     """Return the slots of each host, in order.
 
     Raises:
-        ValueError: Everybody can write to the file, or a line is something else; names it.
+        ValueError: No file, everybody can write to it, or a line is something else; names it.
     """
+    if not path.is_file():
+        raise ValueError(
+            f"--hostfile {path}: no such file. Fix: python launch/hostfile.py writes one"
+        )
     check_not_open_to_all(path)
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path}: over {MAX_BYTES:,} bytes. Fix: one line per machine")

@@ -77,6 +77,21 @@ def test_so_does_no_argument_of_that_kind(argument: str) -> None:
         check_arguments(["train.py", argument])
 
 
+def test_a_hostfile_that_is_not_there_is_no_single_machine(shells: Path) -> None:
+    (shells / "hostfile").unlink()
+    done = start(shells, "train.py")
+    assert done.returncode == 2
+    assert "error: --hostfile hostfile: no such file. Fix: " in done.stderr
+
+
+def test_a_host_that_ssh_does_not_reach_is_named(shells: Path) -> None:
+    (shells / "bin" / "ssh").write_text("#!/bin/sh\nexit 255\n")
+    done = start(shells, "train.py")
+    assert done.returncode == 2
+    assert "host=node-1 was not reachable" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="gives a file to another user: as root only")
 def test_an_environment_file_of_somebody_else_is_refused(shells: Path) -> None:
     path = shells / ".deepspeed_env"

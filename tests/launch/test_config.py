@@ -58,6 +58,8 @@ def test_the_launchers_local_rank_is_accepted_and_ignored() -> None:
         (["--lr", "nan"], "--lr nan: out of range"),
         (["--decay_steps", "-5"], "--decay_steps -5"),
         (["--seed", str(2**32)], "--seed 4294967296: out of range. Fix: give one below"),
+        (["--run_dir", ""], r"--run_dir '\.': no name\. Fix: "),
+        (["--run_dir", "a\nb"], r"--run_dir 'a\\nb': no name"),
         (["--batch_tokens", "0"], "--batch_tokens 0: out of range"),
         (["--max_steps", "0"], "--max_steps 0: out of range"),
         (["--beta2", "1"], r"--beta2 1\.0"),
