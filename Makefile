@@ -69,6 +69,7 @@ faults: $(VENV)/installed
 	$(BIN)/python bench/faults.py --campaign step --tries 100 --folder runs/faults
 	$(BIN)/python bench/faults.py --campaign save --tries 200 --folder runs/faults
 	$(BIN)/python bench/faults.py --campaign points --folder runs/faults
+	$(BIN)/python bench/faults.py --campaign grace --tries 10 --folder runs/faults
 	$(BIN)/python bench/orphans.py --folder runs/faults
 	$(BIN)/python bench/mishaps.py --folder runs/faults
 	$(BIN)/python bench/resumes.py --folder runs/faults

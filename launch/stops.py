@@ -35,10 +35,17 @@ class Stops:
         run_dir: Where a STOP file may appear.
         on_early_stop: Called from the thread with the reason, for requests before `wait_for_check`
             is set: there is nothing to save, and `check` may be far away.
+        on_second_interrupt: Called from the thread before the process ends at once.
     """
 
-    def __init__(self, run_dir: Path, on_early_stop: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        on_early_stop: Callable[[str], None],
+        on_second_interrupt: Callable[[], None],
+    ) -> None:
         self.stop_file, self.on_early_stop = run_dir / "STOP", on_early_stop
+        self.on_second_interrupt = on_second_interrupt
         self.wait_for_check = False
         self._asked = 0  # why this rank was
         self._interrupts = 0
@@ -107,7 +114,10 @@ class Stops:
                     self._asked = self._asked or number
                     self._interrupts += number == signal.SIGINT
             if self._interrupts > 1:
-                os._exit(INTERRUPTED)
+                try:
+                    self.on_second_interrupt()
+                finally:
+                    os._exit(INTERRUPTED)
             if any(started_at(pid) != started for pid, started in self._launchers):
                 self._asked = self._asked or LAUNCHER_GONE
             if self._asked and not self.wait_for_check:

@@ -31,7 +31,7 @@ def supervise(run: Run, train: Callable[[Watchdog, Stops], tuple[str, str]]) -> 
     Returns:
         The exit status.
     """
-    from launch.stops import Stops
+    from launch.stops import INTERRUPTED, Stops
 
     config, ranks = run.config, run.ranks
     faulthandler.enable(STDERR)  # a stack also of what ends a process at once, as SIGBUS does
@@ -47,10 +47,17 @@ def supervise(run: Run, train: Callable[[Watchdog, Stops], tuple[str, str]]) -> 
             )
         os._exit(_status_for_launcher("preempted"))  # nothing is lost: no step has been taken
 
+    def on_second_interrupt() -> None:
+        if ranks.is_main:
+            reason = "a second interrupt ended it at once"
+            write_status(
+                config.run_dir, "failed", reason=reason, exit_status=INTERRUPTED, starts=[]
+            )
+
     stacks = config.run_dir / "stacks" / f"rank_{ranks.rank:05d}.txt"
     watchdog = Watchdog(parse_timeouts(config.timeouts), stacks, on_expiry)
     try:
-        with Stops(config.run_dir, on_early_stop) as stops:
+        with Stops(config.run_dir, on_early_stop, on_second_interrupt) as stops:
             status, reason = train(watchdog, stops)
     finally:
         watchdog.stop()

@@ -19,7 +19,7 @@ WAIT = """
 import sys, time
 from pathlib import Path
 from launch.stops import Stops
-with Stops(Path(sys.argv[1]), print) as stops:
+with Stops(Path(sys.argv[1]), print, lambda: print("again", flush=True)) as stops:
     stops.wait_for_check = True
     print("ready", flush=True)
     time.sleep(60)
@@ -33,7 +33,7 @@ from pathlib import Path
 program, folder, command_line, *names = sys.argv[1:]
 if names == ["rank"]:
     from launch.stops import REASONS, Stops
-    with Stops(Path(folder), print) as stops:
+    with Stops(Path(folder), print, print) as stops:
         stops.wait_for_check = True
         print("rank", os.getpid(), flush=True)
         while not stops._asked:
@@ -48,7 +48,7 @@ else:
 
 @pytest.fixture
 def stops(one_rank: Ranks, tmp_path: Path) -> Iterator[Stops]:
-    with Stops(tmp_path, pytest.fail) as stops:
+    with Stops(tmp_path, pytest.fail, pytest.fail) as stops:
         stops.wait_for_check = True
         stops.check(CPU)  # nobody has asked
         yield stops
@@ -71,7 +71,7 @@ def test_a_file_stops(stops: Stops) -> None:
 
 def test_before_the_first_check_a_stop_is_told_at_once(tmp_path: Path) -> None:
     told: list[str] = []
-    with Stops(tmp_path, told.append):
+    with Stops(tmp_path, told.append, pytest.fail):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.2)
     assert told[0] == "SIGTERM"
@@ -79,7 +79,7 @@ def test_before_the_first_check_a_stop_is_told_at_once(tmp_path: Path) -> None:
 
 def test_old_handlers_come_back(one_rank: Ranks, tmp_path: Path) -> None:
     before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
-    with Stops(tmp_path, pytest.fail):
+    with Stops(tmp_path, pytest.fail, pytest.fail):
         pass
     after = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
     assert before == after
@@ -96,6 +96,7 @@ def test_the_second_interrupt_ends_at_once(tmp_path: Path) -> None:
             process.wait(1)
         process.send_signal(signal.SIGINT)
         assert process.wait(5) == 130
+        assert process.stdout.read() == "again\n"
     finally:
         process.kill()
         process.communicate()
