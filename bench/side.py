@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from launch.inputs import Run
 
 ROOT = Path(__file__).resolve().parents[1]
+SIDES = ("seed", "hf", "trainer", "bare0", "bare1", "ddp", "zero0", "zero1", "zero2", "zero3")
 PRESETS["30m"] = replace(PRESETS["gpt2"], config=GPTConfig(6, 6, 384))  # nanoGPT's smallest
 
 
@@ -172,6 +173,8 @@ def main() -> None:
     parser.add_argument("--grad_accum", type=int, default=1, help="micro-batches (default: 1)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.side.partition("+")[0] not in SIDES:
+        parser.error(f"--side {args.side}: unknown. Fix: one of {' '.join(SIDES)}")
     losses: list[float] = []
     with tempfile.TemporaryDirectory() as run_dir:
         run = build_run(args, Path(run_dir))

@@ -50,11 +50,11 @@ class Side:
         environment |= {"WORLD_SIZE": str(n_ranks), "LOCAL_WORLD_SIZE": str(n_ranks)}
         command = [sys.executable, str(ROOT / "bench" / "side.py"), *flags]
         command += ["--side", name.replace("seed_tuned", "seed")]
-        pipe = subprocess.PIPE
+        pipe, self.said = subprocess.PIPE, tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.ranks = [
             subprocess.Popen(
                 command, cwd=ROOT, env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)},
-                stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True,
+                stdin=pipe, stdout=pipe, stderr=self.said, text=True,
             )
             for r in range(n_ranks)
         ]  # fmt: skip
@@ -66,6 +66,7 @@ class Side:
         for rank in self.ranks:
             rank.kill()
             rank.communicate()
+        self.said.close()
 
     def steps(self, n: int, count: bool = False) -> dict[str, Any]:
         """Train n steps; return rank 0's answer, the seconds of the slowest and all memory."""
@@ -83,7 +84,9 @@ class Side:
         for line in rank.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        raise RuntimeError(f"{self.name} ended: run bench/side.py by hand to see why")
+        self.said.seek(0)
+        last = ([line for line in self.said if line.strip()] or ["without a word"])[-1]
+        raise SystemExit(f"error: {self.name} ended: {last.strip()}")
 
 
 def compare(args: argparse.Namespace, names: list[str], n_ranks: int = 1) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import torch
 from checkpoint.consolidate import step_weights
 from checkpoint.foreign import ACCEPTED, load_foreign
 from checkpoint.manifest import MANIFEST, newest_step, read_manifest
+from checkpoint.run_folder import STATUS
 from model import GPT, GPTConfig
 from model.hub import locate_hf_folder
 from model.weights import fill_model, load_hf_folder
@@ -19,7 +20,9 @@ def resolve_ckpt(ckpt: str) -> str:
         ValueError: A run without a complete step.
     """
     try:
-        is_run = not Path(ckpt, MANIFEST).exists() and Path(ckpt, "checkpoints").is_dir()
+        path = Path(ckpt)
+        is_run = (path / "checkpoints").is_dir() or (path / STATUS).is_file()
+        is_run = is_run and not (path / MANIFEST).exists()
     except OSError:  # load_model says what is wrong with it
         return ckpt
     return str(newest_step(Path(ckpt))) if is_run else ckpt

@@ -272,6 +272,13 @@ def test_what_is_there_and_what_is_accepted_is_said(tmp_path: Path) -> None:
         load_model(resolve_ckpt("x" * 300))
 
 
+def test_a_run_without_a_checkpoint_is_said_to_be_one(tmp_path: Path) -> None:
+    for name in ("run_status.json", "config.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=r"nor a run with a complete checkpoint\. Fix: "):
+        load_model(str(tmp_path))
+
+
 def test_a_path_whose_folder_is_there_is_no_hub_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
