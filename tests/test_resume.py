@@ -284,6 +284,21 @@ def test_a_link_out_of_the_run_folder_is_not_followed(
     assert precious.read_text() == "mine\n"
 
 
+def test_a_folder_that_cannot_be_written_or_has_no_room_is_refused_before_the_first_step(
+    data_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(arguments(data_dir, Path("/proc/run"), "--max_steps", 1)) == 1
+    assert "error: --run_dir /proc/run: " in capsys.readouterr().err
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 2**20))
+    assert main(arguments(data_dir, tmp_path / "run", "--max_steps", 1)) == 1
+    err = capsys.readouterr().err
+    assert f"error: --run_dir {tmp_path / 'run'}: 0.00 GiB are free, a checkpoint takes 0.0" in err
+    assert "Fix: make room" in err
+
+
 def test_a_folder_that_is_no_folder_is_refused(
     data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
