@@ -31,6 +31,7 @@ LAYOUTS = {
     "ranks 2, 1, 4, 2 at stage 2": ((2, 2), (1, 2), (4, 2), (2, 2)),
     "ranks 2, 1, 4, 2 at stage 3": ((2, 3), (1, 3), (4, 3), (2, 3)),
     "stages 1, 3, 0, 2 on 2 ranks": ((2, 1), (2, 3), (2, 0), (2, 2)),
+    "2 ranks at stage 1, 1 at stage 3, 2 at stage 0": ((2, 1), (1, 3), (2, 0)),
     "both at once": ((1, 0), (4, 3), (2, 2), (4, 1), (1, 3), (2, 0)),
 }
 STOPPED = {f"stage {stage}, {precision}": (stage, precision)

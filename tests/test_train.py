@@ -199,7 +199,7 @@ def test_zero0_is_the_seeds_own_arithmetic(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage", [0, 3])
 def test_three_ranks_evaluate_in_step(data_dir: Path, tmp_path: Path, stage: int) -> None:
     options = ["--max_steps", 2, "--batch_tokens", 6 * 64, "--micro_batch_size", 2,
-               "--hellaswag_every", 2, "--hellaswag_limit", 201]  # fmt: skip
+               "--hellaswag_every", 2, "--hellaswag_limit", 51]  # fmt: skip
     three, one = tmp_path / "three", tmp_path / "one"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", "3", "train.py", *arguments(data_dir, three, stage, *options)]
@@ -214,12 +214,12 @@ def test_three_ranks_evaluate_in_step(data_dir: Path, tmp_path: Path, stage: int
         scores = [rows(run_dir, key) for run_dir in (three, one)]
         assert list(scores[0]) == [0, 2]
         assert scores[0][0] == scores[1][0]  # the weights differ after the first step only
-        assert scores[0][2] == pytest.approx(scores[1][2], abs=2.5 / 201)
+        assert scores[0][2] == pytest.approx(scores[1][2], abs=2.5 / 51)
     assert (three / "log.txt").read_text().count(" hella ") == 2
     assert_step_is_consolidated(three)
     in_loop = rows(three, "eval/hellaswag_acc_norm")[2]
     for ckpt in (three, three / "consolidated" / "step_000002"):
-        args = hellaswag.build_parser().parse_args(["--ckpt", str(ckpt), "--limit", "201"])
+        args = hellaswag.build_parser().parse_args(["--ckpt", str(ckpt), "--limit", "51"])
         assert hellaswag.run(args, read_ranks())["acc_norm"] == in_loop
 
 
@@ -284,7 +284,7 @@ def test_trace_of_a_resumed_run_begins_where_it_does(
 
 @pytest.mark.usefixtures("one_rank")
 @NEEDS_COMPILER
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1])
 def test_compiled_run_is_the_eager_one(data_dir: Path, tmp_path: Path, stage: int) -> None:
     options = ["--max_steps", 4, "--eval_every", 2, "--hellaswag_every", 2]
     options += ["--hellaswag_limit", 8, "--checkpoint_every", 2]

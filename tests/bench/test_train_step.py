@@ -1,4 +1,4 @@
-"""bench/train_step.py as people run it: every side trains to the same losses, in turns."""
+"""bench/train_step.py as people run it: the sides train to the same losses, in turns."""
 
 import json
 import statistics
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bench import parity
 
-SIDES = ["seed", "hf", "trainer", "bare0", "bare1", "zero0", "zero1"]
+SIDES = ["seed", "trainer", "bare1", "zero0", "zero1"]
 
 
 def test_all_sides_train_to_the_same_losses(tmp_path: Path) -> None:
