@@ -47,7 +47,8 @@ quickstart: $(VENV)/installed
 
 # Debian packages that some tests need, as root; without them those tests skip and say so.
 debian:
-	command -v mpirun || { apt-get update -q && apt-get install -q -y --no-install-recommends openmpi-bin; }
+	command -v mpirun && command -v pdsh && command -v ip && test -x /usr/sbin/sshd || { apt-get update -q && \
+	  apt-get install -q -y --no-install-recommends openmpi-bin openssh-server openssh-client pdsh iproute2; }
 
 test: $(VENV)/installed
 	$(BIN)/pytest
