@@ -120,9 +120,10 @@ class Metrics:
         self._write(row, f"{step} hella {acc_norm:.4f}")
 
     def close(self) -> None:
-        """Flush and close every file."""
+        """Close every file."""
         for file in (self.log, self.jsonl, self.board):
-            file.close()
+            with contextlib.suppress(OSError):  # said when the row was written
+                file.close()
 
     def _complain(self, verdict: Verdict) -> None:
         if verdict.complaint:
@@ -133,14 +134,17 @@ class Metrics:
             self.jsonl.write(json.dumps({"step": verdict.step, "complaint": line}) + "\n")
 
     def _write(self, row: Row, log_line: str) -> None:
-        self.log.write(log_line + "\n")
         finite = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
         }
-        self.jsonl.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._to_board(row)
-        for file in (self.log, self.jsonl, self.board):
-            file.flush()
+        try:
+            self.log.write(log_line + "\n")
+            self.jsonl.write(json.dumps(finite, allow_nan=False) + "\n")
+            self._to_board(row)
+            for file in (self.log, self.jsonl, self.board):
+                file.flush()
+        except OSError as error:  # a full disk has no name
+            raise OSError(error.errno, error.strerror, str(self.config.run_dir)) from error
 
     def _to_board(self, row: Row) -> None:
         for key, value in row.items():

@@ -80,8 +80,9 @@ def _status_for_launcher(status: str) -> int:
 def error_line(error: Exception) -> str:
     """Return `file: what. Fix: remedy` of an error."""
     line = (str(error) or type(error).__name__).splitlines()[0]
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}. Fix: mend that, then start again"
+    if isinstance(error, OSError) and error.errno:
+        name = error.filename or "stdout or stderr"  # all other files have their names
+        return f"{name}: {error.strerror}. Fix: mend that, then start again"
     if "Fix: " in line:
         return line
     return f"{type(error).__name__}: {line}. Fix: see the traceback, --debug"
@@ -89,14 +90,15 @@ def error_line(error: Exception) -> str:
 
 def report(run: Run, error: Exception) -> int:
     """Say in one line what ended the run; return the exit status."""
-    if run.config.debug:
-        traceback.print_exc()
     line = error_line(error)
-    print(f"error: rank {run.ranks.rank}: {line}", file=sys.stderr, flush=True)
     exit_status = BAD_INPUT if isinstance(error, ValueError) else FAILED
     if run.ranks.is_main:
         # To be mended by hand: no start that counts among the restarts.
         more = {"starts": []} if exit_status == BAD_INPUT else {}
         with contextlib.suppress(OSError):  # the disk may be what failed
             write_status(run.config.run_dir, "failed", reason=line, exit_status=exit_status, **more)
+    with contextlib.suppress(OSError):  # also that of what is printed
+        if run.config.debug:
+            traceback.print_exc()
+        print(f"error: rank {run.ranks.rank}: {line}", file=sys.stderr, flush=True)
     return exit_status
