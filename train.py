@@ -25,6 +25,7 @@ from launch.config import (
     to_json,
 )
 from launch.ds_config import load_ds_config, precision, resolve_ds_config, zero_stage
+from launch.estimate import advice, found_cluster
 from launch.inputs import Inputs, Run, open_inputs, take_run_dir
 from launch.ranks import read_ranks, say_once
 from launch.supervision import BAD_INPUT, FAILED, FINISHED, error_line, report, supervise
@@ -81,6 +82,9 @@ def start_engine(run: Run, inputs: Inputs, device: torch.device) -> tuple[Any, M
     from model.weights import load_hf_weights
 
     config, stage = run.config, zero_stage(run.ds_config)
+    warning = advice(config, run.ds_config, found_cluster(device, run.ranks))
+    if warning and run.ranks.is_main:
+        print(warning, file=sys.stderr)
     checkpoint = newest_intact(inputs.checkpoints, config.resume)
     model = build_model(config, run.ds_config, device)
     if inputs.init_folder:

@@ -29,9 +29,7 @@ def record(out: Path, title: str, rows: Rows, values: Any, *, quiet: bool = Fals
     results = json.loads(out.read_text()) if out.exists() else {}
     results[title] = {
         "command": f"python {shlex.join(sys.argv)}",
-        "commit": _git("describe", "--always", "--dirty", "--exclude=*"),
-        "machine": describe_machine(),
-        "versions": ", ".join(f"{name} {version(name)}" for name in LIBRARIES),
+        **stamp(),
         "table": rows,
         "values": values,
     }
@@ -39,6 +37,15 @@ def record(out: Path, title: str, rows: Rows, values: Any, *, quiet: bool = Fals
     out.write_text(json.dumps(results, indent=1) + "\n")
     if not quiet:
         print(f"{title}\n\n{markdown(rows)}", flush=True)
+
+
+def stamp() -> dict[str, str]:
+    """Return where something is measured: commit, machine and versions."""
+    return {
+        "commit": _git("describe", "--always", "--dirty", "--exclude=*"),
+        "machine": describe_machine(),
+        "versions": ", ".join(f"{name} {version(name)}" for name in LIBRARIES),
+    }
 
 
 def markdown(rows: Rows) -> str:

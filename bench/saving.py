@@ -28,13 +28,14 @@ def build_engine(folder: Path, model: str) -> Any:
     from data.loader import split_windows
     from launch.engine import init_process_group
     from launch.inputs import open_inputs
+    from launch.ranks import read_ranks
     from launch.step import take_step
     from train import start_engine
 
     write_tokens(folder)
     shape = {"micro_batch_size": 1, "seq_len": 64, "grad_accum": 1}
     args = argparse.Namespace(side="zero1", model=model, data_dir=folder, **shape)
-    run = build_run(args, folder / "run")
+    run = build_run(args, folder / "run", read_ranks())
     device = init_process_group(run.ranks, 600)
     engine, _ = start_engine(run, open_inputs(run), device)
     batches = (split_windows(windows, device) for windows in open_loader(run))

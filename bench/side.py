@@ -1,13 +1,15 @@
 """One side of a comparison of train steps: a process that trains when it is told to.
 
 It reads a number of steps from each line of stdin, with "count" behind it to count what they send
-to other ranks, and answers with a JSON line on stdout: seconds, losses in nats, peak memory so far,
-bytes sent. bench/train_step.py and bench/scaling.py start such processes.
+to other ranks and what tensors hold, and answers with a JSON line on stdout: seconds, losses in
+nats, peak memory so far, bytes sent and held. bench/train_step.py, scaling.py and memory.py start
+such processes.
 
 Sides: seed (build-nanogpt's way), hf (GPT2LMHeadModel in the same loop), trainer (Hugging Face's),
 bare0 and bare1 (our model without the engine, in the arithmetic of zero0 and of zero1), ddp (bare0
 on many ranks), zero0 to zero3 (the engine, on one or many). With +compile the blocks are compiled
-(bare0 to zero2), with +whole the model as one (bare0, bare1).
+(bare0 to zero2), with +whole the model as one (bare0, bare1), with +checkpointing the engine's
+blocks keep no activations.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +31,7 @@ if not __package__:  # run as a file: import from the repository root, exactly a
 
 from launch.config import TrainConfig, resolve_batch, resolve_train_config
 from launch.ds_config import load_ds_config, resolve_ds_config
-from launch.ranks import read_ranks
+from launch.ranks import Ranks, read_ranks
 from model import GPTConfig
 from model.presets import PRESETS
 
@@ -48,30 +50,34 @@ def turns(device: torch.device, losses: list[float]) -> Iterator[None]:
     """Yield once for every step that stdin asks for, and answer each line."""
     import torch
 
+    from bench.held import Held
     from bench.traffic import Traffic
     from launch.metrics import peak_memory_gib
 
     for line in sys.stdin:
         n_steps, *count = line.split()
         started = time.perf_counter()
-        with Traffic() if count else nullcontext() as traffic:
+        with ExitStack() as counting:
+            traffic = counting.enter_context(Traffic()) if count else None
+            held = counting.enter_context(Held()) if count else None
             for _ in range(int(n_steps)):
                 yield
         if device.type == "cuda":
             torch.cuda.synchronize()
         answer = {"seconds": time.perf_counter() - started, "losses": losses}
         answer |= {"peak_gib": peak_memory_gib(device)}
-        print(json.dumps(answer | {"sent_bytes": traffic and traffic.sent_bytes}), flush=True)
+        answer |= {"sent_bytes": traffic and traffic.sent_bytes}
+        answer |= {"held_bytes": held and held.peak_bytes}
+        print(json.dumps(answer), flush=True)
         losses.clear()
 
 
-def build_run(args: argparse.Namespace, run_dir: Path) -> Run:
+def build_run(args: argparse.Namespace, run_dir: Path, ranks: Ranks) -> Run:
     """Resolve the run that the engine's sides train, and whose batches the others take."""
     from bench.plain_train import LR
     from launch.inputs import Run
 
-    ranks = read_ranks()
-    engine, _, compiled = args.side.partition("+")
+    engine, _, how = args.side.partition("+")
     ds_config = ROOT / "ds_configs" / f"{engine if engine.startswith('zero') else 'zero1'}.json"
     tokens = args.micro_batch_size * args.seq_len * args.grad_accum * ranks.world_size
     config = resolve_train_config(
@@ -79,11 +85,14 @@ def build_run(args: argparse.Namespace, run_dir: Path) -> Run:
             model=args.model, data_dir=args.data_dir, run_dir=run_dir, ds_config=ds_config,
             batch_tokens=tokens, micro_batch_size=args.micro_batch_size, seq_len=args.seq_len,
             lr=LR, warmup_steps=0, min_lr_ratio=1.0, eval_tokens=args.seq_len, hellaswag_every=0,
-            compile=compiled == "compile",
+            compile=how == "compile",
         )
     )  # fmt: skip
     batch = resolve_batch(config, ranks.world_size)
-    return Run(config, batch, resolve_ds_config(load_ds_config(ds_config), config, batch), ranks)
+    raw = load_ds_config(ds_config)
+    if how == "checkpointing":
+        raw["activation_checkpointing"] = {}
+    return Run(config, batch, resolve_ds_config(raw, config, batch), ranks)
 
 
 def run_engine(run: Run, losses: list[float]) -> None:
@@ -177,7 +186,7 @@ def main() -> None:
         parser.error(f"--side {args.side}: unknown. Fix: one of {' '.join(SIDES)}")
     losses: list[float] = []
     with tempfile.TemporaryDirectory() as run_dir:
-        run = build_run(args, Path(run_dir))
+        run = build_run(args, Path(run_dir), read_ranks())
         if args.side.startswith("zero"):
             run_engine(run, losses)
         else:

@@ -24,7 +24,6 @@ from checkpoint.manifest import (
 )
 
 RECOVERY_SCRIPTS = "zero_to_*.py"  # DeepSpeed copies executable code beside its files
-BYTES_PER_PARAMETER = {"fp32": 12, "autocast": 12, "bf16": 14}  # weights, masters, two moments
 
 
 def rng_file(rank: int) -> str:

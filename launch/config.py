@@ -188,7 +188,8 @@ def resolve_batch(config: TrainConfig, world_size: int) -> BatchArithmetic:
         )
     per_rank, rest = divmod(sequences, world_size)
     if rest or not per_rank:
-        nearest = max(1, round(sequences / world_size)) * world_size * config.seq_len
+        below = per_rank * world_size * config.seq_len
+        nearest = f"{below} or " * (per_rank > 0) + f"{below + world_size * config.seq_len}"
         raise ValueError(
             f"--batch_tokens {config.batch_tokens}: {sequences} sequences do not divide among "
             f"{world_size} ranks. Fix: --batch_tokens {nearest}"

@@ -99,10 +99,15 @@ def precision(ds_config: dict[str, Any]) -> str:
     return "autocast" if ds_config.get("torch_autocast", {}).get("enabled") else "fp32"
 
 
+def offloads(ds_config: dict[str, Any], what: str) -> bool:
+    """Say whether the "optimizer" or "param" lies in the machine's memory, or on its disk."""
+    block = ds_config.get("zero_optimization", {}).get(f"offload_{what}") or {}
+    return block.get("device", "none") != "none"
+
+
 def uses_offload(ds_config: dict[str, Any]) -> bool:
     """Say whether the optimizer runs on the CPU beside another device's model."""
-    offload = ds_config.get("zero_optimization", {}).get("offload_optimizer") or {}
-    return offload.get("device", "none") != "none"
+    return offloads(ds_config, "optimizer")
 
 
 def _auto_sizes(gpt: GPTConfig) -> dict[str, int]:

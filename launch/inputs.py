@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 from launch.config import BatchArithmetic, TrainConfig, to_json
 from launch.credentials import refuse_credentials
 from launch.ds_config import precision, uses_offload
+from launch.memory import CHECKPOINT_BYTES
 from launch.ranks import Ranks, check_extension_locks
 
 if TYPE_CHECKING:
@@ -130,7 +131,6 @@ def take_run_dir(run: Run, inputs: Inputs) -> IO[str]:
         lock_run_dir,
         write_status,
     )
-    from checkpoint.saving import BYTES_PER_PARAMETER
 
     run_dir, gpt = run.config.run_dir, run.config.gpt_config
     if run.config.resume == "none":
@@ -138,7 +138,7 @@ def take_run_dir(run: Run, inputs: Inputs) -> IO[str]:
     if not inputs.checkpoints:
         check_not_lost(run_dir)
     with contextlib.ExitStack() as undo:
-        needed_bytes = BYTES_PER_PARAMETER[precision(run.ds_config)] * gpt.n_params()
+        needed_bytes = CHECKPOINT_BYTES[precision(run.ds_config)] * gpt.n_params()
         lock = undo.enter_context(lock_run_dir(run_dir, needed_bytes))
         step = step_of(inputs.checkpoints[0]) if inputs.checkpoints else 0
         write_status(run_dir, "running", starts=count_starts(run_dir, step))

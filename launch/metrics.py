@@ -17,16 +17,8 @@ from typing import Any
 import torch
 
 from launch.config import TrainConfig, to_json
+from launch.devices import flops_of
 from launch.health import Verdict
-
-# Dense bf16 peaks in FLOP/s, from NVIDIA's data sheets, by a part of the device's name.
-PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-}
 
 Row = dict[str, Any]
 
@@ -35,8 +27,7 @@ def peak_flops(device: torch.device) -> float | None:
     """Return the peak of one device in FLOP/s, or None where it is not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return flops_of(torch.cuda.get_device_name(device))
 
 
 def peak_memory_gib(device: torch.device) -> float:

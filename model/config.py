@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 VOCAB_ALIGNMENT = 128  # rows of wte: whole tiles of every matrix unit
+CHUNK_LOGITS = 2**25  # that the loss holds at a time, in the dtype of the products: 64 MiB in bf16
 
 
 @dataclass(frozen=True)

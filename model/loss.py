@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.config import CHUNK_LOGITS
 from model.linear import linear
 
 IGNORE_INDEX = -100  # PyTorch's convention for targets that do not count
-CHUNK_LOGITS = 2**25  # logits held at a time, in the dtype of the products: 64 MiB in bf16
 CACHED_ROWS = 16  # of fp32 logits: 3 MiB
 CACHED_PRODUCT_ROWS = 4096  # of the head's gradient
 EVAL_CHUNK_LOGITS = 2**24  # without a gradient: 64 MiB, and as fast

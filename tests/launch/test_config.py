@@ -91,7 +91,11 @@ def test_every_preset_divides_among_one_rank(model: str) -> None:
     ("argv", "world_size", "message"),
     [
         (["--batch_tokens", "500000"], 1, "Fix: --batch_tokens 499712"),
-        ([], 3, r"512 sequences do not divide among 3 ranks\. Fix: --batch_tokens 525312"),
+        (
+            [],
+            3,
+            r"512 sequences do not divide among 3 ranks\. Fix: .* 522240 or 525312",
+        ),
         (["--micro_batch_size", "48"], 8, "Fix: --micro_batch_size 32"),
         (["--batch_tokens", "1024"], 2, "Fix: --batch_tokens 2048"),
     ],

@@ -1,0 +1,80 @@
+"""What each kind of device can do, by its maker's data sheet, and what share of it a GPT gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device in the machine that it is usually sold in.
+
+    Attributes:
+        memory_bytes: That its driver shows.
+        flops: Dense bf16 peak with fp32 sums, FLOP/s.
+        memory_bytes_s: Of its own memory.
+        peer_bytes_s: To the other devices of its machine, in each direction.
+        network_bytes_s: To other machines, for each device and direction.
+        host_bytes: Of its machine's own memory, for each device.
+        host_bytes_s: To that memory, in each direction.
+        matmul_share: Of `flops` that a GPT's matrix products get, in the long run.
+        attention_share: The same for attention.
+        on_gpu: Whether it is one.
+    """
+
+    memory_bytes: int
+    flops: float
+    memory_bytes_s: float
+    peer_bytes_s: float
+    network_bytes_s: float
+    host_bytes: int
+    host_bytes_s: float
+    matmul_share: float
+    attention_share: float
+    on_gpu: bool = True
+
+
+# Sources: NVIDIA's data sheets of A100 (40GB and 80GB SXM), H100 SXM, H200 SXM, DGX B200 and L40S,
+# its Ada GPU architecture paper (4090), AMD's data sheet of MI300X; memory as drivers show it.
+# Machines of eight. Networks and memory of the machine are those of DGX A100 (200 Gbit/s and 128 or
+# 256 GiB for each device), H100 and H200 (400, 256), B200 (400, 512) and their like; of the PCIe
+# cards a guess: 100 Gbit/s, 64 GiB. PCIe gives 25 GB/s in generation 4 and 50 in generation 5.
+# The shares of A100 and H100 are fitted to llm.c's runs (docs/SCALING.md); the others have those of
+# the nearest, MI300X and B200 less, for want of such runs. On two AVX-512 cores in bf16 (AMD EPYC,
+# docs/BENCHMARKS.md) it is what products reach that stands for the peak.
+DEVICES = {
+    "a100-40": Device(40 * GIB, 312e12, 1.555e12, 300e9, 25e9, 128 * GIB, 25e9, 0.75, 0.4),
+    "a100": Device(80 * GIB, 312e12, 2.039e12, 300e9, 25e9, 256 * GIB, 25e9, 0.75, 0.4),
+    "h100": Device(80 * GIB, 989e12, 3.35e12, 450e9, 50e9, 256 * GIB, 50e9, 0.56, 0.35),
+    "h200": Device(140 * GIB, 989e12, 4.8e12, 450e9, 50e9, 256 * GIB, 50e9, 0.56, 0.35),
+    "b200": Device(179 * GIB, 2250e12, 8e12, 900e9, 50e9, 512 * GIB, 50e9, 0.5, 0.3),
+    "l40s": Device(45 * GIB, 362e12, 0.864e12, 25e9, 12.5e9, 64 * GIB, 25e9, 0.75, 0.4),
+    "4090": Device(24 * GIB, 165e12, 1.008e12, 25e9, 12.5e9, 64 * GIB, 25e9, 0.75, 0.4),
+    "mi300x": Device(192 * GIB, 1307e12, 5.3e12, 448e9, 50e9, 256 * GIB, 50e9, 0.4, 0.3),
+    "cpu": Device(24 * GIB, 0.4e12, 20e9, 5e9, 1e9, 24 * GIB, 20e9, 0.75, 0.4, on_gpu=False),
+}
+PARTS = {  # of the name that a device gives itself, the first that fits, with its kind
+    "H200": "h200", "H100": "h100", "B200": "b200", "A100": "a100", "L40S": "l40s",
+    "RTX 4090": "4090", "MI300X": "mi300x",
+}  # fmt: skip
+SLOWER = {"H100 PCIe": 756e12, "H100 NVL": 835e12}  # NVIDIA H100 data sheet, FLOP/s
+
+
+def get_device(kind: str) -> Device:
+    """Return the device called `kind`.
+
+    Raises:
+        ValueError: No such kind; the message lists them all.
+    """
+    if kind not in DEVICES:
+        raise ValueError(f"--device {kind}: unknown. Fix: choose from {', '.join(DEVICES)}")
+    return DEVICES[kind]
+
+
+def flops_of(name: str) -> float | None:
+    """Return the peak in FLOP/s of a device by the name it gives itself; None if not known."""
+    kinds = (DEVICES[kind].flops for part, kind in PARTS.items() if part in name)
+    slower = (flops for part, flops in SLOWER.items() if part in name)
+    return next(slower, None) or next(kinds, None)

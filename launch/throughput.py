@@ -1,0 +1,100 @@
+"""What one optimizer step costs: bytes that a rank sends, and seconds by what they go to.
+
+A roofline: matrix products and attention at the share of the peak that long runs reach, everything
+else at the speed of memory. docs/SCALING.md compares it with published runs, and the bytes with
+those that were counted.
+"""
+
+from __future__ import annotations
+
+from launch.config import BatchArithmetic
+from launch.devices import Device
+from launch.ds_config import offloads
+from launch.memory import Shard, comm_bytes, elements_kept_near
+
+# Passes over the residual stream's width C, for each token and block: two LayerNorms (2 forward, 4
+# backward), two residual sums (3, and their gradients 3), GELU over 4C (8; again 8, and 12), and
+# the sums that are the biases' gradients (9).
+FORWARD_PASSES, BACKWARD_PASSES = 18, 43
+LOSS_BYTES = 26  # a logit: written, read, in fp32 twice, its gradient, and read by two products
+UPDATE_BYTES = 30  # a parameter: gradient, master, two moments; all but the first written; weight
+LINK_SHARE = 0.8  # of a link's bandwidth that NCCL's large collectives get
+HOP_S = 3.5e-6  # of a ring for each rank: fitted to llm-foundry's 1B on 8, 64 and 512 H100
+HIDDEN = 0.5  # of ZeRO-3's communication, behind the computation
+LAUNCH_S = 300e-6  # for the 40 kernels of a block, forward and backward, by Python: an assumption
+HOST_MEMORY_BYTES_S = 200e9  # of a machine with two processors, for the optimizer on the CPU
+
+
+def sent_bytes(shard: Shard, batch: BatchArithmetic) -> float:
+    """Return what rings send from one rank in one optimizer step, in bytes."""
+    micro, w, c = batch.grad_accum_steps, shard.weight_bytes, comm_bytes(shard)
+    if shard.stage == 0:
+        per_step = 2 * c * shard.n_params
+    elif shard.stage == 1:
+        per_step = (2 * (4 if shard.has_flat_gradients else c) + w) * shard.n_params
+    elif shard.stage == 2:  # every micro-batch reduces; whole buckets, unless told otherwise
+        times = 2 if shard.zero_option("use_multi_rank_bucket_allreduce", True) else 1
+        per_step = (micro * times * c + w) * shard.n_params
+    else:  # weights are gathered forward, and backward too if they did not stay
+        again = shard.n_params - shard.head - elements_kept_near(shard)
+        per_step = micro * (c * shard.n_params + w * (shard.n_params + again))
+    return per_step * (1 - 1 / shard.world_size)
+
+
+def step_seconds(
+    shard: Shard, batch: BatchArithmetic, seq_len: int, device: Device, nodes: int
+) -> dict[str, float]:
+    """Return the seconds of one optimizer step by what they go to.
+
+    Args:
+        shard: What one rank trains.
+        batch: How the step is split.
+        seq_len: Tokens of a sequence.
+        device: Of each rank.
+        nodes: Machines, each with as many ranks.
+    """
+    gpt, tokens = shard.gpt, shard.tokens * batch.grad_accum_steps
+    again = 4 / 3 if "activation_checkpointing" in shard.ds_config else 1  # the forward, twice
+    products = 6 * (again * 12 * gpt.n_layer * gpt.n_embd**2 + shard.head)
+    attention = again * 6 * gpt.n_layer * gpt.n_embd * seq_len  # the causal half
+    passes = FORWARD_PASSES + BACKWARD_PASSES + (FORWARD_PASSES if again > 1 else 0)
+    streamed = 2 * passes * gpt.n_layer * gpt.n_embd
+    updated = shard.n_params / (shard.world_size if shard.stage else 1)
+    seconds = {
+        "matrix products": tokens * products / (device.flops * device.matmul_share),
+        "attention": tokens * attention / (device.flops * device.attention_share),
+        "elementwise": tokens * streamed / device.memory_bytes_s,
+        "loss": tokens * LOSS_BYTES * gpt.padded_vocab_size / device.memory_bytes_s,
+        "optimizer": UPDATE_BYTES * updated / device.memory_bytes_s,
+    }
+    launches = LAUNCH_S * gpt.n_layer * batch.grad_accum_steps * again if device.on_gpu else 0
+    seconds["launches"] = max(0.0, launches - sum(seconds.values()))
+    seconds["communication"] = _communication(shard, batch, device, nodes)
+    if offloads(shard.ds_config, "optimizer"):
+        seconds["optimizer"] = _offloaded_update(shard, batch, device, nodes)
+    return seconds
+
+
+def _communication(shard: Shard, batch: BatchArithmetic, device: Device, nodes: int) -> float:
+    # Each machine's devices share its links: what all of them gather enters it once.
+    per_node = shard.world_size // nodes
+    link = device.peer_bytes_s
+    if nodes > 1:
+        link = device.network_bytes_s * per_node
+        link = min(link, device.peer_bytes_s) if per_node > 1 else link
+    seconds = sent_bytes(shard, batch) / (LINK_SHARE * link)
+    if shard.stage < 3:
+        return seconds
+    collectives = 3 * shard.gpt.n_layer * batch.grad_accum_steps
+    waits = collectives * HOP_S * (shard.world_size - 1)
+    return (1 - HIDDEN) * seconds + waits
+
+
+def _offloaded_update(shard: Shard, batch: BatchArithmetic, device: Device, nodes: int) -> float:
+    share = shard.n_params / shard.world_size
+    per_node = shard.world_size // nodes
+    moved = share * (comm_bytes(shard) * batch.grad_accum_steps + shard.weight_bytes)
+    if offloads(shard.ds_config, "param"):
+        moved += 2 * share * shard.weight_bytes * batch.grad_accum_steps
+    updated = UPDATE_BYTES * share / (HOST_MEMORY_BYTES_S / per_node)
+    return moved / device.host_bytes_s + updated
