@@ -54,7 +54,7 @@ def measure(model: str, side: str, n_ranks: int) -> dict[str, float]:
 def planned(model: str, side: str, n_ranks: int) -> dict[str, float]:
     """Return what the plan says of the same, in bytes."""
     args = argparse.Namespace(**shape(model), side=side, data_dir=Path())
-    run = build_run(args, Path(), Ranks(0, 0, n_ranks, n_ranks))
+    run = build_run(args, Path("run"), Ranks(0, 0, n_ranks, n_ranks))
     shard = shard_of(run.config, run.batch, run.ds_config, on_gpu=False)
     return {"held_bytes": sum(peak(shard).values()), "sent_bytes": sent_bytes(shard, run.batch)}
 
