@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from launch import memory, throughput
 from launch.config import MAX_DERIVED_MICRO_BATCH, BatchArithmetic, TrainConfig, resolve_batch
 from launch.devices import DEVICES, GIB, Device
-from launch.ds_config import load_ds_config, precision, resolve_ds_config, uses_offload
+from launch.ds_config import load_ds_config, precision, resolve_ds_config, uses_offload, zero_stage
 
 if TYPE_CHECKING:
     import torch
@@ -19,9 +20,37 @@ if TYPE_CHECKING:
     from launch.ranks import Ranks
 
 DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"
-CHECKPOINTING = "activation_checkpointing"
+CHECKPOINTING, WITH = "activation_checkpointing", " with "
 FRAGMENTS = 0.04  # of the memory: what the allocator cannot use
+HARDLY = 0.05  # slower
 DAY_S = 86_400
+STORAGE_BYTES_S = 2e9  # from each machine to the shared storage: an assumption
+DEVICE_HOURS_A_FAULT = 45_000  # Llama 3 (2024), section 3.3.4: 466 in 54 days of 16,384 H100
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Machines, each with the same devices; one rank on each device.
+
+    Raises:
+        ValueError: Less than one of either.
+    """
+
+    device: Device
+    nodes: int
+    gpus_per_node: int
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "gpus_per_node"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"--{name} {getattr(self, name)}: out of range. Fix: give one above 0"
+                )
+
+    @property
+    def world_size(self) -> int:
+        """Return the ranks of all machines."""
+        return self.nodes * self.gpus_per_node
 
 
 @dataclass(frozen=True)
@@ -31,7 +60,7 @@ class Estimate:
     Attributes:
         config: Resolved, and so are `batch` and `ds_config`.
         name: Of the ds_config, for people.
-        device: Of each rank.
+        cluster: It runs on.
         parts: Bytes that a rank holds at its fullest moment, by what they are.
         seconds: Of one optimizer step, by what they go to.
         host_bytes: That a rank keeps in its machine's memory.
@@ -42,7 +71,7 @@ class Estimate:
     batch: BatchArithmetic
     ds_config: dict[str, Any]
     name: str
-    device: Device
+    cluster: Cluster
     parts: memory.Parts
     seconds: dict[str, float]
     host_bytes: float
@@ -51,17 +80,18 @@ class Estimate:
     @property
     def peak_bytes(self) -> float:
         """Return what a rank holds at its fullest moment, and what the framework reserves."""
-        return sum(self.parts.values()) + memory.RESERVED_BYTES
+        offloaded = 0 if self.cluster.device.on_gpu else self.host_bytes  # the same memory
+        return sum(self.parts.values()) + memory.RESERVED_BYTES + offloaded
 
     @property
     def spare_bytes(self) -> float:
         """Return what is left of a device's memory; below 0 the run does not fit."""
-        return self.device.memory_bytes * (1 - FRAGMENTS) - self.peak_bytes
+        return self.cluster.device.memory_bytes * (1 - FRAGMENTS) - self.peak_bytes
 
     @property
     def lacking_bytes(self) -> float:
         """Return what a device, or its share of the machine's memory, has too little; 0: fits."""
-        return max(0.0, -self.spare_bytes, self.host_bytes - self.device.host_bytes)
+        return max(0.0, -self.spare_bytes, self.host_bytes - self.cluster.device.host_bytes)
 
     @property
     def fits(self) -> bool:
@@ -69,20 +99,25 @@ class Estimate:
         return self.lacking_bytes == 0
 
     @property
+    def step_s(self) -> float:
+        """Return the seconds of one optimizer step."""
+        return sum(self.seconds.values())
+
+    @property
     def tokens_per_s(self) -> float:
         """Return the tokens that all ranks together train in a second."""
-        return self.config.batch_tokens / sum(self.seconds.values())
+        return self.config.batch_tokens / self.step_s
 
     @property
     def mfu(self) -> float:
         """Return the share of the peak that goes into 6N + 12·L·C·T FLOPs per token (PaLM)."""
         flops = self.config.gpt_config.flops_per_token(self.config.seq_len)
-        return self.tokens_per_s * flops / (self.batch.world_size * self.device.flops)
+        return self.tokens_per_s * flops / (self.cluster.world_size * self.cluster.device.flops)
 
     @property
     def days(self) -> float:
         """Return the days that all steps take."""
-        return self.config.max_steps * sum(self.seconds.values()) / DAY_S
+        return self.config.max_steps * self.step_s / DAY_S
 
     @property
     def checkpoint_bytes(self) -> float:
@@ -90,19 +125,16 @@ class Estimate:
         kind = precision(self.ds_config)
         return memory.CHECKPOINT_BYTES[kind] * self.config.gpt_config.n_params()
 
-
-@dataclass(frozen=True)
-class Cluster:
-    """Machines, each with the same devices; one rank on each device."""
-
-    device: Device
-    nodes: int
-    gpus_per_node: int
+    @property
+    def save_s(self) -> float:
+        """Return the seconds that a checkpoint takes: each machine writes its share."""
+        return self.checkpoint_bytes / (STORAGE_BYTES_S * self.cluster.nodes)
 
     @property
-    def world_size(self) -> int:
-        """Return the ranks of all machines."""
-        return self.nodes * self.gpus_per_node
+    def checkpoint_every(self) -> int:
+        """Return the steps between checkpoints with which saving and faults cost least (Young)."""
+        fault_s = 3600 * DEVICE_HOURS_A_FAULT / self.cluster.world_size
+        return max(1, round(math.sqrt(2 * self.save_s * fault_s) / self.step_s))
 
 
 def estimate(config: TrainConfig, raw: dict[str, Any], name: str, cluster: Cluster) -> Estimate:
@@ -117,7 +149,7 @@ def estimate(config: TrainConfig, raw: dict[str, Any], name: str, cluster: Clust
     device = cluster.device
     shard = memory.shard_of(config, batch, ds_config, device.on_gpu)
     seconds = throughput.step_seconds(shard, batch, config.seq_len, device, cluster.nodes)
-    return Estimate(config, batch, ds_config, name, device, memory.peak(shard), seconds,
+    return Estimate(config, batch, ds_config, name, cluster, memory.peak(shard), seconds,
                 memory.host_bytes(shard), throughput.sent_bytes(shard, batch))  # fmt: skip
 
 
@@ -145,16 +177,19 @@ def candidates() -> dict[str, dict[str, Any]]:
     """Return the shipped ds_configs by name, each also with activation checkpointing."""
     found = {}
     for path in sorted(DS_CONFIGS.glob("*.json")):
-        raw = load_ds_config(path)
-        found[path.name] = raw
-        found[f'{path.name} with "{CHECKPOINTING}": {{}}'] = raw | {CHECKPOINTING: {}}
+        found |= _with_and_without(path.name, load_ds_config(path))
     return found
+
+
+def _with_and_without(name: str, raw: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {name: raw, f'{name}{WITH}"{CHECKPOINTING}": {{}}': raw | {CHECKPOINTING: {}}}
 
 
 def rank_candidates(config: TrainConfig, cluster: Cluster) -> list[Estimate]:
     """Estimate with every candidate, each at its best; what fits first, then the cheaper first.
 
-    Offload comes behind: how fast a machine's processors update is the least certain.
+    Of those that are hardly slower than the fastest the lowest stage comes first, for estimates are
+    no finer. Offload comes behind: how fast a machine's processors update is the least certain.
     """
     limit = config.micro_batch_size or MAX_DERIVED_MICRO_BATCH
     fixed = config.micro_batch_size is not None
@@ -164,10 +199,14 @@ def rank_candidates(config: TrainConfig, cluster: Cluster) -> list[Estimate]:
         else largest_fitting(config, raw, name, cluster, limit)
         for name, raw in candidates().items()
     ]
-    return sorted(
-        found,
-        key=lambda e: (e.lacking_bytes, uses_offload(e.ds_config), sum(e.seconds.values())),
-    )
+    first = [(e.lacking_bytes, uses_offload(e.ds_config), e.step_s) for e in found]
+    hardly_slower = min(first)[2] * (1 + HARDLY)
+
+    def order(e: Estimate) -> tuple[float, ...]:
+        stage = zero_stage(e.ds_config) if e.step_s <= hardly_slower else math.inf
+        return e.lacking_bytes, uses_offload(e.ds_config), stage, e.step_s
+
+    return sorted(found, key=order)
 
 
 def found_cluster(device: torch.device, ranks: Ranks) -> Cluster:
@@ -193,22 +232,23 @@ def advice(config: TrainConfig, ds_config: dict[str, Any], cluster: Cluster) -> 
     if planned.fits:
         return None
     limit = config.micro_batch_size
-    near = {"": ds_config, CHECKPOINTING: ds_config | {CHECKPOINTING: {}}} | candidates()
+    near = _with_and_without("", ds_config) | candidates()
     fitting = (
         (name, found)
         for name, raw in near.items()
         if (found := largest_fitting(config, raw, name, cluster, limit)).fits
     )
-    name, found = next(fitting, ("nothing", None))
-    if found is None:
-        remedy = "more devices: no ds_config fits"
-    elif name == CHECKPOINTING:
-        remedy = f'add "{CHECKPOINTING}": {{}} to {config.ds_config}'
+    name, found = next(fitting, (None, None))
+    if name is None or found is None:
+        remedy = "take more devices: no ds_config fits"
     else:
-        remedy = f"--ds_config ds_configs/{name}" if name else ""
-    if found and found.batch.micro_batch_size != limit:
-        remedy += f" --micro_batch_size {found.batch.micro_batch_size}"
+        file, _, checkpoints = name.partition(WITH)
+        size = found.batch.micro_batch_size
+        flags = [f"--ds_config ds_configs/{file}"] if file else []
+        flags += [f"--micro_batch_size {size}"] if size != limit else []
+        flags += [f"add {checkpoints} to {file or config.ds_config}"] if checkpoints else []
+        remedy = ", ".join(flags)
     return (
         f"warning: this run needs {planned.peak_bytes / GIB:.1f} GiB on each device of "
-        f"{cluster.device.memory_bytes / GIB:.1f} (launch/plan.py). Fix: {remedy.strip()}"
+        f"{cluster.device.memory_bytes / GIB:.1f} (launch/plan.py). Fix: {remedy}"
     )

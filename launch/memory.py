@@ -157,7 +157,7 @@ def _activations(shard: Shard) -> tuple[Parts, float]:
     # of width C for each token and block: x, ln_1, q, k, v, y, x, ln_2 and four of the MLP; with
     # autocast the two x are fp32. Its backward: gradient, gelu, and the gradients of both.
     width = shard.tokens * shard.gpt.n_embd
-    wide, narrow = _activation_bytes(shard)
+    wide, narrow = activation_bytes(shard)
     one = (2 * wide + 10 * narrow) * width
     backward = (wide + 13 * narrow) * width
     ends = 2 * wide * width
@@ -171,8 +171,8 @@ def _activations(shard: Shard) -> tuple[Parts, float]:
     return states | {"activations": n_layer * one + ends}, backward
 
 
-def _activation_bytes(shard: Shard) -> tuple[int, int]:
-    # Of the residual stream, and of what goes into and comes out of a matrix product.
+def activation_bytes(shard: Shard) -> tuple[int, int]:
+    """Return the bytes of an element of the residual stream, and of matrix products' operands."""
     return {"bf16": (2, 2), "autocast": (4, 2), "fp32": (4, 4)}[precision(shard.ds_config)]
 
 
@@ -188,7 +188,7 @@ def _casts(shard: Shard, in_backward: bool) -> float:
 
 def _loss(shard: Shard) -> float:
     # model/loss.py: one chunk's logits, their fp32 twins, and the two gradients.
-    narrow = _activation_bytes(shard)[1]
+    narrow = activation_bytes(shard)[1]
     V = shard.gpt.padded_vocab_size
     rows = -(-shard.tokens // -(-shard.tokens * V // CHUNK_LOGITS))
     twins = 4 * rows * V if shard.on_gpu else 0

@@ -27,6 +27,7 @@ from launch.devices import DEVICES, GIB, get_device
 from launch.ds_config import load_ds_config
 from launch.estimate import (
     CHECKPOINTING,
+    DEVICE_HOURS_A_FAULT,
     Cluster,
     Estimate,
     estimate,
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> int:
     if args.json:
         print(json.dumps(to_json(chosen)))
     else:
-        print(describe(chosen, others, cluster, args.price_per_gpu_hour))
+        print(describe(chosen, others, args))
     return 0 if chosen.fits else 1
 
 
@@ -117,17 +118,16 @@ def resolve(model: str, args: argparse.Namespace) -> TrainConfig:
     )
 
 
-def describe(
-    chosen: Estimate, others: list[Estimate], cluster: Cluster, price: float | None
-) -> str:
+def describe(chosen: Estimate, others: list[Estimate], args: argparse.Namespace) -> str:
     """Return an estimate for people, and why it was chosen before the others."""
     config, batch = chosen.config, chosen.batch
-    step_s, hours = sum(chosen.seconds.values()), chosen.days * 24 * cluster.world_size
+    price, cluster, step_s = args.price_per_gpu_hour, chosen.cluster, chosen.step_s
+    hours = chosen.days * 24 * cluster.world_size
     parts = chosen.parts | {"reserved": memory.RESERVED_BYTES}
     largest = largest_fitting(config, chosen.ds_config, "", cluster).batch.micro_batch_size
     lines = {
         config.model: f"{config.gpt_config.n_params():,} parameters on {cluster.nodes} x "
-        f"{cluster.gpus_per_node} devices, {chosen.name}: {_verdict(chosen)}",
+        f"{cluster.gpus_per_node} {args.device}, {chosen.name}: {_verdict(chosen)}",
         "memory": f"{_gib(chosen.peak_bytes)} a device: {_shares(parts, _gib)}",
         "batch": f"{config.batch_tokens:,} tokens = {batch.micro_batch_size} sequences x "
         f"{config.seq_len} tokens x {batch.grad_accum_steps} micro-batches x {batch.world_size} "
@@ -138,7 +138,9 @@ def describe(
         "run": f"{config.max_steps:,} steps: {chosen.days:.3g} days, {hours:,.0f} device-hours"
         + (f", {price * hours:,.0f} at {price:g} an hour" if price else ""),
         "sent": f"{_gib(chosen.sent_bytes)} from each rank in a step",
-        "checkpoint": f"{_gib(chosen.checkpoint_bytes)} on disk each",
+        "checkpoint": f"{_gib(chosen.checkpoint_bytes)} on disk each, {chosen.save_s:,.1f} s; "
+        f"--checkpoint_every {chosen.checkpoint_every} costs least with a fault in "
+        f"{DEVICE_HOURS_A_FAULT:,} device-hours",
     }
     if chosen.host_bytes:
         lines["host"] = f"{_gib(chosen.host_bytes)} of a machine's memory for each rank"
@@ -150,8 +152,10 @@ def describe(
 
 def _verdict(chosen: Estimate) -> str:
     if chosen.spare_bytes >= 0 and not chosen.fits:
-        return f"does not fit: a machine has {_gib(chosen.device.host_bytes)} for each device"
-    spare = f"{_gib(abs(chosen.spare_bytes))} of {_gib(chosen.device.memory_bytes)}"
+        return (
+            f"does not fit: a machine has {_gib(chosen.cluster.device.host_bytes)} for each device"
+        )
+    spare = f"{_gib(abs(chosen.spare_bytes))} of {_gib(chosen.cluster.device.memory_bytes)}"
     return f"fits, {spare} spare" if chosen.fits else f"does not fit by {spare}"
 
 
@@ -159,10 +163,10 @@ def _reason(chosen: Estimate, others: list[Estimate]) -> str:
     if not chosen.fits:
         return "none of ds_configs/ fits, with or without activation checkpointing"
     fitting = sum(e.fits for e in others)
-    faster = [e for e in others if e.tokens_per_s > chosen.tokens_per_s]
-    missing = [f"{e.name} lacks {_gib(e.lacking_bytes)}" for e in faster if not e.fits]
-    reason = f"the fastest of the {fitting + 1} that fit, of {len(others) + 1} tried"
-    return f"{reason}; {'; '.join(missing[:2]) or 'none is faster'}"
+    faster = [e for e in others if e.step_s < chosen.step_s and not e.fits]
+    missing = [f"{e.name} lacks {_gib(e.lacking_bytes)}" for e in faster]
+    reason = f"{fitting + 1} of {len(others) + 1} tried fit; of the fastest the lowest stage"
+    return "; ".join([reason, *missing[:2]])
 
 
 def _gib(n_bytes: float) -> str:
@@ -172,6 +176,21 @@ def _gib(n_bytes: float) -> str:
 
 def _shares(parts: dict[str, float], show: Callable[[float], str]) -> str:
     return " | ".join(f"{name} {show(value)}" for name, value in parts.items() if value)
+
+
+def split(n_devices: int, args: argparse.Namespace) -> Cluster:
+    """Return the machines that so many devices are.
+
+    Raises:
+        ValueError: The last machine would have fewer than the others.
+    """
+    per_node = min(n_devices, args.gpus_per_node)
+    if n_devices < 1 or n_devices % per_node:
+        raise ValueError(
+            f"--gpus {n_devices}: no whole machines of --gpus_per_node {args.gpus_per_node}. "
+            "Fix: give a multiple"
+        )
+    return Cluster(get_device(args.device), n_devices // per_node, per_node)
 
 
 def table(models: list[str], args: argparse.Namespace) -> str:
@@ -184,8 +203,7 @@ def table(models: list[str], args: argparse.Namespace) -> str:
     rows = [columns, ["---"] * len(columns)]
     for model in models:
         for n_devices in args.gpus or [8, 64, 1024]:
-            nodes = -(-n_devices // args.gpus_per_node)
-            cluster = Cluster(get_device(args.device), nodes, n_devices // nodes)
+            cluster = split(n_devices, args)
             config = resolve(model, args)
             whole = config.seq_len * cluster.world_size
             args_here = argparse.Namespace(**vars(args))
@@ -218,6 +236,7 @@ def to_json(chosen: Estimate) -> dict[str, Any]:
         "parts_bytes": chosen.parts,
         "host_bytes": chosen.host_bytes,
         "checkpoint_bytes": chosen.checkpoint_bytes,
+        "checkpoint_every": chosen.checkpoint_every,
         "sent_bytes": chosen.sent_bytes,
         "batch": dataclasses.asdict(chosen.batch),
         "seconds": chosen.seconds,

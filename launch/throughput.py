@@ -10,12 +10,13 @@ from __future__ import annotations
 from launch.config import BatchArithmetic
 from launch.devices import Device
 from launch.ds_config import offloads
-from launch.memory import Shard, comm_bytes, elements_kept_near
+from launch.memory import Shard, activation_bytes, comm_bytes, elements_kept_near
 
-# Passes over the residual stream's width C, for each token and block: two LayerNorms (2 forward, 4
-# backward), two residual sums (3, and their gradients 3), GELU over 4C (8; again 8, and 12), and
-# the sums that are the biases' gradients (9).
-FORWARD_PASSES, BACKWARD_PASSES = 18, 43
+# Passes over the residual stream's width C, for each token and block, forward and backward. In its
+# own dtype: two LayerNorms (2 and 4), two sums (6 and 6). In that of the products: what LayerNorm
+# returns (2 and 4), GELU over 4C (8; again 8, and 12), the biases' gradients (9).
+WIDE_FORWARD, WIDE_BACKWARD = 8, 10
+NARROW_FORWARD, NARROW_BACKWARD = 10, 33
 LOSS_BYTES = 26  # a logit: written, read, in fp32 twice, its gradient, and read by two products
 UPDATE_BYTES = 30  # a parameter: gradient, master, two moments; all but the first written; weight
 LINK_SHARE = 0.8  # of a link's bandwidth that NCCL's large collectives get
@@ -57,12 +58,21 @@ def step_seconds(
     again = 4 / 3 if "activation_checkpointing" in shard.ds_config else 1  # the forward, twice
     products = 6 * (again * 12 * gpt.n_layer * gpt.n_embd**2 + shard.head)
     attention = again * 6 * gpt.n_layer * gpt.n_embd * seq_len  # the causal half
-    passes = FORWARD_PASSES + BACKWARD_PASSES + (FORWARD_PASSES if again > 1 else 0)
-    streamed = 2 * passes * gpt.n_layer * gpt.n_embd
+    forwards = 2 if again > 1 else 1
+    wide, narrow = activation_bytes(shard)
+    streamed = (
+        gpt.n_layer
+        * gpt.n_embd
+        * (
+            wide * (forwards * WIDE_FORWARD + WIDE_BACKWARD)
+            + narrow * (forwards * NARROW_FORWARD + NARROW_BACKWARD)
+        )
+    )
     updated = shard.n_params / (shard.world_size if shard.stage else 1)
+    flops = device.flops * (2 / narrow)  # TF32 has half the peak of bf16
     seconds = {
-        "matrix products": tokens * products / (device.flops * device.matmul_share),
-        "attention": tokens * attention / (device.flops * device.attention_share),
+        "matrix products": tokens * products / (flops * device.matmul_share),
+        "attention": tokens * attention / (flops * device.attention_share),
         "elementwise": tokens * streamed / device.memory_bytes_s,
         "loss": tokens * LOSS_BYTES * gpt.padded_vocab_size / device.memory_bytes_s,
         "optimizer": UPDATE_BYTES * updated / device.memory_bytes_s,

@@ -1,0 +1,79 @@
+"""The plan's bytes against those that PyTorch was seen to hold and to send."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import memory as bench
+from launch.config import TrainConfig, resolve_batch, resolve_train_config
+from launch.ds_config import load_ds_config, resolve_ds_config
+from launch.memory import Shard, host_bytes, moments, peak, shard_of
+
+ROOT = Path(__file__).resolve().parents[2]
+MEASURED = json.loads((ROOT / "docs" / "measured_memory.json").read_text())
+
+
+def shard(
+    ds_config: str, world_size: int, *, more: dict[str, Any] | None = None, **fields: Any
+) -> Shard:
+    config = resolve_train_config(TrainConfig(**fields))
+    batch = resolve_batch(config, world_size)
+    raw = load_ds_config(ROOT / "ds_configs" / ds_config) | (more or {})
+    return shard_of(config, batch, resolve_ds_config(raw, config, batch), on_gpu=True)
+
+
+def assert_close(seen: dict[str, Any], plan: dict[str, float]) -> None:
+    assert plan["held_bytes"] == pytest.approx(seen["held_bytes"], rel=bench.MEMORY_TOLERANCE)
+    assert plan["sent_bytes"] == pytest.approx(seen["sent_bytes"], rel=bench.SENT_TOLERANCE)
+
+
+@pytest.mark.parametrize("case", MEASURED)
+def test_plan_is_near_what_was_measured(case: str) -> None:
+    model, side, n_ranks = case.split()
+    assert_close(MEASURED[case], bench.planned(model, side, int(n_ranks)))
+
+
+def test_every_case_was_measured() -> None:
+    cases = {f"{m} {side} {n}" for m in bench.SHAPES for side in bench.SIDES for n in (1, 2)}
+    assert set(MEASURED) == cases
+
+
+def test_plan_is_near_what_a_run_holds_and_sends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bench.SHAPES, "quickstart", (8, 256))
+    case = ("quickstart", "zero3+checkpointing", 2)
+    assert_close(bench.measure(*case), bench.planned(*case))
+
+
+@pytest.mark.parametrize(("stage", "bytes_each"), [
+    (0, lambda W: 16), (1, lambda W: 6 + 12 / W), (2, lambda W: 2 + 16 / W), (3, lambda W: 18 / W),
+])  # fmt: skip
+def test_states_of_a_large_model_are_the_closed_form(stage: int, bytes_each: Any) -> None:
+    # ZeRO (Rajbhandari et al. 2020), section 3, with gradients in fp32.
+    for world_size in (8, 64):
+        one = shard(f"zero{stage}.json", world_size, model="gpt3-13b")
+        states = moments(one)["update"]
+        held = states["weights"] + states["gradients"] + states["optimizer"]
+        bucket = 4 * 500_000_000 if stage == 3 else 0
+        assert held - bucket == pytest.approx(bytes_each(world_size) * one.n_params)
+
+
+def test_activations_grow_with_tokens_and_checkpointing_keeps_one_in_twelve() -> None:
+    def activations(one: Shard) -> float:
+        return moments(one)["loss"]["activations"]
+
+    small = shard("zero1.json", 8, model="gpt2", micro_batch_size=8)
+    large = shard("zero1.json", 8, model="gpt2", micro_batch_size=16)
+    assert activations(large) == 2 * activations(small)
+    saving = {"activation_checkpointing": {}}
+    spared = shard("zero1.json", 8, more=saving, model="gpt2", micro_batch_size=16)
+    ends = 4 * large.tokens * 768
+    assert activations(large) - ends == 12 * (activations(spared) - ends)
+
+
+def test_offload_moves_the_states_to_the_machine() -> None:
+    held, offloaded = (shard(f"zero3{o}.json", 8, model="gpt3-13b") for o in ("", "_offload"))
+    assert host_bytes(held) == 0
+    assert host_bytes(offloaded) == pytest.approx(18 * offloaded.n_params / 8)  # with gradients
+    assert peak(offloaded)["optimizer"] == peak(offloaded)["weights"] == 0

@@ -1,0 +1,161 @@
+"""launch/plan.py as people run it, and what train.py says when a run does not fit."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import published
+from launch.config import TrainConfig, resolve_batch, resolve_train_config
+from launch.devices import DEVICES, GIB, flops_of, get_device
+from launch.ds_config import load_ds_config, resolve_ds_config
+from launch.estimate import Cluster, advice, estimate, found_cluster, rank_candidates
+from launch.plan import main
+from launch.ranks import Ranks
+from train import main as train
+
+ROOT = Path(__file__).resolve().parents[2]
+OF_175B = ["--model", "gpt3-175b", "--json"]
+
+
+def timed_run(*arguments: str) -> tuple[subprocess.CompletedProcess[str], float]:
+    command = [sys.executable, "-X", "importtime", "launch/plan.py", *arguments]
+    started = time.perf_counter()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
+    return done, time.perf_counter() - started
+
+
+@pytest.mark.parametrize("where", [
+    ["--nodes", "128", "--batch_tokens", "4194304"], ["--nodes", "8", "--device", "h200"],
+])  # fmt: skip
+def test_175b_is_planned_in_a_second_without_torch(where: list[str]) -> None:
+    done, seconds = min((timed_run(*OF_175B, *where) for _ in range(3)), key=lambda r: r[1])
+    assert seconds < 1
+    assert " torch\n" not in done.stderr
+    plan = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert plan["fits"]
+    assert plan["ds_config"].startswith("zero3.json")
+    assert plan["seconds"].keys() >= {"matrix products", "communication"}
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_the_nearest(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([*OF_175B, "--nodes", "128"]) == 2
+    assert "1536 sequences do not divide among 1024 ranks. Fix: --batch_tokens 2097152 or 4194304" \
+        in capsys.readouterr().err  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--device", "tpu"], "--device tpu: unknown. Fix: choose from a100-40, a100"),
+    (["--model", "gpt5"], "--model gpt5: unknown"),
+    (["--ds_config", "none.json"], "--ds_config none.json: no such file"),
+    (["--gpus", "9"], "--gpus 9: no whole machines of --gpus_per_node 8. Fix: give a multiple"),
+    (["--nodes", "0"], "--nodes 0: out of range. Fix: give one above 0"),
+])  # fmt: skip
+def test_bad_input_gets_one_line(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(f"error: {words}")
+    assert err.count("\n") == 1
+    assert not out
+
+
+def test_what_does_not_fit_ends_with_1_and_says_by_how_much(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    large = ["--model", "gpt3-13b", "--ds_config", str(ROOT / "ds_configs" / "zero0.json")]
+    assert main(large) == 1
+    assert "does not fit by " in capsys.readouterr().out
+    assert main([*large[:2], "--device", "4090", "--gpus_per_node", "1"]) == 1
+    assert "none of ds_configs/ fits" in capsys.readouterr().out
+
+
+def test_a_shape_of_ones_own_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--n_layer", "24", "--n_head", "16", "--n_embd", "1024", "--json"]) == 0
+    own = json.loads(capsys.readouterr().out)
+    assert main(["--model", "gpt2-medium", "--json"]) == 0
+    assert own | {"model": ""} == json.loads(capsys.readouterr().out) | {"model": ""}
+
+
+def test_the_table_has_a_row_for_each_model_and_number(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", "all", "--gpus", "8,1024"]) == 0
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert len(rows) == 2 * 12
+    assert any("gpt3-175b | 8 |" in row and "none fits" in row for row in rows)
+
+
+@pytest.mark.parametrize("published_run", published.RUNS, ids=str)
+def test_published_runs_are_within_a_fifth_or_have_a_reason(
+    published_run: published.Published,
+) -> None:
+    off = published.planned(published_run) / published_run.tokens_per_s - 1
+    assert bool(published_run.reason) == (abs(off) > published.TOLERANCE), off
+
+
+def test_the_cheapest_fits_and_none_that_fits_is_faster() -> None:
+    cluster = Cluster(get_device("h100"), 4, 8)
+    best, *others = rank_candidates(resolve_train_config(TrainConfig(model="gpt3-13b")), cluster)
+    assert best.fits
+    in_memory = [e for e in others if e.fits and not e.host_bytes]
+    assert in_memory
+    assert best.tokens_per_s == max(e.tokens_per_s for e in (best, *in_memory))
+    assert best.mfu < 1
+
+
+@pytest.mark.parametrize(("gib", "remedy"), [
+    (80, None), (24, "--micro_batch_size 8"), (9, "--micro_batch_size 1"),
+    (8, '--micro_batch_size 2, add "activation_checkpointing": {} to zero1.json'),
+    (7, "--ds_config ds_configs/zero2.json, --micro_batch_size 1"),
+    (5, "--ds_config ds_configs/zero3_offload.json, --micro_batch_size 1"),
+    (3, "take more devices: no ds_config fits"),
+])  # fmt: skip
+def test_advice_names_the_nearest_that_fits(gib: float, remedy: str | None) -> None:
+    fields = {"model": "gpt2-large", "micro_batch_size": 16, "ds_config": Path("zero1.json")}
+    config = resolve_train_config(TrainConfig(**fields))
+    cluster = Cluster(replace(DEVICES["h100"], memory_bytes=int(gib * GIB)), 1, 8)
+    raw = load_ds_config(ROOT / "ds_configs" / "zero1.json")
+    line = advice(config, resolve_ds_config(raw, config, resolve_batch(config, 8)), cluster)
+    assert (line is None) == estimate(config, raw, "zero1", cluster).fits
+    assert (line or "").partition("Fix: ")[2] == (remedy or "")
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_train_warns_in_one_line_when_the_run_cannot_fit(
+    data_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    real = os.sysconf
+    monkeypatch.setattr(os, "sysconf", lambda name: 2**18 if "PHYS" in name else real(name))
+    arguments = ["--model", "debug", "--data_dir", str(data_dir), "--run_dir", str(tmp_path / "r")]
+    arguments += ["--max_steps", "1", "--eval_tokens", "64", "--sample_tokens", "1"]
+    assert train(arguments) == 0
+    lines = [s for s in capfd.readouterr().err.splitlines() if s.startswith("warning: this run")]
+    assert len(lines) == 1
+    assert "GiB on each device of 1.0 (launch/plan.py). Fix: " in lines[0]
+
+
+def test_found_machines_are_those_of_the_ranks() -> None:
+    cluster = found_cluster(torch.device("cpu"), Ranks(0, 0, 8, 4))
+    assert (cluster.nodes, cluster.gpus_per_node) == (2, 4)
+    assert 4 * cluster.device.memory_bytes <= os.sysconf("SC_PAGE_SIZE") * os.sysconf(
+        "SC_PHYS_PAGES"
+    )
+
+
+def test_peaks_are_found_by_the_names_that_devices_give_themselves() -> None:
+    names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12,
+             "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA GeForce RTX 4090": 165e12,
+             "AMD Instinct MI300X": 1307e12, "Tesla T4": None}  # fmt: skip
+    assert {name: flops_of(name) for name in names} == names
