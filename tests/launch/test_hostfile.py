@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from deepspeed.launcher.runner import fetch_hostfile
 
 from launch.hostfile import read_hostfile
 
@@ -28,6 +29,11 @@ def test_what_is_no_host_is_refused_by_line(tmp_path: Path, line: str) -> None:
     path = write(tmp_path, f"first slots=1\n{line}\n")
     with pytest.raises(ValueError, match=f"{path}:2: .* Fix: "):
         read_hostfile(path)
+
+
+def test_the_example_is_read_alike_here_and_by_deepspeed() -> None:
+    example = Path(__file__).resolve().parents[2] / "launch" / "hostfile.example"
+    assert read_hostfile(example) == fetch_hostfile(str(example)) == {"node-1": 8, "node-2": 8}
 
 
 def test_an_empty_a_huge_and_an_open_file_are_refused(tmp_path: Path) -> None:

