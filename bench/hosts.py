@@ -16,6 +16,9 @@ import time
 from pathlib import Path
 
 SSH_PORT = 2222
+# What ranks need there: the network, a core each, no GPU.
+VARIABLES = {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+ROOT = Path(__file__).resolve().parents[1]
 NEEDED = ("ip", "unshare", "ssh", "ssh-keygen", "/usr/sbin/sshd", "pdsh")
 
 
@@ -66,12 +69,18 @@ class Hosts(contextlib.ExitStack):
         self._in("switch", "ip", "link", "set", name, "down")
 
     def popen(self, name: str, command: list[str], log: Path) -> subprocess.Popen[bytes]:
-        """Start a command on a machine, in this folder; what it prints goes into a file."""
-        plain = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+        """Start a command on a machine, in the repository; what it prints goes into a file."""
+        left_out = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        plain = {k: v for k, v in os.environ.items() if k not in left_out} | VARIABLES
         path = f"{self.folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         with log.open("ab") as file:
-            return subprocess.Popen(self._on(name, command), stdout=file, stderr=file,
+            return subprocess.Popen(self._on(name, command), cwd=ROOT, stdout=file, stderr=file,
                                     env=plain | {"PATH": path, "HOME": str(self.home)})  # fmt: skip
+
+    def pids(self, name: str) -> set[int]:
+        """Return the processes of a machine."""
+        command = ["ip", "netns", "pids", f"{self.prefix}-{name}"]
+        return set(map(int, subprocess.run(command, capture_output=True, text=True).stdout.split()))
 
     def _on(self, name: str, command: list[str]) -> list[str]:
         script = f'hostname {name} && mount --bind {self.folder}/hosts /etc/hosts && exec "$@"'

@@ -56,8 +56,9 @@ def main(argv: list[str]) -> int:
     try:
         if args.hostfile != runner.DLTS_HOSTFILE or Path(args.hostfile).is_file():
             read_hostfile(Path(args.hostfile))
-        # The operator's own options of ssh or pdsh: no shell sees them.
-        check_arguments([given for given in argv if given != args.launcher_args])
+        # The operator's own options of ssh, pdsh or mpirun: no shell sees them.
+        own = (args.launcher_args, f"--launcher_args={args.launcher_args}")
+        check_arguments([given for given in argv if given not in own])
         accelerator: Any = get_accelerator()
         for name, value in os.environ.items():
             if name.startswith((*runner.EXPORT_ENVS, *accelerator.export_envs())):

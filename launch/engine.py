@@ -7,7 +7,6 @@ import datetime
 import functools
 import logging
 import os
-import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from launch.config import TrainConfig
 from launch.ds_config import uses_offload, zero_stage
-from launch.meeting import meet
+from launch.meeting import free_port, meet, name_address
 from launch.ranks import Ranks, check_extension_locks
 from model.gpt import GPT
 
@@ -60,7 +59,8 @@ def init_process_group(
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guessed
     if "RANK" not in os.environ:  # no launcher
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    name_address(ranks)  # all ranks
     import deepspeed
     import deepspeed.ops
     from deepspeed.utils import logger
@@ -98,12 +98,6 @@ def _keep_freed_memory_after_a_step(optimizer: Any) -> None:
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, 2**17)  # glibc's first value; else it grows to 32 MiB
         hook = optimizer.register_step_post_hook(keep)
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def build_model(config: TrainConfig, ds_config: dict[str, Any], device: torch.device) -> GPT:

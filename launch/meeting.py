@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import os
+import socket
+import subprocess
 import time
 
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]  # documented
@@ -13,6 +15,42 @@ from launch.ranks import Ranks
 
 NAMED = 8  # of missing ranks
 POLL_S = 0.2
+
+
+def name_address(ranks: Ranks) -> None:
+    """Set MASTER_ADDR and MASTER_PORT where the launcher, mpirun, did not (all ranks).
+
+    Raises:
+        ValueError: There is no mpi4py, which brings them from rank 0.
+    """
+    if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+        return
+    try:
+        import mpi4py
+
+        mpi4py.rc.initialize = False
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(
+            f"mpirun: names no address, and no mpi4py ({error}). Fix: pip install -c "
+            "constraints.txt -e '.[mpi]', or set MASTER_ADDR and MASTER_PORT on every machine"
+        ) from error
+    found = None
+    if ranks.is_main:
+        addresses = subprocess.run(["hostname", "-I"], capture_output=True, text=True).stdout
+        found = {"MASTER_ADDR": (addresses.split() or ["127.0.0.1"])[0]}
+        found["MASTER_PORT"] = str(free_port())
+        found |= {name: os.environ[name] for name in found if name in os.environ}
+    MPI.Init()  # all ranks
+    os.environ |= MPI.COMM_WORLD.bcast(found)
+    MPI.Finalize()  # while nobody hangs: at the end of a run that has failed it would
+
+
+def free_port() -> int:
+    """Return a port on which nobody listens."""
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return s.getsockname()[1]
 
 
 def meet(ranks: Ranks, timeout_s: float) -> Store:

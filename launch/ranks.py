@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 STALE_LOCK_S = 600  # a C++ extension of DeepSpeed builds in about a minute
+NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+OPEN_MPI = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE"))
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,14 @@ class Ranks:
 
 
 def read_ranks() -> Ranks:
-    """Read what the launcher (deepspeed, torchrun or none) put into the environment."""
+    """Read what the launcher (deepspeed, torchrun, mpirun or none) put into the environment.
+
+    What mpirun says gets there also under torchrun's names, for everybody else.
+    """
+    if "RANK" not in os.environ and all(name in os.environ for name in OPEN_MPI):
+        os.environ |= {
+            ours: os.environ[theirs] for ours, theirs in zip(NAMES, OPEN_MPI, strict=True)
+        }
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     local_size = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size))
     return Ranks(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.ranks import Ranks, check_extension_locks, read_ranks
+from launch.ranks import NAMES, OPEN_MPI, Ranks, check_extension_locks, read_ranks
 
 
 @pytest.fixture
@@ -47,3 +47,15 @@ def test_ranks_come_from_the_launchers_environment(monkeypatch: pytest.MonkeyPat
     assert read_ranks().local_world_size == 4
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # torchrun's
     assert read_ranks().local_world_size == 2
+
+
+def test_ranks_that_mpirun_started_have_torchruns_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.setenv(name, "")  # to have it restored
+        monkeypatch.delenv(name)
+    for name, value in zip(OPEN_MPI, "5184", strict=True):
+        monkeypatch.setenv(name, value)
+    assert read_ranks() == Ranks(rank=5, local_rank=1, world_size=8, local_world_size=4)
+    assert [os.environ[name] for name in NAMES] == list("5184")
+    monkeypatch.setenv("RANK", "0")  # deepspeed or torchrun, started by mpirun
+    assert read_ranks().rank == 0
