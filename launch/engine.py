@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from launch.config import TrainConfig
 from launch.ds_config import uses_offload, zero_stage
-from launch.meeting import free_port, meet, name_address
+from launch.meeting import free_port, meet
 from launch.ranks import Ranks, check_extension_locks
 from model.gpt import GPT
 
@@ -60,7 +60,6 @@ def init_process_group(
     if "RANK" not in os.environ:  # no launcher
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    name_address(ranks)  # all ranks
     import deepspeed
     import deepspeed.ops
     from deepspeed.utils import logger
