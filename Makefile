@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
 
-.PHONY: quickstart test debian check parity bench hellaswag kills faults clean
+.PHONY: quickstart test debian check parity bench hellaswag kills faults plan clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -74,6 +74,11 @@ faults: $(VENV)/installed
 	$(BIN)/python bench/orphans.py --folder runs/faults
 	$(BIN)/python bench/mishaps.py --folder runs/faults
 	$(BIN)/python bench/resumes.py --folder runs/faults
+
+# About an hour for the measurements, which go on where they were; a second for the tables.
+plan: $(VENV)/installed
+	$(BIN)/python bench/memory.py --out docs/measured_memory.json
+	$(BIN)/python bench/fill.py docs/SCALING.md
 
 hellaswag: $(VENV)/installed
 	$(BIN)/python bench/hellaswag.py --model 30m --every 1 --out runs/hellaswag.json

@@ -1,6 +1,6 @@
 """The plan against PyTorch: what tensors hold at most in a step, and what a rank sends in it.
 
-python bench/memory.py --out docs/measured_memory.json        resumable, about 20 minutes
+python bench/memory.py --out docs/measured_memory.json        resumable, about an hour
 python bench/memory.py --out docs/measured_memory.json --table
 
 Each case is a run through the engine (bench/side.py) on the CPU. Held is the most that all live
