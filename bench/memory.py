@@ -27,7 +27,7 @@ from launch.memory import peak, shard_of
 from launch.ranks import Ranks
 from launch.throughput import sent_bytes
 
-SHAPES = {"30m": (8, 256), "gpt2": (4, 128)}  # sequences and tokens of a micro-batch
+SHAPES = {"30m": (4, 256), "gpt2": (2, 128)}  # sequences and tokens of a micro-batch
 SIDES = [f"zero{stage}{more}" for more in ("", "+checkpointing") for stage in range(4)]
 GRAD_ACCUM = 2
 MEMORY_TOLERANCE, SENT_TOLERANCE = 0.10, 0.05
