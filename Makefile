@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
 
-.PHONY: quickstart test debian check parity bench hellaswag kills faults launches clean
+.PHONY: quickstart test debian check parity bench hellaswag kills faults launches plan clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -78,6 +78,11 @@ faults: $(VENV)/installed
 # About half an hour, as root, with what make debian installs; goes on where it was.
 launches: $(VENV)/installed
 	$(BIN)/python bench/launches.py --folder runs/launches --out docs/launches.json
+
+# About an hour for the measurements, which go on where they were; a second for the tables.
+plan: $(VENV)/installed
+	$(BIN)/python bench/memory.py --out docs/measured_memory.json
+	$(BIN)/python bench/fill.py docs/SCALING.md
 
 hellaswag: $(VENV)/installed
 	$(BIN)/python bench/hellaswag.py --model 30m --every 1 --out runs/hellaswag.json

@@ -3,6 +3,8 @@
 Where no gradient is wanted, fp32 products on a CPU go to oneDNN, with the GELU in the same pass:
 PyTorch sends them to MKL, which is 1.3 to 1.9 times slower on AMD's processors (docs/LOG.md); in
 bf16 it takes oneDNN by itself. Where one is wanted, the GELU is not kept but computed again.
+On a CPU for which oneDNN has no bf16 (below AVX-512), operands are widened to fp32 for the product:
+PyTorch's own loops for it are 6 to 160 times slower.
 """
 
 from typing import Any
@@ -14,6 +16,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+HAS_BF16 = HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of a product with `x`: autocast's, or its own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def is_widened(x: Tensor) -> bool:
+    """Return whether a product with `x` is computed in fp32 though its operands are bf16."""
+    return not HAS_BF16 and x.device.type == "cpu" and matmul_dtype(x) == torch.bfloat16
 
 
 def linear(
@@ -30,30 +44,49 @@ def linear(
     if takes_onednn:
         after = ("none", [], "") if gelu is None else ("gelu", [], gelu)
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *after)
-    y = F.linear(x, weight, bias)
+    y = _Linear.apply(x, weight, bias, None) if is_widened(x) else F.linear(x, weight, bias)
     return y if gelu is None else F.gelu(y, approximate=gelu)
 
 
-class _LinearOfGelu(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
+    # Of x, or of its GELU, which is not kept.
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, gelu: str) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.gelu = gelu
-        return F.linear(F.gelu(x, approximate=gelu), weight, bias)
+        ctx.gelu, ctx.has_bias = gelu, bias is not None
+        activation = _activation(x, gelu)
+        if not is_widened(x):
+            return F.linear(activation, weight, bias)
+        dtype = matmul_dtype(x)
+        operands: list[Any] = [activation, weight, bias]
+        operands = [t if t is None else t.to(dtype).float() for t in operands]
+        with torch.autocast("cpu", enabled=False):
+            return F.linear(*operands).to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides names
         ctx: Any, *grad_outputs: Any
-    ) -> tuple[Tensor, Tensor, Tensor, None]:
+    ) -> tuple[Tensor, Tensor, Tensor | None, None]:
         (grad,) = grad_outputs  # (..., V)
         x, weight = ctx.saved_tensors
         rows = grad.flatten(0, -2)
-        activation = F.gelu(x, approximate=ctx.gelu).flatten(0, -2).to(grad.dtype)
-        dweight = (rows.T @ activation).to(weight.dtype)
-        dactivation = (grad @ weight.to(grad.dtype)).to(x.dtype)
-        dx = torch.ops.aten.gelu_backward(dactivation, x, approximate=ctx.gelu)
-        return dx, dweight, rows.sum(0).to(weight.dtype), None
+        activation = _activation(x, ctx.gelu).flatten(0, -2).to(grad.dtype)
+        dweight = _product(rows.T, activation).to(weight.dtype)
+        dx = _product(grad, weight.to(grad.dtype)).to(x.dtype)
+        if ctx.gelu is not None:
+            dx = torch.ops.aten.gelu_backward(dx, x, approximate=ctx.gelu)
+        return dx, dweight, rows.sum(0).to(weight.dtype) if ctx.has_bias else None, None
+
+
+def _activation(x: Tensor, gelu: str | None) -> Tensor:
+    return x if gelu is None else F.gelu(x, approximate=gelu)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return (a.float() @ b.float()).to(a.dtype) if is_widened(a) else a @ b
 
 
 def linear_of_gelu(x: Tensor, weight: Tensor, bias: Tensor, gelu: str) -> Tensor:
@@ -63,7 +96,7 @@ def linear_of_gelu(x: Tensor, weight: Tensor, bias: Tensor, gelu: str) -> Tensor
     """
     if torch.compiler.is_compiling():  # the compiler chooses for itself what to compute again
         return F.linear(F.gelu(x, approximate=gelu), weight, bias)
-    return _LinearOfGelu.apply(x, weight, bias, gelu)
+    return _Linear.apply(x, weight, bias, gelu)
 
 
 class Linear(nn.Linear):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.config import CHUNK_LOGITS
-from model.linear import linear
+from model.linear import is_widened, linear, matmul_dtype
 
 IGNORE_INDEX = -100  # PyTorch's convention for targets that do not count
 CACHED_ROWS = 16  # of fp32 logits: 3 MiB
@@ -23,9 +23,8 @@ EVAL_CHUNK_LOGITS = 2**24  # without a gradient: 64 MiB, and as fast
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
         N, V = x.shape[0], weight.shape[0]
-        dtype = _matmul_dtype(x)
         head = weight.to(dtype)  # (V, C)
         counts = targets != IGNORE_INDEX  # (N,)
         scale = counts / counts.sum().clamp(min=1)  # (N,) weight of each row in the mean
@@ -54,13 +53,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides names
         ctx: Any, *grad_outputs: Any
-    ) -> tuple[Tensor, Tensor, None]:
+    ) -> tuple[Tensor, Tensor, None, None]:
         (grad,) = grad_outputs
         dx, *dw = ctx.saved_tensors
         dweight = torch.empty(ctx.shape, dtype=ctx.dtype, device=dx.device)
         for dweight_part, part in zip(_product_parts(dweight), dw, strict=True):
             torch.mul(part, grad, out=dweight_part)
-        return dx * grad, dweight, None
+        return dx * grad, dweight, None, None
 
 
 def _to_gradient_(logits: Tensor, target: Tensor) -> Tensor:
@@ -81,9 +80,8 @@ def _product_parts(rows: Tensor) -> tuple[Tensor, ...]:
     return rows.split(CACHED_PRODUCT_ROWS if rows.device.type == "cpu" else len(rows))
 
 
-def _matmul_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+def _product_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if is_widened(x) else matmul_dtype(x)
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -95,7 +93,9 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         targets: (N,) token ids; -100 does not count. With no target at all the loss is 0.
     """
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return _ChunkedCrossEntropy.apply(x, weight, targets)
+        dtype = _product_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return _ChunkedCrossEntropy.apply(x, weight, targets, dtype)
     counted = (targets != IGNORE_INDEX).sum().clamp(min=1)
     return token_losses(x, weight, targets).sum() / counted
 
@@ -106,11 +106,12 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
     Args as in `linear_cross_entropy`; no gradient.
     """
-    dtype = _matmul_dtype(x)
+    dtype = _product_dtype(x)
     x, head = x.to(dtype), weight.to(dtype)
     rows = max(1, EVAL_CHUNK_LOGITS // len(weight))
-    losses = [
-        F.cross_entropy(linear(x_part, head).float(), target, reduction="none")
-        for x_part, target in zip(x.split(rows), targets.split(rows), strict=True)
-    ]
+    with torch.autocast(x.device.type, enabled=False):
+        losses = [
+            F.cross_entropy(linear(x_part, head).float(), target, reduction="none")
+            for x_part, target in zip(x.split(rows), targets.split(rows), strict=True)
+        ]
     return torch.cat(losses)

@@ -39,7 +39,8 @@ ENTRY_POINTS = ["train.py", "data/prepare.py", "data/fineweb.py", "data/show.py"
                 "bench/startup.py", "bench/scaling.py", "bench/page.py",
                 "bench/attention.py", "bench/faults.py",
                 "bench/orphans.py", "bench/mishaps.py", "bench/resumes.py",
-                "bench/saving.py", "bench/memory.py", "bench/launches.py"]  # fmt: skip
+                "bench/saving.py", "bench/memory.py", "bench/fill.py",
+                "bench/published.py", "bench/launches.py"]  # fmt: skip
 
 
 def imports(path: Path) -> set[str]:

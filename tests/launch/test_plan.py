@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bench import published
+from bench.fill import fill
 from launch.config import TrainConfig, resolve_batch, resolve_train_config
 from launch.devices import DEVICES, GIB, flops_of, get_device
 from launch.ds_config import load_ds_config, resolve_ds_config
@@ -159,3 +160,8 @@ def test_peaks_are_found_by_the_names_that_devices_give_themselves() -> None:
              "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA GeForce RTX 4090": 165e12,
              "AMD Instinct MI300X": 1307e12, "Tesla T4": None}  # fmt: skip
     assert {name: flops_of(name) for name in names} == names
+
+
+def test_the_scaling_page_says_what_its_commands_print() -> None:
+    page = (ROOT / "docs" / "SCALING.md").read_text()
+    assert fill(page) == page
