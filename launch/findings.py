@@ -106,7 +106,7 @@ def names(check: str, facts: list[Facts]) -> tuple[str, Faults]:
     for fact in facts:
         is_loopback = all(ipaddress.ip_address(a).is_loopback for a in fact[check])
         chosen = "GLOO_SOCKET_IFNAME" in fact.get("variables", {})
-        if len(hosts) > 1 and is_loopback and not chosen and fact.get("device") == "cpu":
+        if len(hosts) > 1 and is_loopback and not chosen and is_on(fact, "cpu"):
             what = f"its own name stands for {', '.join(fact[check])}"
             faults[fact["rank"]] = (what, "set GLOO_SOCKET_IFNAME, or mend /etc/hosts")
     return f"{len(hosts)} {'machine' if len(hosts) == 1 else 'machines'}", faults
@@ -143,10 +143,9 @@ def room(check: str, facts: list[Facts]) -> tuple[str, Faults]:
 
 def shared(check: str, facts: list[Facts]) -> tuple[str, Faults]:
     """Find the ranks that do not see what rank 0 wrote."""
-    remedy = "mount the same storage everywhere, give the same --run_dir"
-    apart = [fact["rank"] for fact in facts if not fact[check]]
-    faults = dict.fromkeys(apart, ("not the folder that rank 0 writes to", remedy))
-    return f"{len(facts) - len(apart)} of {len(facts)} ranks see it", faults
+    fault = "not the folder that rank 0 writes to", REMEDIES[check]
+    faults: Faults = {fact["rank"]: fault for fact in facts if not fact[check]}
+    return f"{len(facts) - len(faults)} of {len(facts)} ranks see what rank 0 writes", faults
 
 
 def limits(check: str, facts: list[Facts]) -> tuple[str, Faults]:
@@ -161,7 +160,7 @@ def limits(check: str, facts: list[Facts]) -> tuple[str, Faults]:
         if limit["has_infiniband"] and limit["memlock_bytes"] >= 0:
             what = f"{limit['memlock_bytes']} bytes of locked memory, InfiniBand needs all"
             found[rank].append((what, "ulimit -l unlimited"))
-        if fact.get("device") == "cuda" and limit["shm_bytes"] < SHM_BYTES:
+        if is_on(fact, "cuda") and limit["shm_bytes"] < SHM_BYTES:
             what = f"{limit['shm_bytes'] / GIB:.2f} GiB free in /dev/shm, NCCL needs 1"
             found[rank].append((what, "docker --shm-size, or a larger emptyDir"))
     open_files = min(fact[check]["open_files"] for fact in facts)
@@ -172,10 +171,9 @@ def limits(check: str, facts: list[Facts]) -> tuple[str, Faults]:
     }
 
 
-def nothing_wrong(check: str, facts: list[Facts]) -> tuple[str, Faults]:
+def no_error(check: str, facts: list[Facts]) -> tuple[str, Faults]:
     """Return what was seen of a check whose only faults are errors."""
-    del check
-    return f"{len(facts)} ranks", {}
+    return ", ".join(sorted({fact[check] for fact in facts})), {}
 
 
 def little(check: str, facts: list[Facts]) -> tuple[str, Faults]:
@@ -186,12 +184,12 @@ def little(check: str, facts: list[Facts]) -> tuple[str, Faults]:
 def slow(check: str, facts: list[Facts]) -> tuple[str, Faults]:
     """Find the ranks that multiply matrices slower than most."""
     values = {fact["rank"]: fact[check] for fact in facts}
-    return _below_median(check, values, MATMUL[facts[0]["device"]], 1e12, "TFLOP/s")
+    return _below_median(check, values, MATMUL[facts[0]["device"]["kind"]], 1e12, "TFLOP/s")
 
 
 def apart(check: str, facts: list[Facts]) -> tuple[str, Faults]:
     """Find the ranks whose all-reduces are slower, or later, than most."""
-    device = facts[0]["device"]
+    device = facts[0]["device"]["kind"]
     speeds = {fact["rank"]: fact[check]["bytes_per_s"] for fact in facts}
     seen, faults = _below_median(check, speeds, BANDWIDTH[device], 1e9, "GB/s")
     delays = {fact["rank"]: fact[check]["latency_s"] for fact in facts}
@@ -221,35 +219,42 @@ def _below_median(
     return f"{low:.3g} to {high:.3g} {name}", faults
 
 
+def is_on(fact: Facts, kind: str) -> bool:
+    """Return whether a rank computes on such a device."""
+    return fact.get("device", {}).get("kind") == kind
+
+
 def _numbers(ranks: list[int]) -> str:
     return ", ".join(map(str, ranks))
 
 
 REMEDIES = {
+    "device": "see nvidia-smi, DS_ACCELERATOR and CUDA_VISIBLE_DEVICES there",
     "versions": "install the same everywhere, from constraints.txt",
     "variables": "set it for all: launch/environment.py",
     "shards": "copy the shards again, or give the same --data_dir",
+    "run folder shared": "mount the same storage everywhere, give the same --run_dir",
     "memory": "end what else runs there",
     "matmul": "look for other processes, heat, lower clocks; leave it out of the hostfile",
     "pairs in a machine": "look at its PCIe and NVLink, or for other processes",
     "pairs of machines": "look at its network cards and cables, NCCL_SOCKET_IFNAME, NCCL_IB_HCA",
 }
 CHECKS: dict[str, Callable[[str, list[Facts]], tuple[str, Faults]]] = {
-    "answers": nothing_wrong,
-    "device": nothing_wrong,
+    "answers": no_error,
+    "device": same,
     "versions": same,
     "variables": same,
     "clock": clock,
     "names": names,
     "reach": reach,
     "shards": same,
-    "room": room,
-    "shared": shared,
+    "run folder": room,
+    "run folder shared": shared,
     "limits": limits,
-    "jit locks": nothing_wrong,
+    "jit locks": no_error,
     "memory": little,
     "matmul": slow,
-    "process group": nothing_wrong,
+    "process group": no_error,
     "pairs in a machine": apart,
     "pairs of machines": apart,
     "all ranks": together,

@@ -39,14 +39,14 @@ MATMUL_S = 0.3  # of repetitions, of which the fastest counts: others may use th
 def look(run: Run) -> dict[str, Any]:
     """Return what this rank finds by itself; under "errors" what it could not, by check."""
     reads: dict[str, Callable[[Run], Any]] = {
-        "device": lambda run: choose_device(run.ranks).type,
+        "device": read_device,
         "versions": read_versions,
         "variables": read_variables,
         "names": resolve_names,
         "shards": read_shards,
-        "room": read_room,
+        "run folder": read_room,
         "limits": read_limits,
-        "jit locks": lambda run: check_extension_locks(run.ranks),
+        "jit locks": read_locks,
     }
     found: dict[str, Any] = {"errors": {}}
     for check, read in reads.items():
@@ -55,6 +55,17 @@ def look(run: Run) -> dict[str, Any]:
         except (ValueError, OSError) as error:
             found["errors"][check] = error_line(error)
     return found
+
+
+def read_device(run: Run) -> dict[str, str]:
+    """Return the kind and the name of the device that this rank computes on.
+
+    Raises:
+        ValueError: As launch.meeting.choose_device does.
+    """
+    device = choose_device(run.ranks)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {"kind": device.type, "name": name}
 
 
 def read_versions(_: Run) -> dict[str, str]:
@@ -66,7 +77,6 @@ def read_versions(_: Run) -> dict[str, str]:
         from torch.cuda import nccl
 
         versions |= {
-            "device": torch.cuda.get_device_name(),
             "CUDA": str(torch.version.cuda),
             "NCCL": ".".join(map(str, nccl.version())),
         }
@@ -131,22 +141,26 @@ def read_shards(run: Run) -> dict[str, str]:
 
 
 def read_room(run: Run) -> dict[str, int]:
-    """Return the bytes that the run may fill and those that it will, after a file was written.
+    """Return the bytes that the run may fill, with what it has, and those that it will.
 
     Raises:
         OSError: It cannot be written to.
     """
-    config = run.config
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    path = config.run_dir / f".preflight-{socket.gethostname()}-{run.ranks.rank}"
+    run_dir, host = run.config.run_dir, socket.gethostname()
+    path = run_dir / f".preflight-{host}-{run.ranks.rank}"
     try:
-        with path.open("wb") as file:
-            file.write(bytes(resource.getpagesize()))
-            os.fsync(file.fileno())
-    finally:
-        path.unlink(missing_ok=True)
-    saved = sum(p.stat().st_size for p in config.run_dir.glob("checkpoints/step_*/*"))
-    free = shutil.disk_usage(config.run_dir).free
+        run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            with path.open("wb") as file:
+                file.write(bytes(resource.getpagesize()))
+                os.fsync(file.fileno())
+        finally:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        what = f"{run_dir} cannot be written to: {error.strerror}"
+        raise OSError(f"{what}. Fix: make room, or give another --run_dir") from error
+    saved = sum(p.stat().st_size for p in run_dir.glob("checkpoints/step_*/*"))
+    free = shutil.disk_usage(run_dir).free
     return {"room_bytes": free + saved, "needed_bytes": needed_bytes(run)}
 
 
@@ -169,6 +183,16 @@ def read_limits(run: Run) -> dict[str, int]:
         "has_infiniband": any(Path("/sys/class/infiniband").glob("*")),
         "shards": sum(p.suffix in (".npy", ".bin") for p in run.config.data_dir.glob("*")),
     }
+
+
+def read_locks(run: Run) -> str:
+    """Return "none".
+
+    Raises:
+        ValueError: As launch.ranks.check_extension_locks does.
+    """
+    check_extension_locks(run.ranks)
+    return "none"
 
 
 def read_memory(device: torch.device) -> int:

@@ -32,7 +32,9 @@ class Survey:
     def __init__(self, store: Store, ranks: Ranks, timeout_s: float) -> None:
         self.store, self.ranks, self.timeout_s = store, ranks, timeout_s
         world = range(ranks.world_size)
-        self.facts: list[Facts] = [{"rank": rank, "host": "?", "errors": {}} for rank in world]
+        self.facts: list[Facts] = [
+            {"rank": rank, "host": "?", "errors": {}, "answers": "in time"} for rank in world
+        ]
 
     def tell(self, part: str, found: Facts) -> None:
         """Add what this rank found in a part of the survey, and what the others did (all ranks).
@@ -70,7 +72,8 @@ def survey_all(run: Run, survey: Survey) -> None:
     survey.tell("host names", {"host": socket.gethostname()} | token)
     survey.tell("clocks", {"clock": time.time()})  # all were let go at the same moment
     look_around(run, survey)
-    if survey.failed("device") or any(fact["reach"] for fact in survey.facts):
+    kinds = {fact["device"]["kind"] for fact in survey.facts if "device" in fact}
+    if survey.failed("device") or len(kinds) > 1 or any(fact["reach"] for fact in survey.facts):
         return
     device = choose_device(run.ranks)
     multiply_in_turn(survey, device)
@@ -87,7 +90,7 @@ def look_around(run: Run, survey: Survey) -> None:
         survey.tell("machines and folders", found)
         reached = links.unreached([fact["address"] for fact in survey.facts])
         sees = links.find_token(run_dir, token)
-        survey.tell("connections", {"reach": reached, "shared": sees})
+        survey.tell("connections", {"reach": reached, "run folder shared": sees})
     if run.ranks.is_main:
         links.remove_token(run_dir)
 
