@@ -77,27 +77,29 @@ def survey_all(run: Run, survey: Survey) -> None:
         return
     device = choose_device(run.ranks)
     multiply_in_turn(survey, device)
-    add_up_in_pairs(survey, device)
+    if not survey.failed("memory", "matmul"):
+        add_up_in_pairs(survey, device)
 
 
 def look_around(run: Run, survey: Survey) -> None:
     """Look at this machine, the folders and the network (all ranks)."""
     run_dir, token = run.config.run_dir, survey.facts[0]["token"]
     with links.listening() as address:
-        found = probes.look(run) | {"address": address}
+        seen = probes.look(run) | {"address": address}
         if run.ranks.is_main:
             links.leave_token(run_dir, token)
-        survey.tell("machines and folders", found)
-        reached = links.unreached([fact["address"] for fact in survey.facts])
-        sees = links.find_token(run_dir, token)
-        survey.tell("connections", {"reach": reached, "run folder shared": sees})
+        survey.tell("machines and folders", seen)
+        found: Facts = {"reach": links.unreached([fact["address"] for fact in survey.facts])}
+        if "run folder" in survey.facts[0]:  # rank 0 could write
+            found["run folder shared"] = links.find_token(run_dir, token)
+        survey.tell("connections", found)
     if run.ranks.is_main:
         links.remove_token(run_dir)
 
 
 def multiply_in_turn(survey: Survey, device: torch.device) -> None:
     """Measure memory and speed of one rank of each machine after the other (all ranks)."""
-    survey.tell("memory", {"memory": probes.read_memory(device)})
+    survey.tell("memory", attempt("memory", probes.read_memory, device))
     for turn in range(max(map(len, survey.nodes))):
         is_mine = any(node[turn : turn + 1] == [survey.ranks.rank] for node in survey.nodes)
         found = attempt("matmul", probes.measure_matmul, device) if is_mine else {}
