@@ -19,7 +19,7 @@ from launch.meeting import choose_device, exchange, join
 from launch.ranks import Ranks
 from launch.supervision import error_line
 
-TRIES = 3  # of what is slow: something else may have run there for a moment
+TRIES = 5  # of what is slow: something else may have run there for a moment
 
 
 class Survey:
