@@ -21,6 +21,7 @@ from launch.ranks import Ranks
 NAMED = 8  # of missing ranks
 POLL_S = 0.02
 GRACE_S = 5  # for rank 0, who says which rank is missing, before the others give up on it
+LEAVE_S = 2  # for the others to hear that it is over
 
 
 def choose_device(ranks: Ranks) -> torch.device:
@@ -146,7 +147,7 @@ def part(store: Store, ranks: Ranks, timeout_s: float) -> None:
         store.add("left", 1)
         return
     store.set("over", "")
-    deadline = time.monotonic() + GRACE_S
+    deadline = time.monotonic() + LEAVE_S
     while store.add("left", 0) < ranks.world_size - 1 and time.monotonic() < deadline:
         time.sleep(POLL_S)
 

@@ -52,7 +52,7 @@ def look(run: Run) -> dict[str, Any]:
     for check, read in reads.items():
         try:
             found[check] = read(run)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RuntimeError) as error:  # the last is CUDA's
             found["errors"][check] = error_line(error)
     return found
 
@@ -71,7 +71,7 @@ def read_device(run: Run) -> dict[str, str]:
 def read_versions(_: Run) -> dict[str, str]:
     """Return the versions of all that decides on a result, and a hash of our own code."""
     versions = {"python": platform.python_version()}
-    versions |= {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions |= {name: read_version(name) for name in PACKAGES}
     versions |= {"commit": read_commit(), "code": hash_code()}
     if torch.cuda.is_available():
         from torch.cuda import nccl
@@ -81,6 +81,14 @@ def read_versions(_: Run) -> dict[str, str]:
             "NCCL": ".".join(map(str, nccl.version())),
         }
     return versions
+
+
+def read_version(package: str) -> str:
+    """Return the version of a package, without importing it."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def read_commit() -> str:

@@ -13,11 +13,13 @@ import torch
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]  # documented
 
 from launch import links, probes
-from launch.findings import Facts
+from launch.findings import Facts, judge
 from launch.inputs import Run
 from launch.meeting import choose_device, exchange, join
 from launch.ranks import Ranks
 from launch.supervision import error_line
+
+TRIES = 5  # of what is slow: something else may have run there for a moment
 
 
 class Survey:
@@ -57,6 +59,11 @@ class Survey:
         """The ranks of each machine."""
         return links.nodes_of([fact["host"] for fact in self.facts])
 
+    def suspects(self, check: str) -> set[int]:
+        """Return the ranks that a check finds unfit so far."""
+        found = next(verdict.findings for verdict in judge(self.facts) if verdict.check == check)
+        return {rank for finding in found for rank in finding.ranks}
+
     def failed(self, *checks: str) -> bool:
         """Return whether a rank could not do one of these."""
         return any(check in fact["errors"] for fact in self.facts for check in checks)
@@ -77,55 +84,74 @@ def survey_all(run: Run, survey: Survey) -> None:
         return
     device = choose_device(run.ranks)
     multiply_in_turn(survey, device)
-    add_up_in_pairs(survey, device)
+    if not survey.failed("memory", "matmul"):
+        add_up_in_pairs(survey, device)
 
 
 def look_around(run: Run, survey: Survey) -> None:
     """Look at this machine, the folders and the network (all ranks)."""
     run_dir, token = run.config.run_dir, survey.facts[0]["token"]
     with links.listening() as address:
-        found = probes.look(run) | {"address": address}
+        seen = probes.look(run) | {"address": address}
         if run.ranks.is_main:
             links.leave_token(run_dir, token)
-        survey.tell("machines and folders", found)
-        reached = links.unreached([fact["address"] for fact in survey.facts])
-        sees = links.find_token(run_dir, token)
-        survey.tell("connections", {"reach": reached, "run folder shared": sees})
+        survey.tell("machines and folders", seen)
+        found: Facts = {"reach": links.unreached([fact["address"] for fact in survey.facts])}
+        if "run folder" in survey.facts[0]:  # rank 0 could write
+            found["run folder shared"] = links.find_token(run_dir, token)
+        survey.tell("connections", found)
     if run.ranks.is_main:
         links.remove_token(run_dir)
 
 
 def multiply_in_turn(survey: Survey, device: torch.device) -> None:
-    """Measure memory and speed of one rank of each machine after the other (all ranks)."""
-    survey.tell("memory", {"memory": probes.read_memory(device)})
-    for turn in range(max(map(len, survey.nodes))):
-        is_mine = any(node[turn : turn + 1] == [survey.ranks.rank] for node in survey.nodes)
-        found = attempt("matmul", probes.measure_matmul, device) if is_mine else {}
-        survey.tell(f"matmul {turn}", found)
+    """Measure memory, and the speed of one rank of each machine after the other (all ranks)."""
+    survey.tell("memory", attempt("memory", probes.read_memory, device))
+    rank, suspects = survey.ranks.rank, set(range(survey.ranks.world_size))
+    for number in range(TRIES):
+        nodes = [[r for r in node if r in suspects] for node in survey.nodes]
+        for turn in range(max(map(len, nodes))):
+            is_mine = any(node[turn : turn + 1] == [rank] for node in nodes)
+            found = attempt("matmul", probes.measure_matmul, device) if is_mine else {}
+            survey.tell(f"matmul {number} {turn}", keep_better("matmul", found, survey, max))
+        suspects = survey.suspects("matmul")
+        if not suspects or survey.failed("matmul"):
+            return
 
 
 def add_up_in_pairs(survey: Survey, device: torch.device) -> None:
     """Measure all-reduces, up to the first that fails (all ranks)."""
     timeout = datetime.timedelta(seconds=links.COLLECTIVE_S)
     ranks, nodes = survey.ranks, survey.nodes
-    found = attempt("process group", join, survey.store, ranks, device, timeout)
-    survey.tell("process group", found)
+    survey.tell(
+        "process group", attempt("process group", join, survey.store, ranks, device, timeout)
+    )
     if survey.failed("process group"):
         return
-    rounds = [("pairs in a machine", pairs) for pairs in links.rounds_inside(nodes)]
-    rounds += [("pairs of machines", pairs) for pairs in links.rounds_across(nodes)]
-    rounds += [("all ranks", [list(range(ranks.world_size))])]
-    for number, (check, groups) in enumerate(rounds):
-        found: Facts = {}
-        for group in groups:
-            if ranks.rank in group:
-                found = attempt(check, links.add_up, group, device)
-        before = survey.facts[ranks.rank].get(check)
-        if before and check in found:
-            found[check] = links.better(found[check], before)
-        survey.tell(f"{check} {number}", found)
-        if survey.failed(check):
-            return
+    rounds = {
+        "pairs in a machine": links.rounds_inside(nodes),
+        "pairs of machines": links.rounds_across(nodes),
+        "all ranks": [[list(range(ranks.world_size))]],
+    }
+    for check in rounds:
+        for number in range(TRIES):
+            for turn, groups in enumerate(rounds[check]):
+                mine = next((group for group in groups if ranks.rank in group), None)
+                found = attempt(check, links.add_up, mine, device) if mine else {}
+                part = f"{check} {number} {turn}"
+                survey.tell(part, keep_better(check, found, survey, links.better))
+                if survey.failed(check):
+                    return
+            if not survey.suspects(check):
+                break
+
+
+def keep_better(check: str, found: Facts, survey: Survey, better: Callable[..., Any]) -> Facts:
+    """Return what this rank found, or what it had found before where that was better."""
+    before = survey.facts[survey.ranks.rank].get(check)
+    if check in found and before is not None:
+        return {check: better(found[check], before)}
+    return found
 
 
 def attempt(check: str, work: Callable[..., Any], *args: Any) -> Facts:

@@ -34,6 +34,7 @@ ENTRY_POINTS = ["train.py", "data/prepare.py", "data/fineweb.py", "data/show.py"
                 "eval/hellaswag.py", "eval/val_loss.py", "eval/sample.py", "bench/hellaswag.py",
                 "eval/report.py", "checkpoint/consolidate.py", "launch/cluster.py",
                 "launch/hostfile.py", "launch/environment.py", "launch/plan.py",
+                "launch/preflight.py", "bench/unfit.py",
                 "bench/parity.py", "bench/cross_entropy.py", "bench/prepare_kills.py",
                 "bench/prepare.py", "bench/loader.py", "bench/side.py", "bench/train_step.py",
                 "bench/startup.py", "bench/scaling.py", "bench/page.py",
