@@ -17,7 +17,6 @@ from launch.findings import Facts, judge
 from launch.inputs import Run
 from launch.meeting import choose_device, exchange, join
 from launch.ranks import Ranks
-from launch.supervision import error_line
 
 TRIES = 5  # of what is slow: something else may have run there for a moment
 
@@ -160,4 +159,4 @@ def attempt(check: str, work: Callable[..., Any], *args: Any) -> Facts:
         value = work(*args)
         return {} if value is None else {check: value}
     except (RuntimeError, OSError) as error:
-        return {"errors": {check: error_line(error)}}
+        return {"errors": {check: (str(error) or type(error).__name__).splitlines()[0]}}
