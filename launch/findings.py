@@ -60,7 +60,7 @@ def judge(facts: list[Facts]) -> list[Verdict]:
         for fact in facts:
             if error := fact["errors"].get(check):
                 what, _, remedy = error.partition(". Fix: ")
-                faults[fact["rank"]] = (what, remedy or "see what the rank printed")
+                faults[fact["rank"]] = (what, remedy or REMEDIES[check])
         verdicts.append(Verdict(check, seen, by_host(check, facts, faults)))
     return verdicts
 
@@ -236,6 +236,8 @@ REMEDIES = {
     "run folder shared": "mount the same storage everywhere, give the same --run_dir",
     "memory": "end what else runs there",
     "matmul": "look for other processes, heat, lower clocks; leave it out of the hostfile",
+    "process group": "see NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and the firewall",
+    "all ranks": "see NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and the firewall",
     "pairs in a machine": "look at its PCIe and NVLink, or for other processes",
     "pairs of machines": "look at its network cards and cables, NCCL_SOCKET_IFNAME, NCCL_IB_HCA",
 }

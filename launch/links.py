@@ -124,13 +124,17 @@ def _ring(n: int) -> list[tuple[int, int]]:
     return [(i, (i + 1) % n) for i in range(n if n > 2 else n - 1)]
 
 
-def add_up(group_ranks: list[int], device: torch.device) -> dict[str, float]:
-    """Return an all-reduce's latency and bus bandwidth in a group (its ranks), at its fastest.
+def add_up(name: str, group_ranks: list[int], device: torch.device) -> dict[str, float] | None:
+    """Return an all-reduce's latency and bus bandwidth in a group, at its fastest; None if alone.
+
+    All ranks, each with its own group, if only of itself.
 
     Raises:
         RuntimeError: It failed, or took longer than COLLECTIVE_S.
     """
-    group = _group(tuple(group_ranks))
+    group = _group(name, tuple(group_ranks))
+    if len(group_ranks) == 1:
+        return None
     large = torch.ones(REDUCED[device.type], device=device)
     latency_s = _fastest_s(large[:1], group, REPEATS_SMALL)
     seconds = _fastest_s(large, group, REPEATS)
@@ -138,10 +142,13 @@ def add_up(group_ranks: list[int], device: torch.device) -> dict[str, float]:
     return {"bytes_per_s": sent_bytes / seconds, "latency_s": latency_s}
 
 
-@functools.cache  # a second group of the same ranks would find the first one's addresses
-def _group(ranks: tuple[int, ...]) -> Any:
+@functools.cache
+def _group(name: str, ranks: tuple[int, ...]) -> Any:
+    # All ranks make as many groups: PyTorch names a group after its ranks and how many there are.
+    # Without local synchronization each of them would wait for all ranks.
+    del name
     timeout = datetime.timedelta(seconds=COLLECTIVE_S)
-    return dist.new_group(list(ranks), timeout, use_local_synchronization=True)  # these ranks
+    return dist.new_group(list(ranks), timeout, use_local_synchronization=True)
 
 
 def better(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:

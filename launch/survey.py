@@ -17,7 +17,6 @@ from launch.findings import Facts, judge
 from launch.inputs import Run
 from launch.meeting import choose_device, exchange, join
 from launch.ranks import Ranks
-from launch.supervision import error_line
 
 TRIES = 5  # of what is slow: something else may have run there for a moment
 
@@ -136,9 +135,9 @@ def add_up_in_pairs(survey: Survey, device: torch.device) -> None:
     for check in rounds:
         for number in range(TRIES):
             for turn, groups in enumerate(rounds[check]):
-                mine = next((group for group in groups if ranks.rank in group), None)
-                found = attempt(check, links.add_up, mine, device) if mine else {}
-                part = f"{check} {number} {turn}"
+                mine = next((group for group in groups if ranks.rank in group), [ranks.rank])
+                found = attempt(check, links.add_up, f"{check} {turn}", mine, device)  # all ranks
+                part = f"{check} {turn} {number}"
                 survey.tell(part, keep_better(check, found, survey, links.better))
                 if survey.failed(check):
                     return
@@ -155,8 +154,9 @@ def keep_better(check: str, found: Facts, survey: Survey, better: Callable[..., 
 
 
 def attempt(check: str, work: Callable[..., Any], *args: Any) -> Facts:
-    """Return what a measurement gives, as a fact of this rank, or why it fails."""
+    """Return what a measurement gives, if anything, as a fact of this rank, or why it fails."""
     try:
-        return {check: work(*args)}
+        value = work(*args)
+        return {} if value is None else {check: value}
     except (RuntimeError, OSError) as error:
-        return {"errors": {check: error_line(error)}}
+        return {"errors": {check: (str(error) or type(error).__name__).splitlines()[0]}}

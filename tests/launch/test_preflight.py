@@ -96,10 +96,12 @@ def test_of_two_ranks_the_slow_one_is_found() -> None:
 def test_an_error_and_a_missing_answer_name_their_rank() -> None:
     facts = healthy()
     facts[1]["errors"] = {"jit locks": "/x/lock: left by a build that was killed. Fix: rm /x/lock"}
+    facts[4]["errors"] = {"all ranks": "timed out"}
     facts[6]["errors"] = {"answers": "no answer about memory within 9 s. Fix: look"}
     for fact in facts:
         del fact["matmul"]
-    assert found(facts) == [("answers", "node-4", [6]), ("jit locks", "node-1", [1])]
+    expected = [("answers", "node-4", [6]), ("jit locks", "node-1", [1])]
+    assert found(facts) == [*expected, ("all ranks", "node-3", [4])]
     assert {verdict.check: verdict.seen for verdict in judge(facts)}["matmul"] == ""
 
 
