@@ -32,7 +32,8 @@ from bench.hosts import Hosts, missing
 COMMANDS = {
     "pdsh": "deepspeed --hostfile hostfile train.py …",
     "cluster.py": "python launch/cluster.py --hostfile hostfile train.py …",
-    "pdsh -k": "python launch/cluster.py --hostfile hostfile --launcher_args=-k train.py …",
+    "pdsh, ssh that asks": "env 'PDSH_SSH_ARGS_APPEND=-o ServerAliveInterval=5' "
+                           "deepspeed --hostfile hostfile train.py …",
     "openmpi": "deepspeed --hostfile hostfile --launcher openmpi "
                "--launcher_args=--allow-run-as-root train.py …",
     "no_ssh": "deepspeed --hostfile hostfile --no_ssh --node_rank 0 --master_addr node-1 "
@@ -45,7 +46,7 @@ STEP_S, GRACE_S = 10, 45  # --timeouts step; what ranks may live beyond it
 START_S, LINGER_S = 120, 20  # for a start and some steps; for the launchers to follow the ranks
 EQUAL, LOST = "Two machines as one", "A machine lost"
 CASES = {f"{launcher}, stage {stage}": (EQUAL, launcher, stage)
-         for stage in (1, 3) for launcher in COMMANDS if launcher != "pdsh -k"}  # fmt: skip
+         for stage in (1, 3) for launcher in COMMANDS if "asks" not in launcher}  # fmt: skip
 CASES |= {f"{launcher}, {fault}": (LOST, launcher, fault)
           for fault in ("link cut", "ranks killed") for launcher in COMMANDS
           if launcher != "cluster.py"}  # fmt: skip
@@ -147,6 +148,8 @@ def lose(folder: Path, launcher: str, fault: str) -> Result:
         jobs = start(hosts, launcher, MACHINES, command, log)
         deadline = time.monotonic() + START_S
         while newest_step(run_dir) < STEPS and time.monotonic() < deadline:
+            if all(job.poll() is not None for job in jobs):
+                break
             time.sleep(0.1)
         there = hosts.pids("node-2")
         if fault == "link cut":
@@ -199,9 +202,10 @@ def main() -> int:
     folder = args.folder.resolve()
     open_folder(folder)
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
-    done: dict[str, dict[str, Result]] = {
-        title: results.get(title, {}).get("values", {}) for title in (EQUAL, LOST)
-    }
+    done: dict[str, dict[str, Result]] = {title: {} for title in (EQUAL, LOST)}
+    for title, cases in done.items():
+        before = results.get(title, {}).get("values", {})
+        cases |= {case: before[case] for case in CASES if case in before}
     for case in args.cases:
         title, launcher, kind = CASES[case]
         if case not in done[title]:

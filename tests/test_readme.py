@@ -26,7 +26,7 @@ OURS = re.compile(
     r"/[\w./-]+\.(?:py|json|yaml|sbatch|example|md|ipynb)|train\.py"
 )
 # Written by commands, or by a change that is under way.
-ELSEWHERE = {"docs/launches.json", "docs/measured_memory.json", "launch/preflight.py"}
+ELSEWHERE = {"docs/launches.json", "docs/measured_memory.json"}
 
 
 class Parsed(BaseException):
@@ -145,10 +145,15 @@ def check_tensorboard(words: list[str], _: bool) -> None:
     assert words == ["--logdir", "runs"]
 
 
+def check_env(words: list[str], partial: bool) -> None:
+    rest = [word for word in words if not re.match(r"[A-Z_]+=", word)]
+    CHECKS[rest[0]](rest[1:], partial)
+
+
 CHECKS: dict[str, Any] = {
     "python": check_python, "deepspeed": check_deepspeed, "torchrun": check_torchrun,
     "make": check_make, "pip": check_pip, "sbatch": check_sbatch, "kubectl": check_kubectl,
-    "tensorboard": check_tensorboard,
+    "tensorboard": check_tensorboard, "env": check_env,
     "mpirun": functools.partial(check_ranks_of_python, {"-n", "-hostfile"}),
     "srun": functools.partial(check_ranks_of_python, {"--mpi", "-N", "--ntasks-per-node",
                                                       "--cpus-per-task"}),
