@@ -25,8 +25,6 @@ OURS = re.compile(
     r"(?:bench|checkpoint|data|docs|ds_configs|eval|launch|model|notebooks|tests)"
     r"/[\w./-]+\.(?:py|json|yaml|sbatch|example|md|ipynb)|train\.py"
 )
-# Written by commands, or by a change that is under way.
-ELSEWHERE = {"docs/launches.json", "docs/measured_memory.json"}
 
 
 class Parsed(BaseException):
@@ -173,7 +171,7 @@ def test_a_documented_command_is_understood(document: Path, line: str) -> None:
 def test_the_files_that_a_document_names_are_there(document: Path) -> None:
     text = (ROOT / document).read_text()
     for name in re.findall(rf"(?<![\w./-])(?:{OURS.pattern})(?![\w/])", text):
-        assert (ROOT / name).is_file() or name in ELSEWHERE, name
+        assert (ROOT / name).is_file(), name
 
 
 @pytest.mark.parametrize(
