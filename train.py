@@ -11,7 +11,7 @@ import contextlib
 import functools
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from checkpoint.run_folder import write_json
@@ -20,13 +20,11 @@ from launch.config import (
     describe_run,
     parse_train_config,
     profiled_steps,
-    resolve_batch,
-    resolve_train_config,
     to_json,
 )
-from launch.ds_config import load_ds_config, precision, resolve_ds_config, zero_stage
+from launch.ds_config import precision, zero_stage
 from launch.estimate import advice, found_cluster
-from launch.inputs import Inputs, Run, open_inputs, take_run_dir
+from launch.inputs import Inputs, Run, open_inputs, resolve_run, take_run_dir
 from launch.ranks import read_ranks, say_once
 from launch.supervision import BAD_INPUT, FAILED, FINISHED, error_line, report, supervise
 from launch.watchdog import Watchdog, group_timeout_s
@@ -55,14 +53,10 @@ def main(argv: list[str]) -> int:
     """Run the command line; return the exit status."""
     ranks = read_ranks()
     try:
-        config = resolve_train_config(parse_train_config(argv, __doc__ or ""))
-        batch = resolve_batch(config, ranks.world_size)
-        config = replace(config, micro_batch_size=batch.micro_batch_size)
-        ds_config = resolve_ds_config(load_ds_config(config.ds_config), config, batch)
-        if config.dry_run:
-            print(describe_run(config, batch, ds_config))
+        run = resolve_run(parse_train_config(argv, __doc__ or ""), ranks)
+        if run.config.dry_run:
+            print(describe_run(run.config, run.batch, run.ds_config))
             return FINISHED
-        run = Run(config, batch, ds_config, ranks)
         inputs = open_inputs(run)
         folder = take_run_dir(run, inputs) if ranks.is_main else contextlib.nullcontext()
     except (ValueError, OSError) as error:  # every rank of a machine finds the same

@@ -1,4 +1,4 @@
-"""Ranks of train.py as forks of one process that has imported everything: a run in seconds.
+"""Ranks of a command as forks of one process that has imported everything: a run in seconds.
 
 What a kill leaves is the same as with a launcher; that nobody survives one is shown elsewhere,
 through the launchers themselves.
@@ -29,13 +29,14 @@ def import_everything() -> None:
 
 
 class Run:
-    """Some ranks of train.py on this machine.
+    """Some ranks of a command on this machine.
 
     Args:
-        argv: Of train.py.
+        argv: Of the command.
         n_ranks: Processes.
         log: File for what they print.
         sabotage: Called with the rank in each process, before it begins.
+        module: Of the command; its main is run.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Run:
         n_ranks: int,
         log: Path,
         sabotage: Callable[[int], None] = lambda rank: None,
+        module: str = "train",
     ) -> None:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
@@ -55,7 +57,7 @@ class Run:
             if not pid:
                 _become_rank(rank, n_ranks, port, log)
                 sabotage(rank)
-                _train(argv)
+                _run(module, argv)
             self.pids.append(pid)
 
     def poll(self) -> bool:
@@ -95,12 +97,10 @@ def _become_rank(rank: int, n_ranks: int, port: int, log: Path) -> None:
     os.dup2(descriptor, 2)
 
 
-def _train(argv: list[str]) -> None:
-    import train
-
+def _run(module: str, argv: list[str]) -> None:
     status = 1
     try:
-        status = train.main(argv)
+        status = importlib.import_module(module).main(argv)
     except SystemExit as error:
         status = int(error.code or 0)
     finally:

@@ -60,13 +60,15 @@ def run_with_children(command: list[str], timeout_s: int) -> subprocess.Complete
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-def launch(n_ranks: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+def launch(
+    n_ranks: int, arguments: list[str], script: str = "train.py"
+) -> subprocess.CompletedProcess[str]:
     """Run `deepspeed --num_gpus N train.py …` with a free port and a time limit."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(n_ranks)]
-    command += ["--master_addr", "127.0.0.1", "--master_port", str(port), "train.py", *arguments]
+    command += ["--master_addr", "127.0.0.1", "--master_port", str(port), script, *arguments]
     return run_with_children(command, LAUNCH_TIMEOUT_S)
 
 

@@ -1,6 +1,5 @@
 """From a TrainConfig to a DeepSpeed engine: process group, zero.Init, parameter groups."""
 
-import atexit
 import contextlib
 import ctypes
 import datetime
@@ -19,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from launch.config import TrainConfig
 from launch.ds_config import uses_offload, zero_stage
-from launch.meeting import free_port, meet
+from launch.meeting import choose_device, join, meet
 from launch.ranks import Ranks, check_extension_locks
 from model.gpt import GPT
 
@@ -45,21 +44,9 @@ def init_process_group(
         OSError: Not all ranks came.
         ValueError: The GPU of this rank does not exist, or the accelerator is Apple's MPS.
     """
-    if torch.backends.mps.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
-        raise ValueError(
-            "Apple's MPS: not supported. Fix: set DS_ACCELERATOR=cpu to train on the CPU"
-        )
-    use_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    if use_cuda and ranks.local_rank >= torch.cuda.device_count():
-        raise ValueError(
-            f"--num_gpus: rank {ranks.rank} needs GPU {ranks.local_rank}, this machine has "
-            f"{torch.cuda.device_count()}. Fix: start no more ranks"
-        )
-    if not use_cuda:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guessed
-    if "RANK" not in os.environ:  # no launcher
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    device = choose_device(ranks)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32, as in the recipe
     import deepspeed
     import deepspeed.ops
     from deepspeed.utils import logger
@@ -67,20 +54,12 @@ def init_process_group(
     logger.setLevel(logging.WARNING)
     # DeepSpeed's shared-memory all-reduce serves inference only; compiling it takes a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if use_cuda:
-        torch.cuda.set_device(ranks.local_rank)
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32, as in the recipe
-    elif "OMP_NUM_THREADS" not in os.environ:  # ranks that all take every core starve each other
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world_size))
     if not dist.is_initialized():
-        backend, timeout = "nccl" if use_cuda else "gloo", datetime.timedelta(seconds=timeout_s)
+        timeout = datetime.timedelta(seconds=timeout_s)
         store = meet(ranks, start_timeout_s or timeout_s)  # all ranks
-        dist.init_process_group(
-            backend, timeout=timeout, world_size=ranks.world_size, rank=ranks.rank, store=store
-        )
+        backend = join(store, ranks, device, timeout)  # all ranks
         deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
-        atexit.register(dist.destroy_process_group)
-    return torch.device("cuda", ranks.local_rank) if use_cuda else torch.device("cpu")
+    return device
 
 
 def _keep_freed_memory_after_a_step(optimizer: Any) -> None:

@@ -9,9 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from launch.config import BatchArithmetic, TrainConfig, to_json
+from launch.config import (
+    BatchArithmetic,
+    TrainConfig,
+    resolve_batch,
+    resolve_train_config,
+    to_json,
+)
 from launch.credentials import refuse_credentials
-from launch.ds_config import precision, uses_offload
+from launch.ds_config import load_ds_config, precision, resolve_ds_config, uses_offload
 from launch.memory import CHECKPOINT_BYTES
 from launch.ranks import Ranks, check_extension_locks
 
@@ -40,6 +46,19 @@ class Inputs:
     init_folder: Path | None
     checkpoints: list[Path]  # to go on from, the newest first; none for a new run
     order: dict[str, Any]  # what decides on which tokens a step is taken
+
+
+def resolve_run(config: TrainConfig, ranks: Ranks) -> Run:
+    """Return the run of a command line, with every value filled in.
+
+    Raises:
+        ValueError: A value is out of range, or does not go with another; names the flag or file.
+    """
+    config = resolve_train_config(config)
+    batch = resolve_batch(config, ranks.world_size)
+    config = replace(config, micro_batch_size=batch.micro_batch_size)
+    ds_config = resolve_ds_config(load_ds_config(config.ds_config), config, batch)
+    return Run(config, batch, ds_config, ranks)
 
 
 def open_inputs(run: Run) -> Inputs:

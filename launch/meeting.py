@@ -1,52 +1,77 @@
-"""The ranks of a run find each other, or say who is missing."""
+"""The ranks of a run find each other, or say who is missing, and each finds its device."""
 
 from __future__ import annotations
 
+import atexit
 import datetime
+import json
 import os
 import socket
 import subprocess
 import time
+from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]  # documented
 from torch.distributed.rendezvous import rendezvous
 
 from launch.ranks import Ranks
 
 NAMED = 8  # of missing ranks
-POLL_S = 0.2
+POLL_S = 0.02
+GRACE_S = 5  # for rank 0, who says which rank is missing, before the others give up on it
+LEAVE_S = 2  # for the others to hear that it is over
+
+
+def choose_device(ranks: Ranks) -> torch.device:
+    """Return this rank's device, made the current one.
+
+    Raises:
+        ValueError: The GPU of this rank does not exist, or the accelerator is Apple's MPS.
+    """
+    if torch.backends.mps.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        raise ValueError(
+            "Apple's MPS: not supported. Fix: set DS_ACCELERATOR=cpu to train on the CPU"
+        )
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        if ranks.local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"--num_gpus: rank {ranks.rank} needs GPU {ranks.local_rank}, this machine has "
+                f"{torch.cuda.device_count()}. Fix: start no more ranks"
+            )
+        torch.cuda.set_device(ranks.local_rank)
+        return torch.device("cuda", ranks.local_rank)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guessed
+    if "OMP_NUM_THREADS" not in os.environ:  # ranks that all take every core starve each other
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world_size))
+    return torch.device("cpu")
 
 
 def meet(ranks: Ranks, timeout_s: float) -> Store:
     """Wait for every rank at MASTER_ADDR:MASTER_PORT (all ranks) and return their common store.
 
     Raises:
-        OSError: Not all came in time; rank 0 names those that did not.
+        OSError: Not all came in time; names those that did not.
         ValueError: mpirun started them, and there is no mpi4py.
     """
+    if "RANK" not in os.environ:  # no launcher
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     _name_address(ranks)
-    timeout = datetime.timedelta(seconds=timeout_s)
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     remedy = f"start it, or give it more time with --timeouts start={2 * round(timeout_s)}"
-    deadline = time.monotonic() + timeout_s
     try:
-        store = _open_store(ranks, timeout)
-        store.set(f"came/{ranks.rank}", "")
-        if not ranks.is_main:
-            store.wait(["all came"], timeout)
-            return store
+        store = _open_store(ranks, datetime.timedelta(seconds=timeout_s))
+        came = exchange(store, ranks, "came", True, timeout_s)
     except RuntimeError as error:  # c10d's errors of store and network
         raise OSError(
             f"rank 0 at {address} did not gather all ranks within {timeout_s:.0f} s. Fix: {remedy}"
         ) from error
-    missing = [f"came/{rank}" for rank in range(ranks.world_size)]
-    while missing := [key for key in missing if not store.check([key])]:
-        if time.monotonic() > deadline:
-            names = ", ".join(key.removeprefix("came/") for key in missing[:NAMED])
-            more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
-            raise OSError(f"rank {names}{more} never came to {address}. Fix: {remedy}")
-        time.sleep(POLL_S)
-    store.set("all came", "")
+    if missing := [rank for rank, has_come in enumerate(came) if not has_come]:
+        names = ", ".join(map(str, missing[:NAMED]))
+        more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
+        raise OSError(f"rank {names}{more} never came to {address}. Fix: {remedy}")
     return store
 
 
@@ -72,11 +97,65 @@ def _name_address(ranks: Ranks) -> None:
     if ranks.is_main:
         addresses = subprocess.run(["hostname", "-I"], capture_output=True, text=True).stdout
         found = {"MASTER_ADDR": (addresses.split() or ["127.0.0.1"])[0]}
-        found["MASTER_PORT"] = str(free_port())
+        found["MASTER_PORT"] = str(_free_port())
         found |= {name: os.environ[name] for name in found if name in os.environ}
     MPI.Init()  # all ranks
     os.environ |= MPI.COMM_WORLD.bcast(found)
     MPI.Finalize()  # while nobody hangs: at the end of a run that has failed it would
+
+
+def join(store: Store, ranks: Ranks, device: torch.device, timeout: datetime.timedelta) -> str:
+    """Make the process group of all ranks (all ranks) and return its backend."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, timeout=timeout, world_size=ranks.world_size, rank=ranks.rank, store=store
+    )
+    atexit.register(dist.destroy_process_group)
+    return backend
+
+
+def exchange(store: Store, ranks: Ranks, name: str, value: Any, timeout_s: float) -> list[Any]:
+    """Return what each rank gives under a name (all ranks), None for those that are too late.
+
+    Args:
+        store: Of all ranks.
+        ranks: Of this process.
+        name: Another one each time.
+        value: A JSON value.
+        timeout_s: Until rank 0 waits no longer.
+
+    Raises:
+        RuntimeError: Rank 0 is too late or gone (c10d's error).
+    """
+    keys = [f"{name}/{rank}" for rank in range(ranks.world_size)]
+    store.set(keys[ranks.rank], json.dumps(value))
+    if ranks.is_main:
+        deadline, given = time.monotonic() + timeout_s, []
+        for key in keys:
+            while not (is_there := store.check([key])) and time.monotonic() < deadline:
+                time.sleep(POLL_S)
+            given.append(json.loads(store.get(key)) if is_there else None)
+        store.set(name, json.dumps(given))
+    store.wait([name], datetime.timedelta(seconds=timeout_s + GRACE_S))
+    return json.loads(store.get(name))
+
+
+def part(store: Store, ranks: Ranks, timeout_s: float) -> None:
+    """Leave once rank 0 has come here, which goes last (all ranks): the store ends with it."""
+    if not ranks.is_main:
+        store.wait(["over"], datetime.timedelta(seconds=timeout_s))
+        store.add("left", 1)
+        return
+    store.set("over", "")
+    deadline = time.monotonic() + LEAVE_S
+    while store.add("left", 0) < ranks.world_size - 1 and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def _open_store(ranks: Ranks, timeout: datetime.timedelta) -> Store:
@@ -86,10 +165,3 @@ def _open_store(ranks: Ranks, timeout: datetime.timedelta) -> Store:
         return PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return TCPStore(host, port, ranks.world_size, ranks.is_main, timeout, wait_for_workers=False)
-
-
-def free_port() -> int:
-    """Return a port on which nobody listens."""
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return s.getsockname()[1]

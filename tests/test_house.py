@@ -29,11 +29,13 @@ EXCEPTIONS |= {("launch/inputs.py", name)
                for name in ("checkpoint.manifest", "checkpoint.resuming", "checkpoint.run_folder",
                             "data.order", "data.shards", "eval.hellaswag", "eval.packing",
                             "eval.val_loss")}  # fmt: skip
-EXCEPTIONS.add(("launch/supervision.py", "checkpoint.run_folder"))
+EXCEPTIONS |= {("launch/supervision.py", "checkpoint.run_folder"),
+               ("launch/probes.py", "data.shards")}  # fmt: skip
 ENTRY_POINTS = ["train.py", "data/prepare.py", "data/fineweb.py", "data/show.py",
                 "eval/hellaswag.py", "eval/val_loss.py", "eval/sample.py", "bench/hellaswag.py",
                 "eval/report.py", "checkpoint/consolidate.py", "launch/cluster.py",
                 "launch/hostfile.py", "launch/environment.py", "launch/plan.py",
+                "launch/preflight.py", "bench/unfit.py",
                 "bench/parity.py", "bench/cross_entropy.py", "bench/prepare_kills.py",
                 "bench/prepare.py", "bench/loader.py", "bench/side.py", "bench/train_step.py",
                 "bench/startup.py", "bench/scaling.py", "bench/page.py",

@@ -12,7 +12,7 @@ SIDES = ["seed", "trainer", "bare1", "zero0", "zero1"]
 
 def test_all_sides_train_to_the_same_losses(tmp_path: Path) -> None:
     out = tmp_path / "train_step.json"
-    command = [sys.executable, "bench/train_step.py", "--model", "debug", "--seq_len", "64"]
+    command = [sys.executable, "bench/train_step.py", "--model", "debug", "--seq_len", "16"]
     command += ["--micro_batch_size", "2", "--grad_accum", "2", "--blocks", "2", "--steps", "1"]
     done = parity.run_with_children([*command, "--sides", *SIDES, "--out", str(out)], 240)
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,80 @@
+"""Is this cluster fit to start? train.py's own command, with this file in its place.
+
+python launch/preflight.py --model debug --data_dir DIR
+deepspeed --hostfile hostfile launch/preflight.py --model gpt3-13b --data_dir DIR --run_dir DIR
+torchrun --nproc_per_node 8 launch/preflight.py --model gpt2 --data_dir DIR
+
+A table on stderr, every figure as one JSON line on stdout. Status: 0 fit, 1 not, 2 bad usage.
+Of the flags below those count that decide on the data, the run folder and what will be written
+there; --timeouts start=SECONDS is how long to wait for a rank (default here: 120).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+if not __package__:  # run as a file: import from the repository root, exactly as train.py does
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from launch.config import parse_train_config
+from launch.findings import Facts, Verdict, judge
+from launch.inputs import resolve_run
+from launch.ranks import read_ranks, say_once
+from launch.supervision import BAD_INPUT, FAILED, FINISHED, error_line
+from launch.watchdog import parse_timeouts
+
+TIMEOUT_S = 120  # for each part of the survey, unless --timeouts gives another
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line (all ranks); return the exit status, the same on all."""
+    ranks = read_ranks()
+    try:
+        run = resolve_run(parse_train_config(argv, __doc__ or ""), ranks)
+    except ValueError as error:  # every rank of a machine finds the same
+        say_once(ranks, f"error: {error_line(error)}")
+        return BAD_INPUT
+    from launch.meeting import meet, part
+    from launch.survey import Survey, survey_all
+
+    is_given = "start=" in run.config.timeouts
+    timeout_s = parse_timeouts(run.config.timeouts)["start"] if is_given else TIMEOUT_S
+    try:
+        survey = Survey(meet(ranks, timeout_s), ranks, timeout_s)
+        with contextlib.suppress(TimeoutError):  # whose answer is missing is among the facts
+            survey_all(run, survey)
+        verdicts = judge(survey.facts)
+        if ranks.is_main:
+            print(table(verdicts), file=sys.stderr, flush=True)
+            print(json.dumps(to_json(verdicts, survey.facts)), flush=True)
+        part(survey.store, ranks, timeout_s)
+    except (OSError, RuntimeError) as error:  # c10d's, when rank 0 is gone
+        print(f"error: {socket.gethostname()}: {error_line(error)}", file=sys.stderr, flush=True)
+        return FAILED
+    return FAILED if any(verdict.findings for verdict in verdicts) else FINISHED
+
+
+def table(verdicts: list[Verdict]) -> str:
+    """Return a line for each check, and one for each finding."""
+    lines = []
+    for verdict in verdicts:
+        outcome = "UNFIT" if verdict.findings else "ok" if verdict.seen else "-"
+        lines.append(f"{verdict.check:<18} {outcome:<5}  {verdict.seen or 'not measured'}")
+    lines += [f"error: {finding}" for verdict in verdicts for finding in verdict.findings]
+    return "\n".join(lines)
+
+
+def to_json(verdicts: list[Verdict], facts: list[Facts]) -> dict[str, object]:
+    """Return what was found, and the facts of every rank, as JSON values in bytes and seconds."""
+    findings = [asdict(finding) for verdict in verdicts for finding in verdict.findings]
+    seen = {verdict.check: verdict.seen for verdict in verdicts}
+    return {"fit": not findings, "findings": findings, "seen": seen, "ranks": facts}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

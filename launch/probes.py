@@ -1,0 +1,229 @@
+"""What one rank reads about its machine and its folders, as JSON values (launch/preflight.py)."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import math
+import os
+import platform
+import resource
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launch.ds_config import precision
+from launch.inputs import Run
+from launch.meeting import choose_device
+from launch.memory import CHECKPOINT_BYTES
+from launch.ranks import check_extension_locks
+from launch.supervision import error_line
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("torch", "deepspeed", "numpy", "tiktoken")
+# Those of launch/environment.py that must be the same everywhere; none of them is a credential.
+VARIABLES = ("NCCL_", "TORCH_NCCL_", "GLOO_", "OMP_NUM_THREADS", "DS_ACCELERATOR")
+MATMUL = {
+    "cpu": (512, torch.float32),
+    "cuda": (8192, torch.bfloat16),
+}  # of so many rows and columns
+MATMUL_S = 0.3  # of repetitions, of which the fastest counts: others may use the machine too
+
+
+def look(run: Run) -> dict[str, Any]:
+    """Return what this rank finds by itself; under "errors" what it could not, by check."""
+    reads: dict[str, Callable[[Run], Any]] = {
+        "device": read_device,
+        "versions": read_versions,
+        "variables": read_variables,
+        "names": resolve_names,
+        "shards": read_shards,
+        "run folder": read_room,
+        "limits": read_limits,
+        "jit locks": read_locks,
+    }
+    found: dict[str, Any] = {"errors": {}}
+    for check, read in reads.items():
+        try:
+            found[check] = read(run)
+        except (ValueError, OSError, RuntimeError) as error:  # the last is CUDA's
+            found["errors"][check] = error_line(error)
+    return found
+
+
+def read_device(run: Run) -> dict[str, str]:
+    """Return the kind and the name of the device that this rank computes on.
+
+    Raises:
+        ValueError: As launch.meeting.choose_device does.
+    """
+    device = choose_device(run.ranks)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {"kind": device.type, "name": name}
+
+
+def read_versions(_: Run) -> dict[str, str]:
+    """Return the versions of all that decides on a result, and a hash of our own code."""
+    versions = {"python": platform.python_version()}
+    versions |= {name: read_version(name) for name in PACKAGES}
+    versions |= {"commit": read_commit(), "code": hash_code()}
+    if torch.cuda.is_available():
+        from torch.cuda import nccl
+
+        versions |= {
+            "CUDA": str(torch.version.cuda),
+            "NCCL": ".".join(map(str, nccl.version())),
+        }
+    return versions
+
+
+def read_version(package: str) -> str:
+    """Return the version of a package, without importing it."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def read_commit() -> str:
+    """Return the commit of this checkout, "none" without git or where it is not one."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    if not shutil.which("git"):
+        return "none"
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "none"
+
+
+def hash_code() -> str:
+    """Return a hash of the files that train.py runs: also without git, and of changes."""
+    digest = hashlib.sha256()
+    rooms = ("model", "data", "checkpoint", "eval", "launch")
+    paths = [*ROOT.glob("train.py"), *ROOT.glob("ds_configs/*.json")]
+    for path in sorted([*paths, *(p for room in rooms for p in (ROOT / room).rglob("*.py"))]):
+        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def read_variables(_: Run) -> dict[str, str]:
+    """Return the variables of this process that the libraries of all ranks must agree about."""
+    return {k: v for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)}
+
+
+def resolve_names(run: Run) -> list[str]:
+    """Return the addresses that this machine's own name stands for.
+
+    Raises:
+        OSError: It, or rank 0's, stands for none.
+    """
+    del run
+    addresses: list[str] = []
+    for name in (os.environ["MASTER_ADDR"], socket.gethostname()):
+        try:
+            addresses = sorted({str(info[4][0]) for info in socket.getaddrinfo(name, None)})
+        except socket.gaierror as error:
+            raise OSError(
+                f"{name}: does not resolve ({error.strerror}). Fix: add it to DNS or /etc/hosts"
+            ) from error
+    return addresses
+
+
+def read_shards(run: Run) -> dict[str, str]:
+    """Return the fingerprint of each split; with --verify every byte is compared before.
+
+    Raises:
+        ValueError: As data.shards.TokenStream does.
+    """
+    from data.shards import SPLITS, TokenStream
+
+    config, verify = run.config, run.config.verify and run.ranks.local_rank == 0
+    return {
+        split: TokenStream(config.data_dir, split, config.gpt_config.vocab_size, verify)
+        .fingerprint()[:12]
+        for split in SPLITS
+    }  # fmt: skip
+
+
+def read_room(run: Run) -> dict[str, int]:
+    """Return the bytes that the run may fill, with what it has, and those that it will.
+
+    Raises:
+        OSError: It cannot be written to.
+    """
+    run_dir, host = run.config.run_dir, socket.gethostname()
+    path = run_dir / f".preflight-{host}-{run.ranks.rank}"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            with path.open("wb") as file:
+                file.write(bytes(resource.getpagesize()))
+                os.fsync(file.fileno())
+        finally:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        what = f"{run_dir} cannot be written to: {error.strerror}"
+        raise OSError(f"{what}. Fix: make room, or give another --run_dir") from error
+    saved = sum(p.stat().st_size for p in run_dir.glob("checkpoints/step_*/*"))
+    free = shutil.disk_usage(run_dir).free
+    return {"room_bytes": free + saved, "needed_bytes": needed_bytes(run)}
+
+
+def needed_bytes(run: Run) -> int:
+    """Return what all checkpoints that are kept take, and one that is being written."""
+    config = run.config
+    saves = math.ceil(config.max_steps / config.checkpoint_every)
+    kept = min(config.keep_checkpoints or saves, saves)
+    one = CHECKPOINT_BYTES[precision(run.ds_config)] * config.gpt_config.n_params()
+    return (kept + 1) * one
+
+
+def read_limits(run: Run) -> dict[str, int]:
+    """Return this process's limits, and the shards that it will hold open."""
+    shm = Path("/dev/shm")
+    return {
+        "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],  # -1: no limit
+        "memlock_bytes": resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
+        "shm_bytes": shutil.disk_usage(shm).free if shm.is_dir() else 0,
+        "has_infiniband": any(Path("/sys/class/infiniband").glob("*")),
+        "shards": sum(p.suffix in (".npy", ".bin") for p in run.config.data_dir.glob("*")),
+    }
+
+
+def read_locks(run: Run) -> str:
+    """Return "none".
+
+    Raises:
+        ValueError: As launch.ranks.check_extension_locks does.
+    """
+    check_extension_locks(run.ranks)
+    return "none"
+
+
+def read_memory(device: torch.device) -> int:
+    """Return the bytes that are free on a GPU, or that the machine has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def multiply(a: torch.Tensor) -> None:
+    """Multiply a matrix by itself and wait for the result."""
+    torch.mm(a, a)
+    if a.is_cuda:
+        torch.cuda.synchronize()
+
+
+def measure_matmul(device: torch.device) -> float:
+    """Return the floating-point operations per second of the fastest product."""
+    n, dtype = MATMUL[device.type]
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    multiply(a)  # loads the library
+    fastest_s, deadline = math.inf, time.perf_counter() + MATMUL_S
+    while (started := time.perf_counter()) < deadline:
+        multiply(a)
+        fastest_s = min(fastest_s, time.perf_counter() - started)
+    return 2 * n**3 / fastest_s

@@ -1,0 +1,162 @@
+"""Every rank looks at itself, then at the others, and tells all what it found."""
+
+from __future__ import annotations
+
+import datetime
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]  # documented
+
+from launch import links, probes
+from launch.findings import Facts, judge
+from launch.inputs import Run
+from launch.meeting import choose_device, exchange, join
+from launch.ranks import Ranks
+
+TRIES = 5  # of what is slow: something else may have run there for a moment
+
+
+class Survey:
+    """The facts of all ranks, the same on all.
+
+    Args:
+        store: Of all ranks.
+        ranks: Of this process.
+        timeout_s: Until nobody waits longer for what a rank has to tell.
+    """
+
+    def __init__(self, store: Store, ranks: Ranks, timeout_s: float) -> None:
+        self.store, self.ranks, self.timeout_s = store, ranks, timeout_s
+        world = range(ranks.world_size)
+        self.facts: list[Facts] = [
+            {"rank": rank, "host": "?", "errors": {}, "answers": "in time"} for rank in world
+        ]
+
+    def tell(self, part: str, found: Facts) -> None:
+        """Add what this rank found in a part of the survey, and what the others did (all ranks).
+
+        Raises:
+            TimeoutError: A rank did not tell in time; the same on all.
+        """
+        told = exchange(self.store, self.ranks, part, found, self.timeout_s)  # all ranks
+        for fact, more in zip(self.facts, told, strict=True):
+            if more is None:
+                what = f"no answer about {part} within {self.timeout_s:.0f} s"
+                more = {"errors": {"answers": f"{what}. Fix: look at what hangs there"}}
+            errors = fact["errors"] | more.pop("errors", {})
+            fact |= more | {"errors": errors}
+        if None in told:
+            raise TimeoutError(part)
+
+    @property
+    def nodes(self) -> list[list[int]]:
+        """The ranks of each machine."""
+        return links.nodes_of([fact["host"] for fact in self.facts])
+
+    def suspects(self, check: str) -> set[int]:
+        """Return the ranks that a check finds unfit so far."""
+        found = next(verdict.findings for verdict in judge(self.facts) if verdict.check == check)
+        return {rank for finding in found for rank in finding.ranks}
+
+    def failed(self, *checks: str) -> bool:
+        """Return whether a rank could not do one of these."""
+        return any(check in fact["errors"] for fact in self.facts for check in checks)
+
+
+def survey_all(run: Run, survey: Survey) -> None:
+    """Fill in the facts (all ranks); what would hang after what was found is left out.
+
+    Raises:
+        TimeoutError: A rank did not tell in time.
+    """
+    token = {"token": secrets.token_hex(8)}  # rank 0's counts
+    survey.tell("host names", {"host": socket.gethostname()} | token)
+    survey.tell("clocks", {"clock": time.time()})  # all were let go at the same moment
+    look_around(run, survey)
+    kinds = {fact["device"]["kind"] for fact in survey.facts if "device" in fact}
+    if survey.failed("device") or len(kinds) > 1 or any(fact["reach"] for fact in survey.facts):
+        return
+    device = choose_device(run.ranks)
+    multiply_in_turn(survey, device)
+    if not survey.failed("memory", "matmul"):
+        add_up_in_pairs(survey, device)
+
+
+def look_around(run: Run, survey: Survey) -> None:
+    """Look at this machine, the folders and the network (all ranks)."""
+    run_dir, token = run.config.run_dir, survey.facts[0]["token"]
+    with links.listening() as address:
+        seen = probes.look(run) | {"address": address}
+        if run.ranks.is_main:
+            links.leave_token(run_dir, token)
+        survey.tell("machines and folders", seen)
+        found: Facts = {"reach": links.unreached([fact["address"] for fact in survey.facts])}
+        if "run folder" in survey.facts[0]:  # rank 0 could write
+            found["run folder shared"] = links.find_token(run_dir, token)
+        survey.tell("connections", found)
+    if run.ranks.is_main:
+        links.remove_token(run_dir)
+
+
+def multiply_in_turn(survey: Survey, device: torch.device) -> None:
+    """Measure memory, and the speed of one rank of each machine after the other (all ranks)."""
+    survey.tell("memory", attempt("memory", probes.read_memory, device))
+    rank, suspects = survey.ranks.rank, set(range(survey.ranks.world_size))
+    for number in range(TRIES):
+        nodes = [[r for r in node if r in suspects] for node in survey.nodes]
+        for turn in range(max(map(len, nodes))):
+            is_mine = any(node[turn : turn + 1] == [rank] for node in nodes)
+            found = attempt("matmul", probes.measure_matmul, device) if is_mine else {}
+            survey.tell(f"matmul {number} {turn}", keep_better("matmul", found, survey, max))
+        suspects = survey.suspects("matmul")
+        if not suspects or survey.failed("matmul"):
+            return
+
+
+def add_up_in_pairs(survey: Survey, device: torch.device) -> None:
+    """Measure all-reduces, up to the first that fails (all ranks)."""
+    timeout = datetime.timedelta(seconds=links.COLLECTIVE_S)
+    ranks, nodes = survey.ranks, survey.nodes
+    survey.tell(
+        "process group", attempt("process group", join, survey.store, ranks, device, timeout)
+    )
+    if survey.failed("process group"):
+        return
+    rounds = {
+        "pairs in a machine": links.rounds_inside(nodes),
+        "pairs of machines": links.rounds_across(nodes),
+        "all ranks": [[list(range(ranks.world_size))]],
+    }
+    for check in rounds:
+        for number in range(TRIES):
+            for turn, groups in enumerate(rounds[check]):
+                mine = next((group for group in groups if ranks.rank in group), [ranks.rank])
+                found = attempt(check, links.add_up, f"{check} {turn}", mine, device)  # all ranks
+                part = f"{check} {turn} {number}"
+                survey.tell(part, keep_better(check, found, survey, links.better))
+                if survey.failed(check):
+                    return
+            if not survey.suspects(check):
+                break
+
+
+def keep_better(check: str, found: Facts, survey: Survey, better: Callable[..., Any]) -> Facts:
+    """Return what this rank found, or what it had found before where that was better."""
+    before = survey.facts[survey.ranks.rank].get(check)
+    if check in found and before is not None:
+        return {check: better(found[check], before)}
+    return found
+
+
+def attempt(check: str, work: Callable[..., Any], *args: Any) -> Facts:
+    """Return what a measurement gives, if anything, as a fact of this rank, or why it fails."""
+    try:
+        value = work(*args)
+        return {} if value is None else {check: value}
+    except (RuntimeError, OSError) as error:
+        return {"errors": {check: (str(error) or type(error).__name__).splitlines()[0]}}

@@ -1,0 +1,198 @@
+"""launch/preflight.py: what its facts amount to, and what it says on 4 ranks, healthy and not."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.parity import launch
+from launch.config import TrainConfig
+from launch.findings import Facts, judge
+from launch.inputs import resolve_run
+from launch.links import rounds_across, rounds_inside
+from launch.probes import look, needed_bytes
+from launch.ranks import Ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMITS = {"open_files": 65536, "memlock_bytes": -1, "shm_bytes": 2**34, "has_infiniband": True,
+          "shards": 100}  # fmt: skip
+LINK = {"bytes_per_s": 1e11, "latency_s": 20e-6}
+
+
+def healthy(n_nodes: int = 4, per_node: int = 2) -> list[Facts]:
+    """Return what ranks of a cluster without fault find."""
+    facts: list[Facts] = []
+    for rank in range(n_nodes * per_node):
+        node = rank // per_node + 1
+        facts.append({
+            "rank": rank, "host": f"node-{node}", "errors": {}, "answers": "in time",
+            "device": {"kind": "cuda", "name": "H100"}, "versions": {"torch": "2.13", "git": "d7"},
+            "variables": {"NCCL_DEBUG": "WARN"}, "clock": 1e9 + rank * 1e-3,
+            "names": [f"10.0.0.{node}"], "reach": [], "shards": {"train": "ab", "val": "cd"},
+            "run folder": {"room_bytes": 2**40, "needed_bytes": 2**38}, "run folder shared": True,
+            "limits": LIMITS, "jit locks": "none", "memory": 80e9, "matmul": 650e12 + 1e12 * rank,
+            "process group": "nccl", "pairs in a machine": LINK, "pairs of machines": LINK,
+            "all ranks": LINK,
+        })  # fmt: skip
+    return copy.deepcopy(facts)
+
+
+def found(facts: list[Facts]) -> list[tuple[str, str, list[int]]]:
+    return [(f.check, f.host, f.ranks) for verdict in judge(facts) for f in verdict.findings]
+
+
+def test_a_healthy_cluster_has_no_findings() -> None:
+    for n_nodes, per_node in ((1, 1), (1, 2), (2, 1), (4, 2)):
+        verdicts = judge(healthy(n_nodes, per_node))
+        assert all(verdict.seen and not verdict.findings for verdict in verdicts)
+
+
+@pytest.mark.parametrize(("check", "value"), [
+    ("versions", {"torch": "2.12", "git": "d7"}),
+    ("versions", {"torch": "2.13"}),
+    ("variables", {}),
+    ("device", {"kind": "cuda", "name": "A100"}),
+    ("clock", 1e9 - 1.1),
+    ("reach", [0, 1, 2]),
+    ("shards", {"train": "ab", "val": "ce"}),
+    ("run folder", {"room_bytes": 2**37, "needed_bytes": 2**38}),
+    ("run folder shared", False),
+    ("limits", LIMITS | {"open_files": 256}),
+    ("limits", LIMITS | {"memlock_bytes": 65536}),
+    ("limits", LIMITS | {"shm_bytes": 2**26}),
+    ("memory", 60e9),
+    ("matmul", 500e12),
+    ("pairs in a machine", LINK | {"bytes_per_s": 6e10}),
+    ("pairs of machines", LINK | {"latency_s": 70e-6}),
+])  # fmt: skip
+def test_what_is_off_on_one_rank_is_found_there_and_nowhere_else(check: str, value: Any) -> None:
+    facts = healthy()
+    facts[3][check] = value
+    assert found(facts) == [(check, "node-2", [3])]
+
+
+def test_the_ranks_of_a_machine_with_one_fault_are_one_finding() -> None:
+    facts = healthy()
+    for fact in facts[2:4]:
+        fact["pairs of machines"] = LINK | {"bytes_per_s": 1e10}
+    assert found(facts) == [("pairs of machines", "node-2", [2, 3])]
+    (line,) = [str(f) for verdict in judge(facts) for f in verdict.findings]
+    assert line.startswith(
+        "node-2 (rank 2, 3): pairs of machines: 10 GB/s, the median is 100. Fix:"
+    )
+
+
+def test_of_two_ranks_the_slow_one_is_found() -> None:
+    facts = healthy(2, 1)
+    facts[0]["matmul"] = 300e12
+    assert found(facts) == [("matmul", "node-1", [0])]
+
+
+def test_an_error_and_a_missing_answer_name_their_rank() -> None:
+    facts = healthy()
+    facts[1]["errors"] = {"jit locks": "/x/lock: left by a build that was killed. Fix: rm /x/lock"}
+    facts[4]["errors"] = {"all ranks": "timed out"}
+    facts[6]["errors"] = {"answers": "no answer about memory within 9 s. Fix: look"}
+    for fact in facts:
+        del fact["matmul"]
+    expected = [("answers", "node-4", [6]), ("jit locks", "node-1", [1])]
+    assert found(facts) == [*expected, ("all ranks", "node-3", [4])]
+    assert {verdict.check: verdict.seen for verdict in judge(facts)}["matmul"] == ""
+
+
+def test_a_name_that_stands_for_loopback_matters_to_gloo_on_several_machines() -> None:
+    for kind, expected in (("cuda", []), ("cpu", [("names", "node-1", [0])])):
+        facts = healthy(2, 1)
+        for fact in facts:
+            fact["device"]["kind"] = kind
+        facts[0]["names"] = ["127.0.1.1"]
+        assert found(facts) == expected
+
+
+@pytest.mark.parametrize("sizes", [[1], [2], [8], [3, 3], [4, 2, 4], [2] * 5, [8] * 6])
+def test_everybody_is_in_two_pairs_and_in_one_at_a_time(sizes: list[int]) -> None:
+    nodes, first = [], 0
+    for size in sizes:
+        nodes.append(list(range(first, first + size)))
+        first += size
+    for rounds, units in ((rounds_inside(nodes), sizes), (rounds_across(nodes), [len(nodes)])):
+        times = dict.fromkeys(range(first), 0)
+        for pairs in rounds:
+            taking_part = [rank for pair in pairs for rank in pair]
+            assert len(taking_part) == len(set(taking_part))
+            for rank in taking_part:
+                times[rank] += 1
+        expected = [min(n, 3) - 1 for n in units for _ in range(n if units is sizes else first)]
+        assert list(times.values()) == expected
+
+
+def test_room_is_asked_for_as_many_checkpoints_as_are_kept(tmp_path: Path) -> None:
+    config = TrainConfig(model="debug", run_dir=tmp_path, max_steps=100, checkpoint_every=10)
+    ranks = Ranks(0, 0, 1, 1)
+    one = needed_bytes(resolve_run(config, ranks)) / 11
+    assert one == 14 * config.gpt_config.n_params()  # bf16 weights, fp32 masters and moments
+    kept = TrainConfig(model="debug", run_dir=tmp_path, max_steps=100, checkpoint_every=10,
+                       keep_checkpoints=2)  # fmt: skip
+    assert needed_bytes(resolve_run(kept, ranks)) == 3 * one
+
+
+def test_shards_that_cannot_be_read_are_an_error_with_its_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    config = TrainConfig(model="debug", data_dir=tmp_path, run_dir=tmp_path / "run")
+    facts = look(resolve_run(config, Ranks(0, 0, 1, 1)))
+    assert "no shard" in facts["errors"]["shards"]
+    assert "Fix: " in facts["errors"]["shards"]
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_two_ranks_of_the_launcher_are_fit(data_dir: Path, tmp_path: Path) -> None:
+    arguments = [
+        "--model",
+        "debug",
+        "--data_dir",
+        str(data_dir),
+        "--run_dir",
+        str(tmp_path / "run"),
+    ]
+    done = launch(2, arguments, "launch/preflight.py")
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    result = json.loads(line)
+    assert result["fit"]
+    assert [fact["rank"] for fact in result["ranks"]] == [0, 1]
+    assert all(fact["matmul"] > 0 and fact["errors"] == {} for fact in result["ranks"])
+
+
+def test_each_fault_is_found_on_its_rank(tmp_path: Path) -> None:
+    command = [sys.executable, "bench/unfit.py", "--folder", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root mounts a small file system")
+def test_a_full_disk_is_named(data_dir: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    inside = 'mount -t tmpfs -o size=64k none "$1" && head -c 64k /dev/zero > "$1/full"'
+    inside += ' && shift && exec "$@"'
+    command = ["unshare", "--mount", "sh", "-c", inside, "sh", str(run_dir), sys.executable]
+    command += ["launch/preflight.py", "--model", "debug", "--data_dir", str(data_dir),
+                "--run_dir", str(run_dir)]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert f"{run_dir} cannot be written to: No space left on device. Fix: make room" in line
+
+
+def test_bad_usage_ends_with_status_2() -> None:
+    command = [sys.executable, "launch/preflight.py", "--model", "gpt5"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
