@@ -20,6 +20,7 @@ ONE_RANK = Ranks(rank=0, local_rank=0, world_size=1, local_world_size=1)
 @pytest.fixture(scope="session")
 def one_rank() -> Ranks:
     init_process_group(ONE_RANK, timeout_s=60)
+    del os.environ["RANK"], os.environ["WORLD_SIZE"]  # processes that tests start are no part of it
     return ONE_RANK
 
 

@@ -391,8 +391,7 @@ def test_torchrun_restarts_a_run_that_lost_a_rank_not_one_that_was_stopped(
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
                "2", "--max-restarts", "3", "train.py"]  # fmt: skip
     command += arguments(data_dir, run_dir, "--max_steps", 100_000, "--eval_every", 100_000)
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    environment |= {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with log.open("w") as file:
         agent = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
     try:

@@ -65,10 +65,9 @@ def start(
 
 
 def pod(run_dir: Path) -> dict[str, str]:
-    plain = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return plain | {"PATH": path, "RUN_DIR": str(run_dir), "JOB_COMPLETION_INDEX": "0",
-                    "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    return os.environ | {"PATH": path, "RUN_DIR": str(run_dir), "JOB_COMPLETION_INDEX": "0",
+                         "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}  # fmt: skip
 
 
 def test_an_evicted_pod_saves_first_and_its_status_is_that_of_the_run(

@@ -49,7 +49,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
            "SLURM_CPUS_PER_TASK": "1"}  # fmt: skip
     job |= {"PATH": with_python, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
             "TOLD": str(tmp_path / "told"), "TASKS": str(tmp_path / "tasks")}  # fmt: skip
-    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | job
+    return os.environ | job
 
 
 def submit(environment: dict[str, str], log: Path, *arguments: object) -> "subprocess.Popen[bytes]":
