@@ -62,7 +62,11 @@ def reference_logits(w: dict[str, Tensor], tokens: Tensor) -> Tensor:
         y = F.layer_norm(x, (C,), p["ln_2.weight"], p["ln_2.bias"])
         y = F.gelu(F.linear(y, p["mlp.c_fc.weight"].T, p["mlp.c_fc.bias"]), approximate="tanh")
         x = x + F.linear(y, p["mlp.c_proj.weight"].T, p["mlp.c_proj.bias"])
-    return F.linear(F.layer_norm(x, (C,), w["ln_f.weight"], w["ln_f.bias"]), w["wte.weight"])
+    x = F.layer_norm(x, (C,), w["ln_f.weight"], w["ln_f.bias"])
+    dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else x.dtype
+    x, wte = (t.to(dtype).float() for t in (x, w["wte.weight"]))  # bf16 is summed in fp32: said so,
+    with torch.autocast("cpu", enabled=False):  # it takes seconds, not minutes, on a CPU without it
+        return F.linear(x, wte).to(dtype)
 
 
 def _batches(folder: Path, step: int) -> Iterator[tuple[Tensor, Tensor]]:
