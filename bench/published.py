@@ -113,8 +113,13 @@ def row(run: Published) -> dict[str, str]:
     }
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Print the table."""
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
     print(markdown([row(run) for run in RUNS]))
+
+
+if __name__ == "__main__":
+    main()
