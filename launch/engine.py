@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import datetime
 import functools
+import gc
 import logging
 import os
 import sys
@@ -153,7 +154,7 @@ def build_engine(
     groups = decay_groups(model, config.weight_decay)
     description = describe_groups(groups)
     torch.manual_seed(config.seed + ranks.rank)  # dropout: each rank draws its own
-    with _naming_keys(config), _quiet_stdout():
+    with _naming_keys(config), _quiet_stdout(), _sparing_what_is_there():
         engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=groups,  # pyright: ignore[reportArgumentType]  # annotated too narrowly
@@ -244,6 +245,16 @@ def _build_cpu_adam(ranks: Ranks) -> None:
 def _quiet_stdout() -> Iterator[None]:
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
+
+
+@contextlib.contextmanager
+def _sparing_what_is_there() -> Iterator[None]:
+    # DeepSpeed collects garbage for each of its memory reports: a second of a start.
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def set_clipping(engine: Any, grad_clip: float) -> None:

@@ -1,4 +1,4 @@
-"""Through the command itself, with an ssh and a pdsh that only tell what they were given."""
+"""The command with an ssh and a pdsh that only tell what they were given."""
 
 import os
 import subprocess
@@ -7,35 +7,36 @@ from pathlib import Path
 
 import pytest
 
-from launch.cluster import check_arguments
+from launch.cluster import check_arguments, main
 
 ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "DS_ENV_FILE"}
 
 
 @pytest.fixture
-def shells(tmp_path: Path) -> Path:
-    """A folder of stand-ins for ssh and pdsh; what they are given comes into its file `told`."""
+def shells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home with stand-ins for ssh and pdsh; what they are given comes into its file `told`."""
     for name in ("ssh", "pdsh"):
         path = tmp_path / "bin" / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(f'#!/bin/sh\necho "{name} $@" >> "{tmp_path}/told"\necho 10.0.0.1\n')
         path.chmod(0o755)
     (tmp_path / "hostfile").write_text("node-1 slots=2\nnode-2 slots=2\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.delenv("DS_ENV_FILE", raising=False)
+    monkeypatch.setattr("deepspeed.launcher.runner.DEEPSPEED_ENVIRONMENT_PATHS", ["."])
     return tmp_path
 
 
-def start(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    path = f"{folder / 'bin'}:{os.environ['PATH']}"
-    environment = ENVIRONMENT | {"PATH": path, "HOME": str(folder), "DS_ACCELERATOR": "cpu"}
+def start(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "launch" / "cluster.py"), "--hostfile", "hostfile"]
-    return subprocess.run([*command, *arguments], cwd=folder, env=environment | variables,
-                          capture_output=True, text=True, timeout=60)  # fmt: skip
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60)
 
 
 def test_it_is_deepspeed_where_nothing_is_wrong(shells: Path) -> None:
     (shells / ".deepspeed_env").write_text("GLOO_SOCKET_IFNAME=eth0\nA=b c\n")
-    done = start(shells, "train.py", "--model", "gpt2", "--sample_prompt", "Once upon a time,")
+    done = start("train.py", "--model", "gpt2", "--sample_prompt", "Once upon a time,")
     told = (shells / "told").read_text()
     assert done.returncode == 0, done.stderr
     assert "pdsh -S -f 1024 -w node-1,node-2" in told
@@ -58,13 +59,17 @@ def test_what_a_shell_would_act_upon_reaches_none(
     files: dict[str, str],
     variables: dict[str, str],
     said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for name, text in files.items():
         (shells / name).write_text(text)
-    done = start(shells, *arguments, **variables)
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert ". Fix: " in done.stderr
+    for name, text in variables.items():
+        monkeypatch.setenv(name, text)
+    assert main(["--hostfile", "hostfile", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert ". Fix: " in line
     assert not (shells / "told").exists()
 
 
@@ -77,27 +82,29 @@ def test_so_does_no_argument_of_that_kind(argument: str) -> None:
         check_arguments(["train.py", argument])
 
 
-def test_a_hostfile_that_is_not_there_is_no_single_machine(shells: Path) -> None:
+def test_a_hostfile_that_is_not_there_is_no_single_machine(
+    shells: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (shells / "hostfile").unlink()
-    done = start(shells, "train.py")
-    assert done.returncode == 2
-    assert "error: --hostfile hostfile: no such file. Fix: " in done.stderr
+    assert main(["--hostfile", "hostfile", "train.py"]) == 2
+    assert "error: --hostfile hostfile: no such file. Fix: " in capsys.readouterr().err
 
 
 def test_a_host_that_ssh_does_not_reach_is_named(shells: Path) -> None:
     (shells / "bin" / "ssh").write_text("#!/bin/sh\nexit 255\n")
-    done = start(shells, "train.py")
+    done = start("train.py")
     assert done.returncode == 2
     assert "host=node-1 was not reachable" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="gives a file to another user: as root only")
-def test_an_environment_file_of_somebody_else_is_refused(shells: Path) -> None:
+def test_an_environment_file_of_somebody_else_is_refused(
+    shells: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = shells / ".deepspeed_env"
     path.write_text("A=b\n")
     os.chown(path, 12345, 12345)
-    done = start(shells, "train.py")
-    assert done.returncode == 2
-    assert ".deepspeed_env: belongs to another user. Fix: " in done.stderr
+    assert main(["--hostfile", "hostfile", "train.py"]) == 2
+    assert ".deepspeed_env: belongs to another user. Fix: " in capsys.readouterr().err
     assert not (shells / "told").exists()

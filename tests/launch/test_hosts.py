@@ -1,4 +1,4 @@
-"""The launchers on machines that are network namespaces of this one (bench/hosts.py)."""
+"""Machines that are network namespaces of this one; with every launcher: make launches."""
 
 import sys
 import time
@@ -58,16 +58,6 @@ def alone(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[floa
     done = run_with_children([sys.executable, "-c", FOUR_RANKS, str(log), *command], 120)
     assert done.returncode == 0, log.read_text()
     return list(losses(folder / "run").values())
-
-
-@on_machines
-def test_ranks_that_mpirun_starts_train_as_one_machine(
-    hosts: Hosts, alone: list[float], data_dir: Path, tmp_path: Path
-) -> None:
-    ds_config, log = write_ds_config(tmp_path, 1, "fp32"), tmp_path / "log"
-    command = arguments(data_dir, tmp_path / "run", ds_config, "--max_steps", STEPS)
-    assert end(start(hosts, "openmpi", MACHINES, command, log), 120) == [0], log.read_text()
-    assert list(losses(tmp_path / "run").values()) == pytest.approx(alone, abs=1e-5)
 
 
 @on_machines
