@@ -37,34 +37,25 @@ from launch.estimate import (
 from model import PRESETS
 from model.presets import get_preset
 
+SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
+
 
 def main(argv: list[str]) -> int:
     """Run the command line; return the exit status."""
     args = build_parser().parse_args(argv)
     try:
+        check(args)
         if args.gpus or args.model == "all":
-            names = [name for name in PRESETS if name.startswith("gpt")]
-            names = names if args.model == "all" else [shape(args)]
-            print(table(names, args))
+            rows = plan_table(args)
+            print(json.dumps([to_json(e) for e in rows]) if args.json else table(rows, args))
             return 0
-        cluster = Cluster(get_device(args.device), args.nodes, args.gpus_per_node)
-        config = resolve(shape(args), args)
-        if args.ds_config:
-            given = load_ds_config(args.ds_config)
-            limit = args.micro_batch_size or MAX_DERIVED_MICRO_BATCH
-            chosen = largest_fitting(config, given, args.ds_config.name, cluster, limit)
-            if args.micro_batch_size:
-                chosen = estimate(config, given, args.ds_config.name, cluster)
-            others = []
-        else:
-            chosen, *others = rank_candidates(config, cluster)
+        nodes = 1 if args.nodes is None else args.nodes
+        cluster = Cluster(get_device(args.device), nodes, args.gpus_per_node)
+        chosen, *others = plan(resolve(shape(args), args), cluster, args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if args.json:
-        print(json.dumps(to_json(chosen)))
-    else:
-        print(describe(chosen, others, args))
+    print(json.dumps(to_json(chosen)) if args.json else describe(chosen, others, args))
     return 0 if chosen.fits else 1
 
 
@@ -75,13 +66,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", default="gpt2", help="preset, or all (default: gpt2)")
-    for name in ("n_layer", "n_head", "n_embd", "block_size"):
+    for name in SHAPE:
         add(f"--{name}", type=int, help="of a shape of your own (preset's)")
     add("--ds_config", type=Path, help="the engine's JSON (the cheapest that fits)")
     add("--device", default="h100", help=f"{', '.join(DEVICES)} (default: h100)")
-    add("--nodes", type=int, default=1, help="machines (default: 1)")
+    add("--nodes", type=int, help="machines (default: 1)")
     add("--gpus_per_node", type=int, default=8, help="devices of each (default: 8)")
-    add("--gpus", type=_numbers, help="a table for these numbers of devices: 8,64,1024")
+    add("--gpus", help="a table for these numbers of devices: 8,64,1024 (with all: these)")
     add("--micro_batch_size", type=int, help="sequences (the largest that fits, at most 16)")
     add("--seq_len", type=int, help="tokens (the model's block_size)")
     add("--batch_tokens", type=int, help="tokens per optimizer step (preset's)")
@@ -91,18 +82,40 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
+def check(args: argparse.Namespace) -> None:
+    """Refuse a price that is none, and flags of which one would count for nothing.
+
+    Raises:
+        ValueError: Names the flag.
+    """
+    price = args.price_per_gpu_hour
+    if price is not None and not price > 0:
+        raise ValueError(f"--price_per_gpu_hour {price:g}: out of range. Fix: give one above 0")
+    if (args.gpus or args.model == "all") and args.nodes is not None:
+        raise ValueError("--nodes: a table has numbers of devices. Fix: give --gpus instead")
+    if args.model == "all" and (given := given_shape(args)):
+        raise ValueError(f"--{next(iter(given))}: all has the presets' shapes. Fix: leave it out")
+
+
+def given_shape(args: argparse.Namespace) -> dict[str, int]:
+    """Return what the command line says of a shape of one's own."""
+    return {name: value for name in SHAPE if (value := getattr(args, name)) is not None}
 
 
 def shape(args: argparse.Namespace) -> str:
-    """Return the preset's name; a shape of one's own becomes a preset of this process."""
-    names = ("n_layer", "n_head", "n_embd", "block_size")
-    given = {name: value for name in names if (value := getattr(args, name)) is not None}
-    preset = get_preset(args.model)
+    """Return the preset's name; a shape of one's own becomes a preset of this process.
+
+    Raises:
+        ValueError: There is no such preset, or no such shape.
+    """
+    preset, given = get_preset(args.model), given_shape(args)
     if not given:
         return args.model
-    config = dataclasses.replace(preset.config, **given)
+    try:
+        config = dataclasses.replace(preset.config, **given)
+    except ValueError as error:
+        flags = " or ".join(f"--{name}" for name in given)
+        raise ValueError(f"{error}. Fix: correct {flags}") from error
     name = f"{config.n_layer} layers x {config.n_embd}"
     PRESETS[name] = dataclasses.replace(preset, config=config)
     return name
@@ -116,6 +129,20 @@ def resolve(model: str, args: argparse.Namespace) -> TrainConfig:
             model=model, ds_config=args.ds_config or Path(), **{n: getattr(args, n) for n in names}
         )
     )
+
+
+def plan(config: TrainConfig, cluster: Cluster, args: argparse.Namespace) -> list[Estimate]:
+    """Return the estimate with the given ds_config, or with each of ds_configs/, the best first.
+
+    Raises:
+        ValueError: The batch does not divide, or there is no such ds_config; names the flag.
+    """
+    if args.ds_config is None:
+        return rank_candidates(config, cluster)
+    raw, name = load_ds_config(args.ds_config), args.ds_config.name
+    if args.micro_batch_size:
+        return [estimate(config, raw, name, cluster)]
+    return [largest_fitting(config, raw, name, cluster, MAX_DERIVED_MICRO_BATCH)]
 
 
 def describe(chosen: Estimate, others: list[Estimate], args: argparse.Namespace) -> str:
@@ -193,42 +220,57 @@ def split(n_devices: int, args: argparse.Namespace) -> Cluster:
     return Cluster(get_device(args.device), n_devices // per_node, per_node)
 
 
-def table(models: list[str], args: argparse.Namespace) -> str:
-    """Return a Markdown table: a row for each model and number of devices, at its cheapest.
+def plan_table(args: argparse.Namespace) -> list[Estimate]:
+    """Return the best for each model and number of devices.
 
     A preset's batch that does not divide is taken up to the next that does.
+
+    Raises:
+        ValueError: Names the flag.
     """
-    columns = ["model", "devices", "batch, tokens", "ds_config", "micro-batch", "GiB a device",
-               "tokens/s", "MFU", "days", "device-hours"]  # fmt: skip
-    rows = [columns, ["---"] * len(columns)]
-    for model in models:
-        for n_devices in args.gpus or [8, 64, 1024]:
-            cluster = split(n_devices, args)
-            config = resolve(model, args)
+    try:
+        numbers = [int(number) for number in (args.gpus or "8,64,1024").split(",")]
+    except ValueError as error:
+        raise ValueError(f"--gpus {args.gpus}: no numbers. Fix: give such as 8,64,1024") from error
+    is_all = args.model == "all"
+    found = []
+    for model in [n for n in PRESETS if n.startswith("gpt")] if is_all else [shape(args)]:
+        for n_devices in numbers:
+            cluster, config = split(n_devices, args), resolve(model, args)
             whole = config.seq_len * cluster.world_size
             args_here = argparse.Namespace(**vars(args))
             args_here.batch_tokens = -(-config.batch_tokens // whole) * whole
-            best = rank_candidates(resolve(model, args_here), cluster)[0]
-            rows.append(_row(best, n_devices))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+            found.append(plan(resolve(model, args_here), cluster, args)[0])
+    return found
 
 
-def _row(best: Estimate, n_devices: int) -> list[str]:
-    what = best.name.replace(f'with "{CHECKPOINTING}": {{}}', "+ checkpointing")
-    fits = f"{best.peak_bytes / GIB:.1f}"
+def table(rows: list[Estimate], args: argparse.Namespace) -> str:
+    """Return a Markdown table of estimates."""
+    price = args.price_per_gpu_hour
+    columns = ["model", "devices", "batch, tokens", "ds_config", "micro-batch", "GiB a device",
+               "tokens/s", "MFU", "days", "device-hours"]  # fmt: skip
+    columns += ["cost"] if price else []
+    lines = [columns, ["---"] * len(columns), *(_row(row, price) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _row(best: Estimate, price: float | None) -> list[str]:
+    n_devices = best.cluster.world_size
+    row = [best.config.model, f"{n_devices:,}", f"{best.config.batch_tokens:,}"]
+    fits, hours = f"{best.peak_bytes / GIB:.1f}", best.days * 24 * n_devices
     if not best.fits:
-        return [best.config.model, f"{n_devices:,}", f"{best.config.batch_tokens:,}",
-                "none fits", "", fits, "", "", "", ""]  # fmt: skip
-    return [best.config.model, f"{n_devices:,}", f"{best.config.batch_tokens:,}", what,
-            str(best.batch.micro_batch_size), fits, f"{best.tokens_per_s:,.0f}",
-            f"{best.mfu:.0%}", f"{best.days:,.3g}",
-            f"{best.days * 24 * n_devices:,.0f}"]  # fmt: skip
+        return [*row, "none fits", "", fits, *[""] * (5 if price else 4)]
+    what = best.name.replace(f'with "{CHECKPOINTING}": {{}}', "+ checkpointing")
+    row += [what, str(best.batch.micro_batch_size), fits, f"{best.tokens_per_s:,.0f}"]
+    row += [f"{best.mfu:.0%}", f"{best.days:,.3g}", f"{hours:,.0f}"]
+    return [*row, f"{price * hours:,.0f}"] if price else row
 
 
 def to_json(chosen: Estimate) -> dict[str, Any]:
     """Return an estimate as JSON values, in bytes and seconds."""
     return {
         "model": chosen.config.model,
+        "devices": chosen.cluster.world_size,
         "ds_config": chosen.name,
         "fits": chosen.fits,
         "spare_bytes": chosen.spare_bytes,

@@ -59,7 +59,12 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_nearest(
     (["--model", "gpt5"], "--model gpt5: unknown"),
     (["--ds_config", "none.json"], "--ds_config none.json: no such file"),
     (["--gpus", "9"], "--gpus 9: no whole machines of --gpus_per_node 8. Fix: give a multiple"),
+    (["--gpus", "8,x"], "--gpus 8,x: no numbers. Fix: give such as 8,64,1024"),
     (["--nodes", "0"], "--nodes 0: out of range. Fix: give one above 0"),
+    (["--price_per_gpu_hour", "-3"], "--price_per_gpu_hour -3: out of range. Fix: "),
+    (["--gpus", "8", "--nodes", "1"], "--nodes: a table has numbers of devices. Fix: "),
+    (["--model", "all", "--n_layer", "4"], "--n_layer: all has the presets' shapes. Fix: "),
+    (["--n_head", "7"], "n_embd = 768 is not a multiple of n_head = 7. Fix: correct --n_head"),
 ])  # fmt: skip
 def test_bad_input_gets_one_line(
     arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
@@ -93,6 +98,22 @@ def test_the_table_has_a_row_for_each_model_and_number(capsys: pytest.CaptureFix
     rows = capsys.readouterr().out.splitlines()[2:]
     assert len(rows) == 2 * 12
     assert any("gpt3-175b | 8 |" in row and "none fits" in row for row in rows)
+
+
+def test_the_table_is_of_the_ds_config_that_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--gpus", "8,64", "--ds_config", str(ROOT / "ds_configs" / "zero3.json")]
+    assert main([*given, "--price_per_gpu_hour", "2"]) == 0
+    header, _, *rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert [row[3] for row in rows] == ["zero3.json"] * 2
+    assert header[-1] == "cost |"
+    for row in rows:
+        assert float(row[-1][:-2]) == pytest.approx(2 * float(row[-2]), abs=2)
+    assert main([*given, "--json"]) == 0
+    plans = json.loads(capsys.readouterr().out)
+    assert [(p["devices"], p["ds_config"]) for p in plans] == [
+        (8, "zero3.json"),
+        (64, "zero3.json"),
+    ]
 
 
 @pytest.mark.parametrize("published_run", published.RUNS, ids=str)
