@@ -99,7 +99,9 @@ def main() -> int:
     try:
         listed = args.list.read_text().split() if args.list else []
         hosts = [*args.hosts, *listed] or slurm_hosts()
-        if not args.slots or int(args.slots) < 1:
+        if args.slots is None:
+            raise ValueError("--slots: not given. Fix: give the ranks per machine")
+        if int(args.slots) < 1:
             raise ValueError(f"--slots {args.slots}: not a number of ranks. Fix: give 1 or more")
         text = "".join(f"{host} slots={args.slots}\n" for host in hosts)
         parse_hostfile(text, "HOST")

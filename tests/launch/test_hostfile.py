@@ -75,7 +75,7 @@ def test_a_slurm_allocation_is_a_hostfile(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         ([], "error: HOST: none given, and no Slurm allocation. Fix: "),
-        (["a"], "error: --slots None: not a number"),
+        (["a"], "error: --slots: not given. Fix: "),
         (["a", "--slots", "0"], "error: --slots 0: not a number"),
         (["a", "a", "--slots", "1"], "error: HOST:2: 'a slots=1' is given before. Fix: "),
         (["--slots", "1", "--", "-oProxyCommand=x"], "error: HOST:1: "),

@@ -94,3 +94,12 @@ def test_a_job_that_must_be_mended_is_not_queued_again(
     job = submit(slurm, tmp_path / "log", "--model", "debug", "--lr", "-1")
     assert job.wait(60) == 2
     assert "requeue" not in (tmp_path / "told").read_text()
+
+
+def test_preflight_looks_once(slurm: dict[str, str], tmp_path: Path) -> None:
+    preflight = {"PROGRAM": "launch/preflight.py"}
+    nothing = ["--model", "debug", "--data_dir", tmp_path, "--run_dir", tmp_path / "run"]
+    job = submit(slurm | preflight, tmp_path / "log", *nothing)
+    assert job.wait(60) == 1
+    assert "(rank 0, 1): shards: " in (tmp_path / "log").read_text()
+    assert "requeue" not in (tmp_path / "told").read_text()
