@@ -238,7 +238,7 @@ def test_evaluation_on_several_ranks_gives_the_numbers_of_one(
     config = PRESETS["debug"].config
     save_hf_folder(tmp_path / "hf", config, GPT(config).named_parameters(), lambda _: None)
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
-    on_rows = ["--ckpt", str(tmp_path / "hf"), "--limit", "201", "--details"]
+    on_rows = ["--ckpt", str(tmp_path / "hf"), "--limit", "51", "--details"]
     on_tokens = ["--ckpt", str(tmp_path / "hf"), "--data_dir", str(data_dir)]
     on_tokens += ["--eval_tokens", "2999"]
     with socket.socket() as free:

@@ -1,6 +1,5 @@
 """Machines that are network namespaces of this one; with every launcher: make launches."""
 
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,20 +18,11 @@ from bench.launches import (
     start,
     write_environment,
 )
-from bench.parity import run_with_children, write_ds_config
+from bench.parity import write_ds_config
+from train import main as train
 
 ROOT = Path(__file__).resolve().parents[2]
 WHY_NOT = missing()
-# Four ranks of one machine; importing once saves half a minute of processor time.
-FOUR_RANKS = """
-import sys
-from pathlib import Path
-from bench.forks import Run, import_everything
-import_everything()
-run = Run(sys.argv[2:], 4, Path(sys.argv[1]))
-run.wait(100)
-sys.exit(any(run.statuses.values()))
-"""
 on_machines = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "there are machines")
 
 
@@ -48,16 +38,13 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
         yield hosts
 
 
-@pytest.fixture(scope="module")
-def alone(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """The losses of one machine with four ranks."""
-    folder = tmp_path_factory.mktemp("alone")
-    ds_config = write_ds_config(folder, 1, "fp32")
-    command = arguments(data_dir, folder / "run", ds_config, "--max_steps", STEPS)
-    log = folder / "log"
-    done = run_with_children([sys.executable, "-c", FOUR_RANKS, str(log), *command], 120)
-    assert done.returncode == 0, log.read_text()
-    return list(losses(folder / "run").values())
+@pytest.fixture
+def alone(one_rank: object, data_dir: Path, tmp_path: Path) -> list[float]:
+    """The losses of one machine, in this process; of one with four ranks: make launches."""
+    ds_config = write_ds_config(tmp_path, 3, "fp32")
+    command = arguments(data_dir, tmp_path / "alone", ds_config, "--max_steps", STEPS)
+    assert train(command) == 0
+    return list(losses(tmp_path / "alone").values())
 
 
 @on_machines

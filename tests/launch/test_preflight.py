@@ -1,7 +1,6 @@
 """launch/preflight.py: what its facts amount to, and what it says on 4 ranks, healthy and not."""
 
 import copy
-import json
 import os
 import subprocess
 import sys
@@ -10,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from bench.parity import launch
 from launch.config import TrainConfig
 from launch.findings import Facts, judge
 from launch.inputs import resolve_run
@@ -150,24 +148,6 @@ def test_shards_that_cannot_be_read_are_an_error_with_its_remedy(
     assert "no shard" in facts["errors"]["shards"]
     assert "Fix: " in facts["errors"]["shards"]
     assert list((tmp_path / "run").iterdir()) == []
-
-
-def test_two_ranks_of_the_launcher_are_fit(data_dir: Path, tmp_path: Path) -> None:
-    arguments = [
-        "--model",
-        "debug",
-        "--data_dir",
-        str(data_dir),
-        "--run_dir",
-        str(tmp_path / "run"),
-    ]
-    done = launch(2, arguments, "launch/preflight.py")
-    assert done.returncode == 0, done.stderr
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    result = json.loads(line)
-    assert result["fit"]
-    assert [fact["rank"] for fact in result["ranks"]] == [0, 1]
-    assert all(fact["matmul"] > 0 and fact["errors"] == {} for fact in result["ranks"])
 
 
 def test_each_fault_is_found_on_its_rank(tmp_path: Path) -> None:

@@ -96,10 +96,15 @@ def test_a_job_that_must_be_mended_is_not_queued_again(
     assert "requeue" not in (tmp_path / "told").read_text()
 
 
-def test_preflight_looks_once(slurm: dict[str, str], tmp_path: Path) -> None:
-    preflight = {"PROGRAM": "launch/preflight.py"}
-    nothing = ["--model", "debug", "--data_dir", tmp_path, "--run_dir", tmp_path / "run"]
-    job = submit(slurm | preflight, tmp_path / "log", *nothing)
-    assert job.wait(60) == 1
-    assert "(rank 0, 1): shards: " in (tmp_path / "log").read_text()
-    assert "requeue" not in (tmp_path / "told").read_text()
+def test_preflight_is_started_in_its_place_and_not_queued_again(
+    slurm: dict[str, str], tmp_path: Path
+) -> None:
+    python = tmp_path / "bin" / "python"
+    python.write_text('#!/bin/sh\necho "python $*" >> "$TOLD"\nexit 1\n')
+    python.chmod(0o755)
+    for program, ending in (("launch/preflight.py", []), ("train.py", ["scontrol requeue"])):
+        (tmp_path / "told").unlink(missing_ok=True)
+        assert submit(slurm | {"PROGRAM": program}, tmp_path / "log", "--lr", "a b").wait(60) == 1
+        told = (tmp_path / "told").read_text().splitlines()
+        assert told[2:4] == [f"python {program} --lr a b"] * 2
+        assert [line.rpartition(" ")[0] for line in told[4:]] == ending
