@@ -249,7 +249,7 @@ def _quiet_stdout() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _sparing_what_is_there() -> Iterator[None]:
-    # DeepSpeed collects garbage for each of its memory reports: a second of a start.
+    # DeepSpeed collects garbage for each of its memory reports: not among what was imported.
     gc.freeze()
     try:
         yield
