@@ -185,11 +185,11 @@ def test_other_peoples_shards_train_to_the_same_losses(tmp_path: Path) -> None:
 def test_parity_with_plain_pytorch(
     tmp_path: Path, precision: str, stage: int, n_ranks: int
 ) -> None:
-    reference.write_inputs(tmp_path, n_tokens=30 * 8 * 64 + 1)
+    reference.write_inputs(tmp_path, n_tokens=20 * 8 * 64 + 1)
     kind = parity.reference_precision(stage, precision)
-    expected = reference.reference_losses(tmp_path, kind, 30)
-    got = parity.engine_losses(tmp_path, stage, n_ranks, precision, 30)
-    assert expected[0] - expected[-1] > 1.5  # it learns
+    expected = reference.reference_losses(tmp_path, kind, 20)
+    got = parity.engine_losses(tmp_path, stage, n_ranks, precision, 20)
+    assert expected[0] - expected[-1] > 1  # it learns
     assert parity.largest_difference(got, expected) < parity.TOLERANCE[precision]
     assert_step_is_consolidated(tmp_path / f"zero{stage}_{n_ranks}_{precision}")
 
