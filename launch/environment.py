@@ -83,7 +83,10 @@ def main() -> int:
         lines = [f"{name}={value}\n" for name, value in needed_variables().items()]
         args.out.write_text("".join(lines))
         args.out.chmod(0o600)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        print(f"error: --out {args.out}: {error.strerror}. Fix: give another", file=sys.stderr)
+        return 2
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print("".join(lines), end="", file=sys.stderr)

@@ -75,13 +75,28 @@ def slurm_hosts() -> list[str]:
     """Return the machines of the Slurm allocation that this process is in.
 
     Raises:
-        ValueError: It is in none.
+        ValueError: It is in none, or Slurm does not name them.
     """
     nodes = os.environ.get("SLURM_JOB_NODELIST")
     if not nodes:
         raise ValueError("HOST: none given, and no Slurm allocation. Fix: name the machines")
     command = ["scontrol", "show", "hostnames", nodes]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ValueError(f"{' '.join(command)}: failed. Fix: name the machines") from error
+
+
+def listed_hosts(path: Path) -> list[str]:
+    """Return the words of a file.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    try:
+        return path.read_text().split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--list {path}: cannot be read. Fix: give a file of names") from error
 
 
 def main() -> int:
@@ -97,7 +112,7 @@ def main() -> int:
     )  # fmt: skip
     args = parser.parse_args()
     try:
-        listed = args.list.read_text().split() if args.list else []
+        listed = listed_hosts(args.list) if args.list else []
         hosts = [*args.hosts, *listed] or slurm_hosts()
         if args.slots is None:
             raise ValueError("--slots: not given. Fix: give the ranks per machine")
@@ -105,7 +120,7 @@ def main() -> int:
             raise ValueError(f"--slots {args.slots}: not a number of ranks. Fix: give 1 or more")
         text = "".join(f"{host} slots={args.slots}\n" for host in hosts)
         parse_hostfile(text, "HOST")
-    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(text, end="")

@@ -89,7 +89,7 @@ def check(args: argparse.Namespace) -> None:
         ValueError: Names the flag.
     """
     price = args.price_per_gpu_hour
-    if price is not None and not price > 0:
+    if price is not None and not 0 < price < float("inf"):
         raise ValueError(f"--price_per_gpu_hour {price:g}: out of range. Fix: give one above 0")
     if (args.gpus or args.model == "all") and args.nodes is not None:
         raise ValueError("--nodes: a table has numbers of devices. Fix: give --gpus instead")

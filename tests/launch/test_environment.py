@@ -26,6 +26,15 @@ def test_what_ranks_need_is_written_and_read_back(
     assert secret not in said
 
 
+def test_a_place_that_cannot_be_written_to_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "nowhere" / ".deepspeed_env"
+    monkeypatch.setattr("sys.argv", ["", "--out", str(out)])
+    assert main() == 2
+    assert capsys.readouterr().err.startswith(f"error: --out {out}: No such file or directory. Fix")
+
+
 def test_a_value_that_a_shell_would_act_upon_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.environ", {"NCCL_X": "$(id)"})
     with pytest.raises(ValueError, match=r"NCCL_X: a shell would act upon its value\. Fix: unset"):

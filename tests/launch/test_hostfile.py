@@ -69,6 +69,9 @@ def test_a_slurm_allocation_is_a_hostfile(tmp_path: Path) -> None:
     scontrol.chmod(0o755)
     done = run(tmp_path, SLURM_JOB_NODELIST="gpu-[7-8]", SLURM_GPUS_ON_NODE="4")
     assert done.stdout == "gpu-7 slots=4\ngpu-8 slots=4\n"
+    done = run(tmp_path, SLURM_JOB_NODELIST="others", SLURM_GPUS_ON_NODE="4")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: scontrol show hostnames others: failed. Fix: name the machines\n"
 
 
 @pytest.mark.parametrize(
@@ -79,7 +82,7 @@ def test_a_slurm_allocation_is_a_hostfile(tmp_path: Path) -> None:
         (["a", "--slots", "0"], "error: --slots 0: not a number"),
         (["a", "a", "--slots", "1"], "error: HOST:2: 'a slots=1' is given before. Fix: "),
         (["--slots", "1", "--", "-oProxyCommand=x"], "error: HOST:1: "),
-        (["--list", "nothing", "--slots", "1"], "nothing"),
+        (["--list", "nothing", "--slots", "1"], "error: --list nothing: cannot be read. Fix: "),
     ],
 )
 def test_what_cannot_be_one_is_refused(tmp_path: Path, arguments: list[str], said: str) -> None:

@@ -62,6 +62,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_nearest(
     (["--gpus", "8,x"], "--gpus 8,x: no numbers. Fix: give such as 8,64,1024"),
     (["--nodes", "0"], "--nodes 0: out of range. Fix: give one above 0"),
     (["--price_per_gpu_hour", "-3"], "--price_per_gpu_hour -3: out of range. Fix: "),
+    (["--price_per_gpu_hour", "inf"], "--price_per_gpu_hour inf: out of range. Fix: "),
     (["--gpus", "8", "--nodes", "1"], "--nodes: a table has numbers of devices. Fix: "),
     (["--model", "all", "--n_layer", "4"], "--n_layer: all has the presets' shapes. Fix: "),
     (["--n_head", "7"], "n_embd = 768 is not a multiple of n_head = 7. Fix: correct --n_head"),
