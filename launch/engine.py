@@ -154,7 +154,7 @@ def build_engine(
     groups = decay_groups(model, config.weight_decay)
     description = describe_groups(groups)
     torch.manual_seed(config.seed + ranks.rank)  # dropout: each rank draws its own
-    with _naming_keys(config), _quiet_stdout(), _sparing_what_is_there():
+    with _naming_keys(config), _quiet_stdout(), _sparing_what_is_there(), _without_inductor():
         engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=groups,  # pyright: ignore[reportArgumentType]  # annotated too narrowly
@@ -255,6 +255,19 @@ def _sparing_what_is_there() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+@contextlib.contextmanager
+def _without_inductor() -> Iterator[None]:
+    # DeepSpeed imports Muon, which no run takes, and its @torch.compile the whole of Inductor.
+    from deepspeed.runtime import compiler
+
+    theirs = compiler.compile
+    setattr(compiler, "compile", lambda: lambda function: function)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(compiler, "compile", theirs)  # noqa: B010
 
 
 def set_clipping(engine: Any, grad_clip: float) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime import compiler
 
 from bench.train_step import Side, write_tokens
 from launch.config import TrainConfig, resolve_batch, resolve_train_config
@@ -72,6 +73,18 @@ def test_stage_3_has_the_same_deviation_of_each_kind_of_weight(one_rank: Ranks) 
     assert stds[0] == pytest.approx(stds[1])
     assert stds[1]["h.0.attn.c_proj.weight"] == pytest.approx(0.02 / 2, rel=0.05)  # (2·2)^-0.5
     assert stds[1]["h.0.mlp.c_fc.weight"] == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_nothing_is_compiled_that_no_run_takes(
+    one_rank: Ranks, stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("muon_optimizer", "original_muon"):  # imported once a process
+        monkeypatch.delitem(sys.modules, f"deepspeed.runtime.zero.muon.{module}", raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", lambda *_, **__: pytest.fail("it imports Inductor: 2 s"))
+        engine_of(one_rank, stage)
+    assert compiler.compile() is torch.compile
 
 
 @pytest.mark.parametrize("stage", STAGES)
