@@ -8,6 +8,7 @@ import gc
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,9 @@ def init_process_group(
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    # It calls PyTorch's collectives by their old names, at stage 3 many times in each step.
+    old_names = ".*(all_gather_into|reduce_scatter)_tensor. is deprecated"
+    warnings.filterwarnings("ignore", old_names, FutureWarning)
     # DeepSpeed's shared-memory all-reduce serves inference only; compiling it takes a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
