@@ -46,6 +46,7 @@ class Hosts(contextlib.ExitStack):
         super().__init__()
         self.folder, self.names = folder, [f"node-{i + 1}" for i in range(n)]
         self.prefix = f"nano{os.getpid()}"
+        self.variables = dict(VARIABLES)
         self.home = folder / "home"
         self.home.mkdir()
 
@@ -71,11 +72,18 @@ class Hosts(contextlib.ExitStack):
     def popen(self, name: str, command: list[str], log: Path) -> subprocess.Popen[bytes]:
         """Start a command on a machine, in the repository; what it prints goes into a file."""
         left_out = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        plain = {k: v for k, v in os.environ.items() if k not in left_out} | VARIABLES
+        plain = {k: v for k, v in os.environ.items() if k not in left_out} | self.variables
         path = f"{self.folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         with log.open("ab") as file:
             return subprocess.Popen(self._on(name, command), cwd=ROOT, stdout=file, stderr=file,
                                     env=plain | {"PATH": path, "HOME": str(self.home)})  # fmt: skip
+
+    def serve(self, name: str, command: list[str], log: Path) -> subprocess.Popen[bytes]:
+        """Start a command that ends with the machine."""
+        daemon = self.popen(name, command, log)
+        self.callback(daemon.wait)
+        self.callback(daemon.kill)
+        return daemon
 
     def pids(self, name: str) -> set[int]:
         """Return the processes of a machine."""
@@ -129,9 +137,7 @@ class Hosts(contextlib.ExitStack):
         Path("/run/sshd").mkdir(exist_ok=True)
         log = self.folder / f"sshd_{name}.log"
         command = ["/usr/sbin/sshd", "-D", "-e", "-f", str(self.folder / "sshd_config")]
-        daemon = self.popen(name, command, log)
-        self.callback(daemon.wait)
-        self.callback(daemon.kill)
+        daemon = self.serve(name, command, log)
         deadline = time.monotonic() + 10
         while "Server listening" not in log.read_text():
             if daemon.poll() is not None or time.monotonic() > deadline:

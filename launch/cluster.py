@@ -4,7 +4,8 @@
 
 Takes what `deepspeed` takes. DeepSpeed hands host names to ssh, and arguments and variables to a
 shell on every machine, as they stand, and reads a .deepspeed_env of whoever left one in the current
-folder. Here whatever a shell would act upon is refused.
+folder. Here whatever a shell would act upon is refused, and pdsh does not wait for a machine that
+is cut off.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from launch.environment import check_environment_file, check_variable
 from launch.hostfile import read_hostfile
 
 BAD_INPUT = 2
+SSH_OPTIONS = "-o ServerAliveInterval=5"  # three silent intervals, and ssh gives a machine up
 ARGUMENT = re.compile(r"[\w@%+=:,./ -]*")  # DeepSpeed puts one with a space between double quotes
 
 
@@ -67,6 +69,7 @@ def main(argv: list[str]) -> int:
             path = Path(folder, runner.DEEPSPEED_ENVIRONMENT_NAME)
             if path.is_file():
                 check_environment_file(path)
+        os.environ.setdefault("PDSH_SSH_ARGS_APPEND", SSH_OPTIONS)
         runner.main(argv)
     except (ValueError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
         remedy = "" if "Fix: " in str(error) else ". Fix: see that ssh reaches every host"

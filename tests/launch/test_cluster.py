@@ -18,7 +18,9 @@ def shells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("ssh", "pdsh"):
         path = tmp_path / "bin" / name
         path.parent.mkdir(exist_ok=True)
-        path.write_text(f'#!/bin/sh\necho "{name} $@" >> "{tmp_path}/told"\necho 10.0.0.1\n')
+        path.write_text(
+            f'#!/bin/sh\necho "{name} $PDSH_SSH_ARGS_APPEND $@" >> "{tmp_path}/told"\necho 10.0.0.1\n'
+        )
         path.chmod(0o755)
     (tmp_path / "hostfile").write_text("node-1 slots=2\nnode-2 slots=2\n")
     monkeypatch.chdir(tmp_path)
@@ -39,7 +41,7 @@ def test_it_is_deepspeed_where_nothing_is_wrong(shells: Path) -> None:
     done = start("train.py", "--model", "gpt2", "--sample_prompt", "Once upon a time,")
     told = (shells / "told").read_text()
     assert done.returncode == 0, done.stderr
-    assert "pdsh -S -f 1024 -w node-1,node-2" in told
+    assert "pdsh -o ServerAliveInterval=5 -S -f 1024 -w node-1,node-2" in told
     assert 'export GLOO_SOCKET_IFNAME=eth0; export A="b c";' in told
     assert told.rstrip().endswith('train.py --model gpt2 --sample_prompt "Once upon a time,"')
 
