@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
 
-.PHONY: quickstart test debian check parity bench hellaswag kills faults launches plan clean
+.PHONY: quickstart test debian slurm check parity bench hellaswag kills faults launches plan clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +50,11 @@ debian:
 	command -v mpirun && command -v pdsh && command -v ip && test -x /usr/sbin/sshd || { apt-get update -q && \
 	  apt-get install -q -y --no-install-recommends openmpi-bin openssh-server openssh-client pdsh iproute2; }
 
+# The daemons of Slurm, for make launches, as root.
+slurm:
+	command -v sbatch && command -v slurmctld && command -v slurmd || { apt-get update -q && \
+	  apt-get install -q -y --no-install-recommends munge slurmctld slurmd slurm-client; }
+
 test: $(VENV)/installed
 	$(BIN)/pytest
 
@@ -75,7 +80,7 @@ faults: $(VENV)/installed
 	$(BIN)/python bench/mishaps.py --folder runs/faults
 	$(BIN)/python bench/resumes.py --folder runs/faults
 
-# About half an hour, as root, with what make debian installs; goes on where it was.
+# About half an hour, as root, with what make debian and make slurm install; goes on where it was.
 launches: $(VENV)/installed
 	$(BIN)/python bench/launches.py --folder runs/launches --out docs/launches.json
 

@@ -131,7 +131,8 @@ def check_ranks_of_python(flags: set[str], words: list[str], partial: bool) -> N
 
 def check_sbatch(words: list[str], partial: bool) -> None:
     script = words.index("launch/slurm.sbatch")
-    assert {word for word in words[:script] if word.startswith("-")} <= {"--nodes"}
+    directives = re.findall(r"^#SBATCH (--[\w-]+)", (ROOT / words[script]).read_text(), re.M)
+    assert {word for word in words[:script] if word.startswith("-")} <= set(directives)
     check_python(["train.py", *words[script + 1 :]], partial)
 
 

@@ -18,9 +18,8 @@ def shells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("ssh", "pdsh"):
         path = tmp_path / "bin" / name
         path.parent.mkdir(exist_ok=True)
-        path.write_text(
-            f'#!/bin/sh\necho "{name} $PDSH_SSH_ARGS_APPEND $@" >> "{tmp_path}/told"\necho 10.0.0.1\n'
-        )
+        tell = f'echo "{name} $PDSH_SSH_ARGS_APPEND $@" >> "{tmp_path}/told"'
+        path.write_text(f"#!/bin/sh\n{tell}\necho 10.0.0.1\n")
         path.chmod(0o755)
     (tmp_path / "hostfile").write_text("node-1 slots=2\nnode-2 slots=2\n")
     monkeypatch.chdir(tmp_path)

@@ -8,16 +8,17 @@ import pytest
 
 from bench.faults import losses, newest_step
 from bench.hosts import Hosts, missing
-from bench.launches import (
+from bench.launchers import (
     COMMANDS,
     MACHINES,
-    STEPS,
     arguments,
     end,
     ranks_of,
     start,
+    wait_until,
     write_environment,
 )
+from bench.launches import STEPS
 from bench.parity import write_ds_config
 from train import main as train
 
@@ -56,11 +57,7 @@ def test_two_machines_train_as_one_and_a_lost_one_ends_the_run(
     long = ["--max_steps", 100_000, "--checkpoint_every", 3, "--timeouts", "step=10"]
     command = arguments(data_dir, run_dir, ds_config, *long)
     (job,) = start(hosts, "cluster.py", MACHINES, command, log)
-    deadline = time.monotonic() + 120
-    while newest_step(run_dir) < STEPS:
-        assert job.poll() is None, log.read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: newest_step(run_dir) >= STEPS, [job], 120)
     assert list(losses(run_dir).values())[:STEPS] == pytest.approx(alone, abs=1e-5)
     assert "node-2: " in log.read_text()
     hosts.cut("node-2")
