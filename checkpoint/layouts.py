@@ -67,8 +67,7 @@ def optimizer_steps(folder: Path, manifest: Manifest) -> int:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    from checkpoint.resuming import allow_deepspeed_types
-    from checkpoint.unpickling import load_weights_only
+    from checkpoint.unpickling import allow_deepspeed_types, load_weights_only
 
     allow_deepspeed_types()
     return load_weights_only(path)

@@ -1,7 +1,6 @@
 """Step folder -> engine, at the same layout or another."""
 
 import contextlib
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +18,7 @@ from checkpoint.manifest import (
     verify_files,
 )
 from checkpoint.saving import layout_of, rng_file
-from checkpoint.unpickling import load_weights_only, naming_pickled_code
+from checkpoint.unpickling import allow_deepspeed_types, load_weights_only, naming_pickled_code
 from model import GPTConfig
 
 
@@ -167,14 +166,3 @@ def make_moments(engine: Any, n_steps: int) -> None:
         )
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2
         optimizer._lazy_init_hp_params_optimizer_state()
-
-
-def allow_deepspeed_types() -> None:
-    """Let `torch.load` take what DeepSpeed puts into its files, and nothing else, from here on."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guessed
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])

@@ -1,6 +1,7 @@
 """torch.load of weights only; whatever it refuses becomes one line."""
 
 import contextlib
+import os
 import pickle
 import re
 from collections.abc import Iterator
@@ -55,3 +56,14 @@ def load_weights_only(path: Path, stand_in: tuple[type, str] | None = None) -> A
             raise ValueError(
                 f"{path}: damaged ({str(error).splitlines()[0][:80]}). Fix: copy it again"
             ) from error
+
+
+def allow_deepspeed_types() -> None:
+    """Let `torch.load` take what DeepSpeed puts into its files, and nothing else, from here on."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guessed
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])

@@ -108,15 +108,15 @@ def moments(shard: Shard) -> dict[str, Parts]:
             "weights": states["weights"] + _casts(shard, in_backward=True),
             "logits": shard.weight_bytes * shard.head,  # the head's gradient waits for wte's
             "gathered": _gathered(shard),
-            "buckets": _buckets(shard),
+            "buckets": states["buckets"] + _filled_buckets(shard),
         },
         "end of backward": states | {
             "logits": _head_gradients(shard),
             "gathered": _gathered(shard, blocks=1),
-            "buckets": _buckets(shard),
+            "buckets": states["buckets"] + _filled_buckets(shard),
         },
-        "reduction": states | {"buckets": _reduction(shard)},
-        "update": states | {"buckets": _norm(shard)},
+        "reduction": states | {"buckets": states["buckets"] + _reduced_copies(shard)},
+        "update": states | {"gradients": states["gradients"] + _norm(shard)},
     }  # fmt: skip
 
 
@@ -147,9 +147,9 @@ def _states(shard: Shard) -> Parts:
             gradients = (4 if shard.sums_fp32 else w) * P / W
     if is_offloaded:
         gradients, optimizer = 0, 0
-    if stage == 3:  # its bucket lives as long as the engine
-        gradients += comm_bytes(shard) * _bucket_size(shard)
-    return {"weights": weights, "gradients": gradients, "optimizer": optimizer}
+    # Stage 3's lives as long as the engine; the others come and go.
+    bucket = comm_bytes(shard) * _bucket_size(shard) if stage == 3 else 0
+    return {"weights": weights, "gradients": gradients, "optimizer": optimizer, "buckets": bucket}
 
 
 def _activations(shard: Shard) -> tuple[Parts, float]:
@@ -225,7 +225,7 @@ def _bucket_size(shard: Shard) -> int:
     return min(int(shard.zero_option("reduce_bucket_size", MAX_REDUCED)), shard.n_params)
 
 
-def _buckets(shard: Shard) -> float:
+def _filled_buckets(shard: Shard) -> float:
     # Stages 1 and 2 fill a bucket while the backward runs, and reduce it in a copy.
     if shard.stage in (0, 3) or shard.has_flat_gradients:
         return 0
@@ -233,7 +233,7 @@ def _buckets(shard: Shard) -> float:
     return shard.weight_bytes * copies * _bucket_size(shard)
 
 
-def _reduction(shard: Shard) -> float:
+def _reduced_copies(shard: Shard) -> float:
     if shard.stage == 0 and shard.world_size > 1:
         return 4 * min(shard.n_params, MAX_REDUCED)
     return 0
