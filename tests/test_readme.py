@@ -144,15 +144,10 @@ def check_tensorboard(words: list[str], _: bool) -> None:
     assert words == ["--logdir", "runs"]
 
 
-def check_env(words: list[str], partial: bool) -> None:
-    rest = [word for word in words if not re.match(r"[A-Z_]+=", word)]
-    CHECKS[rest[0]](rest[1:], partial)
-
-
 CHECKS: dict[str, Any] = {
     "python": check_python, "deepspeed": check_deepspeed, "torchrun": check_torchrun,
     "make": check_make, "pip": check_pip, "sbatch": check_sbatch, "kubectl": check_kubectl,
-    "tensorboard": check_tensorboard, "env": check_env,
+    "tensorboard": check_tensorboard,
     "mpirun": functools.partial(check_ranks_of_python, {"-n", "-hostfile"}),
     "srun": functools.partial(check_ranks_of_python, {"--mpi", "-N", "--ntasks-per-node",
                                                       "--cpus-per-task"}),
