@@ -79,7 +79,7 @@ def start_engine(run: Run, inputs: Inputs, device: torch.device) -> tuple[Any, M
     config, stage = run.config, zero_stage(run.ds_config)
     warning = advice(config, run.ds_config, found_cluster(device, run.ranks))
     if warning and run.ranks.is_main:
-        print(warning, file=sys.stderr)
+        print(f"warning: {warning}", file=sys.stderr)
     checkpoint = newest_intact(inputs.checkpoints, config.resume)
     model = build_model(config, run.ds_config, device)
     if inputs.init_folder:

@@ -92,7 +92,8 @@ def start(folder: Path, kind: str) -> dict[str, Any]:
     log.unlink(missing_ok=True)
     timeout_s = HANG_S if kind == HANG else LIMIT_S
     argv = ["--model", "debug", "--data_dir", str(folder / "data"),
-            "--run_dir", str(folder / "run"), "--timeouts", f"start={timeout_s}"]  # fmt: skip
+            "--run_dir", str(folder / "run"), "--eval_tokens", "4096",
+            "--timeouts", f"start={timeout_s}"]  # fmt: skip
     expected, acts = starts(argv, folder / "elsewhere")[kind]
     run = Run(argv, N_RANKS, log, lambda rank: acts.get(rank, nothing)(), "launch.preflight")
     began = time.monotonic()

@@ -194,15 +194,21 @@ def resolve_batch(config: TrainConfig, world_size: int) -> BatchArithmetic:
             f"--batch_tokens {config.batch_tokens}: {sequences} sequences do not divide among "
             f"{world_size} ranks. Fix: --batch_tokens {nearest}"
         )
-    divisors = [m for m in range(1, per_rank + 1) if per_rank % m == 0]
-    micro = config.micro_batch_size or max(m for m in divisors if m <= MAX_DERIVED_MICRO_BATCH)
-    if micro not in divisors:
-        fitting = max((m for m in divisors if m <= micro), default=1)
+    sizes = divisors(per_rank)
+    micro = config.micro_batch_size or max(m for m in sizes if m <= MAX_DERIVED_MICRO_BATCH)
+    if micro not in sizes:
+        fitting = max(m for m in sizes if m <= micro)
         raise ValueError(
             f"--micro_batch_size {micro} does not divide the {per_rank} sequences of a rank and "
             f"step. Fix: --micro_batch_size {fitting}"
         )
     return BatchArithmetic(sequences, micro, per_rank // micro, world_size)
+
+
+def divisors(n: int) -> list[int]:
+    """Return the divisors of n above 0, the smallest first."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
 
 
 def _parse_bool(text: str) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 GIB = 2**30
 
@@ -12,6 +15,7 @@ class Device:
     """One device in the machine that it is usually sold in.
 
     Attributes:
+        kind: Its name here.
         memory_bytes: That its driver shows.
         flops: Dense bf16 peak with fp32 sums, FLOP/s.
         memory_bytes_s: Of its own memory.
@@ -24,6 +28,7 @@ class Device:
         on_gpu: Whether it is one.
     """
 
+    kind: str
     memory_bytes: int
     flops: float
     memory_bytes_s: float
@@ -44,17 +49,18 @@ class Device:
 # The shares of A100 and H100 are fitted to llm.c's runs (docs/SCALING.md); the others have those of
 # the nearest, MI300X and B200 less, for want of such runs. On two AVX-512 cores in bf16 (AMD EPYC,
 # docs/BENCHMARKS.md) it is what products reach that stands for the peak.
-DEVICES = {
-    "a100-40": Device(40 * GIB, 312e12, 1.555e12, 300e9, 25e9, 128 * GIB, 25e9, 0.75, 0.4),
-    "a100": Device(80 * GIB, 312e12, 2.039e12, 300e9, 25e9, 256 * GIB, 25e9, 0.75, 0.4),
-    "h100": Device(80 * GIB, 989e12, 3.35e12, 450e9, 50e9, 256 * GIB, 50e9, 0.56, 0.35),
-    "h200": Device(140 * GIB, 989e12, 4.8e12, 450e9, 50e9, 256 * GIB, 50e9, 0.56, 0.35),
-    "b200": Device(179 * GIB, 2250e12, 8e12, 900e9, 50e9, 512 * GIB, 50e9, 0.5, 0.3),
-    "l40s": Device(45 * GIB, 362e12, 0.864e12, 25e9, 12.5e9, 64 * GIB, 25e9, 0.75, 0.4),
-    "4090": Device(24 * GIB, 165e12, 1.008e12, 25e9, 12.5e9, 64 * GIB, 25e9, 0.75, 0.4),
-    "mi300x": Device(192 * GIB, 1307e12, 5.3e12, 448e9, 50e9, 256 * GIB, 50e9, 0.4, 0.3),
-    "cpu": Device(24 * GIB, 0.4e12, 20e9, 5e9, 1e9, 24 * GIB, 20e9, 0.75, 0.4, on_gpu=False),
-}
+_DEVICES = (
+    Device("a100-40", 40 * GIB, 312e12, 1.555e12, 300e9, 25e9, 128 * GIB, 25e9, 0.75, 0.4),
+    Device("a100", 80 * GIB, 312e12, 2.039e12, 300e9, 25e9, 256 * GIB, 25e9, 0.75, 0.4),
+    Device("h100", 80 * GIB, 989e12, 3.35e12, 450e9, 50e9, 256 * GIB, 50e9, 0.56, 0.35),
+    Device("h200", 140 * GIB, 989e12, 4.8e12, 450e9, 50e9, 256 * GIB, 50e9, 0.56, 0.35),
+    Device("b200", 179 * GIB, 2250e12, 8e12, 900e9, 50e9, 512 * GIB, 50e9, 0.5, 0.3),
+    Device("l40s", 45 * GIB, 362e12, 0.864e12, 25e9, 12.5e9, 64 * GIB, 25e9, 0.75, 0.4),
+    Device("4090", 24 * GIB, 165e12, 1.008e12, 25e9, 12.5e9, 64 * GIB, 25e9, 0.75, 0.4),
+    Device("mi300x", 192 * GIB, 1307e12, 5.3e12, 448e9, 50e9, 256 * GIB, 50e9, 0.4, 0.3),
+    Device("cpu", 24 * GIB, 0.4e12, 20e9, 5e9, 1e9, 24 * GIB, 20e9, 0.75, 0.4, on_gpu=False),
+)
+DEVICES = {device.kind: device for device in _DEVICES}
 PARTS = {  # of the name that a device gives itself, the first that fits, with its kind
     "H200": "h200", "H100": "h100", "B200": "b200", "A100": "a100", "L40S": "l40s",
     "RTX 4090": "4090", "MI300X": "mi300x",
@@ -78,3 +84,15 @@ def flops_of(name: str) -> float | None:
     kinds = (DEVICES[kind].flops for part, kind in PARTS.items() if part in name)
     slower = (flops for part, flops in SLOWER.items() if part in name)
     return next(slower, None) or next(kinds, None)
+
+
+def machine_bytes() -> int:
+    """Return the memory of this machine, or what its control group lets this process have."""
+    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, StopIteration):  # no control groups of version 2
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        group = next(line[3:] for line in lines if line.startswith("0::"))
+        for limit in (Path(f"/sys/fs/cgroup{group}/memory.max"), Path("/sys/fs/cgroup/memory.max")):
+            with contextlib.suppress(OSError, ValueError):  # not there; or "max"
+                found = min(found, int(limit.read_text()))
+    return found

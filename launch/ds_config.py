@@ -6,6 +6,7 @@ here and may only be absent or "auto" in the file.
 
 import difflib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def _read_json(path: Path) -> Any:
         raise ValueError(
             f"--ds_config {path}: cannot be read ({error.strerror}). Fix: give one that can"
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}). Fix: correct it there") from error
 
 
@@ -123,6 +124,23 @@ def _auto_sizes(gpt: GPTConfig) -> dict[str, int]:
     }
 
 
+def _resolve_sizes(zero: dict[str, Any], gpt: GPTConfig, name: str) -> dict[str, Any]:
+    sizes, resolved = _auto_sizes(gpt), dict(zero)
+    for key, value in zero.items():
+        if value == "auto":
+            if key not in sizes:
+                raise ValueError(
+                    f'{name}: zero_optimization.{key} cannot be "auto". Fix: give a value'
+                )
+            resolved[key] = sizes[key]
+        elif key in sizes and not (type(value) in (int, float) and 0 < value < math.inf):
+            raise ValueError(
+                f"{name}: zero_optimization.{key} is {value!r}, no number of elements. "
+                'Fix: give one, as 5e8, or "auto"'
+            )
+    return resolved
+
+
 def resolve_ds_config(
     raw: dict[str, Any], config: TrainConfig, batch: BatchArithmetic
 ) -> dict[str, Any]:
@@ -133,7 +151,7 @@ def resolve_ds_config(
             none, or an "auto" that nothing derives; names the key.
     """
     name = f"--ds_config {config.ds_config}"
-    if zero_stage(raw) not in (0, 1, 2, 3):
+    if type(zero_stage(raw)) is not int or zero_stage(raw) not in range(4):
         raise ValueError(
             f"{name}: zero_optimization.stage is {zero_stage(raw)!r}, unknown. "
             "Fix: give 0, 1, 2 or 3"
@@ -150,15 +168,7 @@ def resolve_ds_config(
         )
     if precision(raw) == "bf16" and raw.get("torch_autocast", {}).get("enabled"):
         raise ValueError(f"{name}: bf16 and torch_autocast exclude each other. Fix: enable one")
-    zero = dict(raw.get("zero_optimization", {}))
-    sizes = _auto_sizes(config.gpt_config)
-    for key, value in zero.items():
-        if value == "auto":
-            if key not in sizes:
-                raise ValueError(
-                    f'{name}: zero_optimization.{key} cannot be "auto". Fix: give a value'
-                )
-            zero[key] = sizes[key]
+    zero = _resolve_sizes(raw.get("zero_optimization", {}), config.gpt_config, name)
     derived: dict[str, Any] = {
         "train_batch_size": batch.batch_sequences,
         "train_micro_batch_size_per_gpu": batch.micro_batch_size,

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch import memory, throughput
-from launch.config import MAX_DERIVED_MICRO_BATCH, BatchArithmetic, TrainConfig, resolve_batch
-from launch.devices import DEVICES, GIB, Device
+from launch.config import (
+    MAX_DERIVED_MICRO_BATCH,
+    BatchArithmetic,
+    TrainConfig,
+    divisors,
+    resolve_batch,
+)
+from launch.devices import DEVICES, GIB, Device, machine_bytes
 from launch.ds_config import load_ds_config, precision, resolve_ds_config, uses_offload, zero_stage
 
 if TYPE_CHECKING:
@@ -22,7 +27,8 @@ if TYPE_CHECKING:
 DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"
 CHECKPOINTING, WITH = "activation_checkpointing", " with "
 FRAGMENTS = 0.04  # of the memory: what the allocator cannot use
-HARDLY = 0.05  # slower
+HARDLY = 0.05  # slower: estimates are no finer
+PREFERRED = 1, 0, 2, 3  # stages: what train.py takes by itself, then the simpler
 DAY_S = 86_400
 STORAGE_BYTES_S = 2e9  # from each machine to the shared storage: an assumption
 DEVICE_HOURS_A_FAULT = 45_000  # Llama 3 (2024), section 3.3.4: 466 in 54 days of 16,384 H100
@@ -120,6 +126,11 @@ class Estimate:
         return self.config.max_steps * self.step_s / DAY_S
 
     @property
+    def device_hours(self) -> float:
+        """Return the hours of all devices that all steps take."""
+        return self.days * 24 * self.cluster.world_size
+
+    @property
     def checkpoint_bytes(self) -> float:
         """Return what one checkpoint takes on disk."""
         kind = precision(self.ds_config)
@@ -134,7 +145,8 @@ class Estimate:
     def checkpoint_every(self) -> int:
         """Return the steps between checkpoints with which saving and faults cost least (Young)."""
         fault_s = 3600 * DEVICE_HOURS_A_FAULT / self.cluster.world_size
-        return max(1, round(math.sqrt(2 * self.save_s * fault_s) / self.step_s))
+        best = round(math.sqrt(2 * self.save_s * fault_s) / self.step_s)
+        return min(max(1, best), self.config.max_steps)
 
 
 def estimate(config: TrainConfig, raw: dict[str, Any], name: str, cluster: Cluster) -> Estimate:
@@ -162,9 +174,8 @@ def largest_fitting(
         ValueError: As `estimate`.
     """
     found = estimate(dataclasses.replace(config, micro_batch_size=1), raw, name, cluster)
-    sequences = config.batch_tokens // config.seq_len // cluster.world_size
-    sizes = [n for n in range(1, min(limit or sequences, sequences) + 1) if sequences % n == 0]
-    for size in sizes[1:]:
+    sizes = divisors(found.batch.batch_sequences // cluster.world_size)
+    for size in (n for n in sizes[1:] if n <= (limit or n)):
         sized = dataclasses.replace(config, micro_batch_size=size)
         larger = estimate(sized, raw, name, cluster)
         if not larger.fits:
@@ -188,8 +199,8 @@ def _with_and_without(name: str, raw: dict[str, Any]) -> dict[str, dict[str, Any
 def rank_candidates(config: TrainConfig, cluster: Cluster) -> list[Estimate]:
     """Estimate with every candidate, each at its best; what fits first, then the cheaper first.
 
-    Of those that are hardly slower than the fastest the lowest stage comes first, for estimates are
-    no finer. Offload comes behind: how fast a machine's processors update is the least certain.
+    Of those that are hardly slower than the fastest stage 1 comes first, then the lowest. Offload
+    comes behind: how fast a machine's processors update is the least certain.
     """
     limit = config.micro_batch_size or MAX_DERIVED_MICRO_BATCH
     fixed = config.micro_batch_size is not None
@@ -203,22 +214,25 @@ def rank_candidates(config: TrainConfig, cluster: Cluster) -> list[Estimate]:
     hardly_slower = min(first)[2] * (1 + HARDLY)
 
     def order(e: Estimate) -> tuple[float, ...]:
-        stage = zero_stage(e.ds_config) if e.step_s <= hardly_slower else math.inf
-        return e.lacking_bytes, uses_offload(e.ds_config), stage, e.step_s
+        place = PREFERRED.index(zero_stage(e.ds_config))
+        return (e.lacking_bytes, uses_offload(e.ds_config),
+                place if e.step_s <= hardly_slower else math.inf, e.step_s)  # fmt: skip
 
     return sorted(found, key=order)
 
 
 def found_cluster(device: torch.device, ranks: Ranks) -> Cluster:
-    """Return the machines that a run has found: rank 0's device, and as many of it as ranks."""
+    """Return the machines that a run has found: rank 0's device, and as many of it as ranks.
+
+    Their memory is what it is; their speed, which decides on nothing here, is a guess.
+    """
     import torch
 
+    kind, host_bytes = "cpu", machine_bytes() // ranks.local_world_size
+    memory_bytes = host_bytes
     if device.type == "cuda":
         kind, memory_bytes = "h100", torch.cuda.get_device_properties(device).total_memory
-    else:
-        kind, pages = "cpu", os.sysconf("SC_PHYS_PAGES")
-        memory_bytes = pages * os.sysconf("SC_PAGE_SIZE") // ranks.local_world_size
-    found = dataclasses.replace(DEVICES[kind], memory_bytes=memory_bytes)  # only this counts here
+    found = dataclasses.replace(DEVICES[kind], memory_bytes=memory_bytes, host_bytes=host_bytes)
     return Cluster(found, ranks.world_size // ranks.local_world_size, ranks.local_world_size)
 
 
@@ -248,7 +262,10 @@ def advice(config: TrainConfig, ds_config: dict[str, Any], cluster: Cluster) -> 
         flags += [f"--micro_batch_size {size}"] if size != limit else []
         flags += [f"add {checkpoints} to {file or config.ds_config}"] if checkpoints else []
         remedy = ", ".join(flags)
-    return (
-        f"warning: this run needs {planned.peak_bytes / GIB:.1f} GiB on each device of "
-        f"{cluster.device.memory_bytes / GIB:.1f} (launch/plan.py). Fix: {remedy}"
-    )
+    need, has = planned.peak_bytes, cluster.device.memory_bytes
+    where = "on each device of"
+    if planned.spare_bytes >= 0:
+        need, has = planned.host_bytes, cluster.device.host_bytes
+        where = "of the machine's memory for each device, which has"
+    sizes = f"{need / GIB:.1f} GiB {where} {has / GIB:.1f}"
+    return f"this run needs {sizes} (launch/plan.py). Fix: {remedy}"

@@ -87,6 +87,11 @@ def same(check: str, facts: list[Facts]) -> tuple[str, Faults]:
     return seen, {rank: ("; ".join(whats), remedy) for rank, whats in faults.items()}
 
 
+def alike(check: str, facts: list[Facts]) -> tuple[str, Faults]:
+    """Find the ranks that say something else than most, where there is much to say."""
+    return f"{len(facts[0][check])} compared", same(check, facts)[1]
+
+
 def clock(check: str, facts: list[Facts]) -> tuple[str, Faults]:
     """Find the ranks whose clock is more than CLOCK_S from the median."""
     median = statistics.median_low(fact[check] for fact in facts)
@@ -231,6 +236,7 @@ def _numbers(ranks: list[int]) -> str:
 REMEDIES = {
     "device": "see nvidia-smi, DS_ACCELERATOR and CUDA_VISIBLE_DEVICES there",
     "versions": "install the same everywhere, from constraints.txt",
+    "flags": "give the same on every machine",
     "variables": "set it for all: launch/environment.py",
     "shards": "copy the shards again, or give the same --data_dir",
     "run folder shared": "mount the same storage everywhere, give the same --run_dir",
@@ -245,6 +251,7 @@ CHECKS: dict[str, Callable[[str, list[Facts]], tuple[str, Faults]]] = {
     "answers": no_error,
     "device": same,
     "versions": same,
+    "flags": alike,
     "variables": same,
     "clock": clock,
     "names": names,
@@ -254,6 +261,7 @@ CHECKS: dict[str, Callable[[str, list[Facts]], tuple[str, Faults]]] = {
     "run folder shared": shared,
     "limits": limits,
     "jit locks": no_error,
+    "plan": no_error,
     "memory": little,
     "matmul": slow,
     "process group": no_error,

@@ -18,7 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from launch.ranks import Ranks
 
-NAMED = 8  # of missing ranks
+NAMED, NOTED = 8, 120  # of missing ranks; characters of another's error
 POLL_S = 0.02
 GRACE_S = 5  # for rank 0, who says which rank is missing, before the others give up on it
 LEAVE_S = 2  # for the others to hear that it is over
@@ -65,14 +65,26 @@ def meet(ranks: Ranks, timeout_s: float) -> Store:
         store = _open_store(ranks, datetime.timedelta(seconds=timeout_s))
         came = exchange(store, ranks, "came", True, timeout_s)
     except RuntimeError as error:  # c10d's errors of store and network
-        raise OSError(
-            f"rank 0 at {address} did not gather all ranks within {timeout_s:.0f} s. Fix: {remedy}"
-        ) from error
+        if "EADDRINUSE" in str(error):
+            raise OSError(f"{address}: in use. Fix: give another --master_port") from error
+        _check_name(os.environ["MASTER_ADDR"])
+        what = f"rank 0 at {address} did not gather all ranks within {timeout_s:.0f} s"
+        raise OSError(f"{what} ({str(error).splitlines()[0][:NOTED]}). Fix: {remedy}") from error
     if missing := [rank for rank, has_come in enumerate(came) if not has_come]:
         names = ", ".join(map(str, missing[:NAMED]))
         more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
         raise OSError(f"rank {names}{more} never came to {address}. Fix: {remedy}")
     return store
+
+
+def _check_name(name: str) -> None:
+    try:
+        socket.getaddrinfo(name, None)
+    except socket.gaierror as error:
+        raise OSError(
+            f"MASTER_ADDR {name}: does not resolve ({error.strerror}). "
+            "Fix: add it to DNS or /etc/hosts"
+        ) from error
 
 
 def _name_address(ranks: Ranks) -> None:

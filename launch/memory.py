@@ -208,7 +208,7 @@ def _head_gradients(shard: Shard) -> float:
 def _gathered(shard: Shard, blocks: int | None = None) -> float:
     # Stage 3: wte is whole from the forward's begin to the backward's end, a block while it
     # computes, the next ones ahead of it, and the last ones in between, for they are near.
-    if shard.stage < 3 or shard.world_size == 1:
+    if shard.stage < 3 or (shard.world_size == 1 and not offloads(shard.ds_config, "param")):
         return 0
     ahead = shard.zero_option("stage3_prefetch_bucket_size", 0)
     elements = elements_kept_near(shard) + ahead if blocks is None else blocks * shard.block

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
+import json
 import math
 import os
 import platform
@@ -18,7 +20,10 @@ from typing import Any
 
 import torch
 
+from launch.config import to_json
+from launch.devices import machine_bytes
 from launch.ds_config import precision
+from launch.estimate import advice, found_cluster
 from launch.inputs import Run
 from launch.meeting import choose_device
 from launch.memory import CHECKPOINT_BYTES
@@ -41,12 +46,14 @@ def look(run: Run) -> dict[str, Any]:
     reads: dict[str, Callable[[Run], Any]] = {
         "device": read_device,
         "versions": read_versions,
+        "flags": read_flags,
         "variables": read_variables,
         "names": resolve_names,
         "shards": read_shards,
         "run folder": read_room,
         "limits": read_limits,
         "jit locks": read_locks,
+        "plan": read_plan,
     }
     found: dict[str, Any] = {"errors": {}}
     for check, read in reads.items():
@@ -109,6 +116,14 @@ def hash_code() -> str:
     return digest.hexdigest()[:12]
 
 
+def read_flags(run: Run) -> dict[str, str]:
+    """Return every value of the resolved run but its folders, which may be mounted elsewhere."""
+    flags = {name: str(value) for name, value in to_json(run.config).items()}
+    engine = json.dumps(run.ds_config, sort_keys=True).encode()
+    flags["ds_config"] += f" ({hashlib.sha256(engine).hexdigest()[:12]})"
+    return {name: flags[name] for name in flags if name not in ("data_dir", "run_dir")}
+
+
 def read_variables(_: Run) -> dict[str, str]:
     """Return the variables of this process that the libraries of all ranks must agree about."""
     return {k: v for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)}
@@ -136,16 +151,18 @@ def read_shards(run: Run) -> dict[str, str]:
     """Return the fingerprint of each split; with --verify every byte is compared before.
 
     Raises:
-        ValueError: As data.shards.TokenStream does.
+        ValueError: As data.shards.TokenStream does, or too few tokens for --eval_tokens.
     """
     from data.shards import SPLITS, TokenStream
+    from eval.val_loss import check_eval_tokens
 
     config, verify = run.config, run.config.verify and run.ranks.local_rank == 0
-    return {
+    streams = {
         split: TokenStream(config.data_dir, split, config.gpt_config.vocab_size, verify)
-        .fingerprint()[:12]
         for split in SPLITS
-    }  # fmt: skip
+    }
+    check_eval_tokens(streams["val"], config.eval_tokens)
+    return {split: stream.fingerprint()[:12] for split, stream in streams.items()}
 
 
 def read_room(run: Run) -> dict[str, int]:
@@ -166,7 +183,8 @@ def read_room(run: Run) -> dict[str, int]:
             path.unlink(missing_ok=True)
     except OSError as error:
         what = f"{run_dir} cannot be written to: {error.strerror}"
-        raise OSError(f"{what}. Fix: make room, or give another --run_dir") from error
+        remedy = "make room" if error.errno in (errno.ENOSPC, errno.EFBIG) else "see who may"
+        raise OSError(f"{what}. Fix: {remedy}, or give another --run_dir") from error
     saved = sum(p.stat().st_size for p in run_dir.glob("checkpoints/step_*/*"))
     free = shutil.disk_usage(run_dir).free
     return {"room_bytes": free + saved, "needed_bytes": needed_bytes(run)}
@@ -203,11 +221,23 @@ def read_locks(run: Run) -> str:
     return "none"
 
 
+def read_plan(run: Run) -> str:
+    """Return "fits".
+
+    Raises:
+        ValueError: The plan says that the run does not; names the nearest setting that does.
+    """
+    found = found_cluster(choose_device(run.ranks), run.ranks)
+    if warning := advice(run.config, run.ds_config, found):
+        raise ValueError(warning)
+    return "fits"
+
+
 def read_memory(device: torch.device) -> int:
     """Return the bytes that are free on a GPU, or that the machine has."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return machine_bytes()
 
 
 def multiply(a: torch.Tensor) -> None:

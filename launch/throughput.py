@@ -7,10 +7,12 @@ those that were counted.
 
 from __future__ import annotations
 
+import math
+
 from launch.config import BatchArithmetic
 from launch.devices import Device
 from launch.ds_config import offloads
-from launch.memory import Shard, activation_bytes, comm_bytes, elements_kept_near
+from launch.memory import MAX_REDUCED, Shard, activation_bytes, comm_bytes, elements_kept_near
 
 # Passes over the residual stream's width C, for each token and block, forward and backward. In its
 # own dtype: two LayerNorms (2 and 4), two sums (6 and 6). In that of the products: what LayerNorm
@@ -81,7 +83,9 @@ def step_seconds(
     seconds["launches"] = max(0.0, launches - sum(seconds.values()))
     seconds["communication"] = _communication(shard, batch, device, nodes)
     if offloads(shard.ds_config, "optimizer"):
-        seconds["optimizer"] = _offloaded_update(shard, batch, device, nodes)
+        per_node = batch.world_size // nodes
+        seconds["optimizer"] = UPDATE_BYTES * updated / (HOST_MEMORY_BYTES_S / per_node)
+        seconds["offload"] = _offloaded_bytes(shard, batch) / device.host_bytes_s
     return seconds
 
 
@@ -93,18 +97,29 @@ def _communication(shard: Shard, batch: BatchArithmetic, device: Device, nodes: 
         link = device.network_bytes_s * per_node
         link = min(link, device.peer_bytes_s) if per_node > 1 else link
     seconds = sent_bytes(shard, batch) / (LINK_SHARE * link)
-    if shard.stage < 3:
-        return seconds
-    collectives = 3 * shard.gpt.n_layer * batch.grad_accum_steps
-    waits = collectives * HOP_S * (shard.world_size - 1)
-    return (1 - HIDDEN) * seconds + waits
+    if shard.stage == 3:
+        seconds *= 1 - HIDDEN
+    return seconds + HOP_S * (shard.world_size - 1) * _rings(shard, batch)
 
 
-def _offloaded_update(shard: Shard, batch: BatchArithmetic, device: Device, nodes: int) -> float:
+def _rings(shard: Shard, batch: BatchArithmetic) -> int:
+    # How often a step goes around: once for a gather or a scatter, twice for an all-reduce.
+    micro, P = batch.grad_accum_steps, shard.n_params
+    if shard.stage == 3:
+        return 3 * shard.gpt.n_layer * micro
+    reductions = math.ceil(P / MAX_REDUCED)
+    if shard.stage and not shard.has_flat_gradients:
+        reductions = math.ceil(P / shard.zero_option("reduce_bucket_size", MAX_REDUCED))
+    if shard.stage == 2:
+        reductions *= micro
+    gathers = math.ceil(P / shard.zero_option("allgather_bucket_size", MAX_REDUCED))
+    return 2 * reductions + (gathers if shard.stage else 0)
+
+
+def _offloaded_bytes(shard: Shard, batch: BatchArithmetic) -> float:
+    # Gradients to the machine's memory, weights back; offloaded weights twice a micro-batch, too.
     share = shard.n_params / shard.world_size
-    per_node = shard.world_size // nodes
-    moved = share * (comm_bytes(shard) * batch.grad_accum_steps + shard.weight_bytes)
+    moved = comm_bytes(shard) * batch.grad_accum_steps + shard.weight_bytes
     if offloads(shard.ds_config, "param"):
-        moved += 2 * share * shard.weight_bytes * batch.grad_accum_steps
-    updated = UPDATE_BYTES * share / (HOST_MEMORY_BYTES_S / per_node)
-    return moved / device.host_bytes_s + updated
+        moved += 2 * shard.weight_bytes * batch.grad_accum_steps
+    return share * moved

@@ -29,8 +29,8 @@ EXCEPTIONS |= {("launch/inputs.py", name)
                for name in ("checkpoint.manifest", "checkpoint.resuming", "checkpoint.run_folder",
                             "data.order", "data.shards", "eval.hellaswag", "eval.packing",
                             "eval.val_loss")}  # fmt: skip
-EXCEPTIONS |= {("launch/supervision.py", "checkpoint.run_folder"),
-               ("launch/probes.py", "data.shards")}  # fmt: skip
+EXCEPTIONS |= {("launch/supervision.py", "checkpoint.run_folder")}
+EXCEPTIONS |= {("launch/probes.py", name) for name in ("data.shards", "eval.val_loss")}
 ENTRY_POINTS = ["train.py", "data/prepare.py", "data/fineweb.py", "data/show.py",
                 "eval/hellaswag.py", "eval/val_loss.py", "eval/sample.py", "bench/hellaswag.py",
                 "eval/report.py", "checkpoint/consolidate.py", "launch/cluster.py",

@@ -60,6 +60,20 @@ def test_buckets_grow_with_the_model_up_to_deepspeeds_own() -> None:
     assert sizes[0] < sizes[1] < sizes[2] == 500_000_000
 
 
+@pytest.mark.parametrize("value", ["5e8", -5, 0, True, float("nan"), float("inf")])
+def test_a_bucket_is_a_number_of_elements(value: Any) -> None:
+    raw = {"zero_optimization": {"stage": 1, "reduce_bucket_size": value}}
+    message = "zero_optimization.reduce_bucket_size is .*, no number of elements. Fix: give one"
+    with pytest.raises(ValueError, match=message):
+        resolve(raw)
+
+
+@pytest.mark.parametrize("stage", [True, 4, "1", 1.0])
+def test_a_stage_is_0_to_3(stage: Any) -> None:
+    with pytest.raises(ValueError, match=r"zero_optimization.stage is .*, unknown. Fix: give 0, 1"):
+        resolve({"zero_optimization": {"stage": stage}})
+
+
 @pytest.mark.parametrize("key", ["train_batch_size", "gradient_clipping", "optimizer"])
 def test_derived_keys_may_only_be_auto(tmp_path: Path, key: str) -> None:
     assert load_ds_config(write(tmp_path, f'{{"{key}": "auto"}}')) == {key: "auto"}

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +13,12 @@ import torch
 
 from bench import published
 from bench.fill import fill
-from launch.config import TrainConfig, resolve_batch, resolve_train_config
+from launch import throughput
+from launch.config import TrainConfig, parse_train_config, resolve_batch, resolve_train_config
 from launch.devices import DEVICES, GIB, flops_of, get_device
 from launch.ds_config import load_ds_config, resolve_ds_config
-from launch.estimate import Cluster, advice, estimate, found_cluster, rank_candidates
+from launch.estimate import HARDLY, Cluster, advice, estimate, found_cluster, rank_candidates
+from launch.inputs import resolve_run
 from launch.plan import main
 from launch.ranks import Ranks
 from train import main as train
@@ -65,6 +67,9 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_nearest(
     (["--price_per_gpu_hour", "inf"], "--price_per_gpu_hour inf: out of range. Fix: "),
     (["--gpus", "8", "--nodes", "1"], "--nodes: a table has numbers of devices. Fix: "),
     (["--model", "all", "--n_layer", "4"], "--n_layer: all has the presets' shapes. Fix: "),
+    (["--gpus", ""], "--gpus : no numbers. Fix: "),
+    (["--gpus", "8,1024", "--batch_tokens", "524288"],
+     "gpt2 on 1024: --batch_tokens 524288: 512 sequences do not divide among 1024 ranks. Fix: "),
     (["--n_head", "7"], "n_embd = 768 is not a multiple of n_head = 7. Fix: correct --n_head"),
 ])  # fmt: skip
 def test_bad_input_gets_one_line(
@@ -85,6 +90,48 @@ def test_what_does_not_fit_ends_with_1_and_says_by_how_much(
     assert "does not fit by " in capsys.readouterr().out
     assert main([*large[:2], "--device", "4090", "--gpus_per_node", "1"]) == 1
     assert "none of ds_configs/ fits" in capsys.readouterr().out
+
+
+def test_a_table_in_which_nothing_fits_ends_with_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", "gpt3-175b", "--gpus", "8,64"]) == 0
+    assert main(["--model", "gpt3-175b", "--gpus", "8"]) == 1
+    assert "none fits: lacks " in capsys.readouterr().out
+
+
+def test_the_flags_of_a_plan_are_the_run_that_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "32")
+    assert main(["--model", "gpt3-13b", "--nodes", "4", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    main(["--model", "gpt3-13b", "--nodes", "4"])
+    (line,) = [s for s in capsys.readouterr().out.splitlines() if s.startswith("flags ")]
+    monkeypatch.chdir(ROOT)
+    run = resolve_run(parse_train_config(line.split()[1:], ""), Ranks(0, 0, 32, 8))
+    assert asdict(run.batch) == plan["batch"]
+    assert plan["ds_config"] == run.config.ds_config.name
+
+
+def test_json_has_the_cost_and_parts_that_add_up(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", "gpt3-13b", "--json", "--price_per_gpu_hour", "2.5"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert sum(plan["parts_bytes"].values()) == pytest.approx(plan["peak_bytes"])
+    assert plan["cost"] == pytest.approx(2.5 * 24 * plan["days"] * plan["devices"])
+
+
+def test_a_batch_beyond_all_reason_is_planned_too() -> None:
+    started = time.perf_counter()
+    assert main(["--batch_tokens", str(2**50), "--ds_config", "ds_configs/zero1.json"]) == 0
+    assert time.perf_counter() - started < 5
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_collective_waits_for_a_ring(stage: int) -> None:
+    config = resolve_train_config(TrainConfig(model="gpt2", batch_tokens=1024 * 1024))
+    raw = load_ds_config(ROOT / "ds_configs" / f"zero{stage}.json")
+    step = estimate(config, raw, "", Cluster(get_device("h100"), 128, 8))
+    ring_s = throughput.HOP_S * 1023  # at least one all-reduce, or a gather of each of 12 blocks
+    assert step.seconds["communication"] > (12 if stage == 3 else 2) * ring_s
 
 
 def test_a_shape_of_ones_own_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,7 +178,7 @@ def test_the_cheapest_fits_and_none_that_fits_is_faster() -> None:
     assert best.fits
     in_memory = [e for e in others if e.fits and not e.host_bytes]
     assert in_memory
-    assert best.tokens_per_s == max(e.tokens_per_s for e in (best, *in_memory))
+    assert best.tokens_per_s * (1 + HARDLY) >= max(e.tokens_per_s for e in in_memory)
     assert best.mfu < 1
 
 
@@ -167,6 +214,16 @@ def test_train_warns_in_one_line_when_the_run_cannot_fit(
     lines = [s for s in capfd.readouterr().err.splitlines() if s.startswith("warning: this run")]
     assert len(lines) == 1
     assert "GiB on each device of 1.0 (launch/plan.py). Fix: " in lines[0]
+
+
+def test_advice_counts_the_memory_of_the_machine_too() -> None:
+    config = resolve_train_config(TrainConfig(model="gpt3-6.7b", micro_batch_size=1))
+    raw = load_ds_config(ROOT / "ds_configs" / "zero3_offload.json")
+    ds_config = resolve_ds_config(raw, config, resolve_batch(config, 1))
+    small = replace(DEVICES["4090"], host_bytes=64 * GIB)
+    line = advice(config, ds_config, Cluster(small, 1, 1)) or ""
+    assert "GiB of the machine's memory for each device, which has 64.0 " in line
+    assert advice(config, ds_config, Cluster(replace(small, host_bytes=256 * GIB), 1, 1)) is None
 
 
 def test_found_machines_are_those_of_the_ranks() -> None:

@@ -30,7 +30,8 @@ def healthy(n_nodes: int = 4, per_node: int = 2) -> list[Facts]:
         facts.append({
             "rank": rank, "host": f"node-{node}", "errors": {}, "answers": "in time",
             "device": {"kind": "cuda", "name": "H100"}, "versions": {"torch": "2.13", "git": "d7"},
-            "variables": {"NCCL_DEBUG": "WARN"}, "clock": 1e9 + rank * 1e-3,
+            "flags": {"lr": "0.1"}, "variables": {"NCCL_DEBUG": "WARN"},
+            "plan": "fits", "clock": 1e9 + rank * 1e-3,
             "names": [f"10.0.0.{node}"], "reach": [], "shards": {"train": "ab", "val": "cd"},
             "run folder": {"room_bytes": 2**40, "needed_bytes": 2**38}, "run folder shared": True,
             "limits": LIMITS, "jit locks": "none", "memory": 80e9, "matmul": 650e12 + 1e12 * rank,
@@ -53,6 +54,7 @@ def test_a_healthy_cluster_has_no_findings() -> None:
 @pytest.mark.parametrize(("check", "value"), [
     ("versions", {"torch": "2.12", "git": "d7"}),
     ("versions", {"torch": "2.13"}),
+    ("flags", {"lr": "0.2"}),
     ("variables", {}),
     ("device", {"kind": "cuda", "name": "A100"}),
     ("clock", 1e9 - 1.1),
@@ -150,6 +152,17 @@ def test_shards_that_cannot_be_read_are_an_error_with_its_remedy(
     assert list((tmp_path / "run").iterdir()) == []
 
 
+def test_a_run_that_cannot_start_or_fit_is_found(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    config = TrainConfig(model="gpt3-13b", data_dir=data_dir, run_dir=tmp_path, eval_tokens=100_000)
+    errors = look(resolve_run(config, Ranks(0, 0, 1, 1)))["errors"]
+    assert "has 2999" in errors["shards"] or "3000" in errors["shards"]
+    assert "GiB" in errors["plan"]
+    assert "Fix: " in errors["plan"]
+
+
 def test_each_fault_is_found_on_its_rank(tmp_path: Path) -> None:
     command = [sys.executable, "bench/unfit.py", "--folder", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -164,7 +177,7 @@ def test_a_full_disk_is_named(data_dir: Path, tmp_path: Path) -> None:
     inside += ' && shift && exec "$@"'
     command = ["unshare", "--mount", "sh", "-c", inside, "sh", str(run_dir), sys.executable]
     command += ["launch/preflight.py", "--model", "debug", "--data_dir", str(data_dir),
-                "--run_dir", str(run_dir)]  # fmt: skip
+                "--run_dir", str(run_dir), "--eval_tokens", "256"]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
