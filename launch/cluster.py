@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
         runner.main(argv)
     except (ValueError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
         remedy = "" if "Fix: " in str(error) else ". Fix: see that ssh reaches every host"
-        print(f"error: {error}{remedy}", file=sys.stderr)
+        print(f"error: {str(error).rstrip('.')}{remedy}", file=sys.stderr)
         return BAD_INPUT
     return 0
 

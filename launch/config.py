@@ -217,14 +217,18 @@ def _parse_bool(text: str) -> bool:
     return text.lower() == "true"
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
+    """A parser that says in one line what is wrong with a command line."""
+
     def error(self, message: str) -> typing.NoReturn:
         self.exit(2, f"error: {message}. Fix: {self.prog} --help lists the flags\n")
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
     """Return a parser with one flag per field of TrainConfig."""
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     hints = typing.get_type_hints(TrainConfig)
     for f in dataclasses.fields(TrainConfig):
         hint = hints[f.name]

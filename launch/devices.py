@@ -69,14 +69,14 @@ SLOWER = {"H100 PCIe": 756e12, "H100 NVL": 835e12}  # NVIDIA H100 data sheet, FL
 
 
 def get_device(kind: str) -> Device:
-    """Return the device called `kind`.
+    """Return the device called `kind`, in small letters or large.
 
     Raises:
         ValueError: No such kind; the message lists them all.
     """
-    if kind not in DEVICES:
+    if kind.lower() not in DEVICES:
         raise ValueError(f"--device {kind}: unknown. Fix: choose from {', '.join(DEVICES)}")
-    return DEVICES[kind]
+    return DEVICES[kind.lower()]
 
 
 def flops_of(name: str) -> float | None:

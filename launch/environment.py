@@ -3,7 +3,8 @@
     python launch/environment.py --out .deepspeed_env
 
 DeepSpeed sends this file, from your home or the current folder, to every machine of a hostfile, and
-by itself only PYTHON…, NCCL…, UCX… and MV2… . Credentials are left out.
+by itself only PYTHON…, NCCL…, UCX… and MV2… . Credentials are left out; lines of the file with
+other names, such as MASTER_ADDR, stay.
 """
 
 from __future__ import annotations
@@ -22,10 +23,15 @@ from launch.hostfile import check_not_open_to_all
 
 # Libraries, threads, networks and caches; a name that ends in _ stands for all that begin so.
 NEEDED = ("LD_LIBRARY_PATH", "CUDA_HOME", "OMP_NUM_THREADS", "MALLOC_", "DS_ACCELERATOR",
-          "TORCH_EXTENSIONS_DIR", "TORCH_NCCL_", "NCCL_", "GLOO_SOCKET_IFNAME", "HF_",
-          "XDG_CACHE_HOME")  # fmt: skip
+          "TORCH_EXTENSIONS_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TORCH_NCCL_",
+          "NCCL_", "FI_", "GLOO_SOCKET_IFNAME", "HF_", "XDG_CACHE_HOME")  # fmt: skip
 NAME = re.compile(r"[A-Za-z_]\w*")
 ACTIVE = re.compile(r"[$`\"\\\n]")  # what a shell acts upon between double quotes
+
+
+def is_needed(name: str) -> bool:
+    """Return whether ranks on other machines need a variable of this name."""
+    return name in NEEDED or name.startswith(tuple(n for n in NEEDED if n.endswith("_")))
 
 
 def needed_variables() -> dict[str, str]:
@@ -36,7 +42,7 @@ def needed_variables() -> dict[str, str]:
     """
     found = {}
     for name, value in sorted(os.environ.items()):
-        if name in NEEDED or name.startswith(tuple(n for n in NEEDED if n.endswith("_"))):
+        if is_needed(name):
             try:
                 refuse_credentials({name: value}, "")
             except ValueError:
@@ -45,6 +51,19 @@ def needed_variables() -> dict[str, str]:
             check_variable(name, value)
             found[name] = value
     return found
+
+
+def other_lines(path: Path) -> list[str]:
+    """Return the lines of a .deepspeed_env, if there is one, that this command does not write.
+
+    Raises:
+        ValueError: As `check_environment_file`.
+    """
+    if not path.exists():
+        return []
+    check_environment_file(path)
+    lines = path.read_text().splitlines(keepends=True)
+    return [line for line in lines if not is_needed(line.partition("=")[0])]
 
 
 def check_variable(name: str, value: str) -> None:
@@ -81,6 +100,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         lines = [f"{name}={value}\n" for name, value in needed_variables().items()]
+        lines = other_lines(args.out) + lines
         args.out.write_text("".join(lines))
         args.out.chmod(0o600)
     except OSError as error:

@@ -88,13 +88,14 @@ def slurm_hosts() -> list[str]:
 
 
 def listed_hosts(path: Path) -> list[str]:
-    """Return the words of a file.
+    """Return the words of a file, without comments.
 
     Raises:
         ValueError: It cannot be read.
     """
     try:
-        return path.read_text().split()
+        lines = path.read_text().splitlines()
+        return [word for line in lines for word in line.partition("#")[0].split()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--list {path}: cannot be read. Fix: give a file of names") from error
 

@@ -19,7 +19,12 @@ from pathlib import Path
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.config import MAX_DERIVED_MICRO_BATCH, TrainConfig, resolve_train_config
+from launch.config import (
+    MAX_DERIVED_MICRO_BATCH,
+    OneLineParser,
+    TrainConfig,
+    resolve_train_config,
+)
 from launch.describe import describe, table, to_json
 from launch.devices import DEVICES, get_device
 from launch.ds_config import load_ds_config
@@ -58,7 +63,7 @@ def is_table(args: argparse.Namespace) -> bool:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument

@@ -26,6 +26,15 @@ def test_what_ranks_need_is_written_and_read_back(
     assert secret not in said
 
 
+def test_lines_of_ones_own_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / ".deepspeed_env"
+    out.write_text("MASTER_ADDR=node-1\nNCCL_DEBUG=WARN\nNCCL_ALGO=Ring\n")
+    monkeypatch.setattr("os.environ", {"NCCL_DEBUG": "INFO"})
+    monkeypatch.setattr("sys.argv", ["", "--out", str(out)])
+    assert main() == 0
+    assert out.read_text() == "MASTER_ADDR=node-1\nNCCL_DEBUG=INFO\n"
+
+
 def test_a_place_that_cannot_be_written_to_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

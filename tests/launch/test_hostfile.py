@@ -56,7 +56,7 @@ def run(folder: Path, *arguments: str, **variables: str) -> "subprocess.Complete
 
 
 def test_the_command_writes_what_is_read_back(tmp_path: Path) -> None:
-    (tmp_path / "machines").write_text("b\nc\n")
+    (tmp_path / "machines").write_text("# two\nb\nc  # the last\n")
     done = run(tmp_path, "a", "--list", "machines", "--slots", "8")
     assert read_hostfile(write(tmp_path, done.stdout)) == {"a": 8, "b": 8, "c": 8}
 

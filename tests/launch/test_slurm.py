@@ -96,6 +96,21 @@ def test_a_job_that_must_be_mended_is_not_queued_again(
     assert "requeue" not in (tmp_path / "told").read_text()
 
 
+@pytest.mark.parametrize(("status", "restarts", "again"), [
+    (1, 0, True), (70, 99, True), (137, 5, True), (75, 100, True),
+    (1, 100, False), (127, 0, False), (2, 0, False), (0, 0, False),
+])  # fmt: skip
+def test_a_job_that_cannot_begin_is_not_queued_for_ever(
+    slurm: dict[str, str], tmp_path: Path, status: int, restarts: int, again: bool
+) -> None:
+    python = tmp_path / "bin" / "python"
+    python.write_text(f"#!/bin/sh\nexit {status}\n")
+    python.chmod(0o755)
+    job = submit(slurm | {"SLURM_RESTART_COUNT": str(restarts)}, tmp_path / "log")
+    assert job.wait(60) == status
+    assert ("requeue" in (tmp_path / "told").read_text()) == again
+
+
 def test_preflight_is_started_in_its_place_and_not_queued_again(
     slurm: dict[str, str], tmp_path: Path
 ) -> None:
