@@ -62,8 +62,8 @@ def other_lines(path: Path) -> list[str]:
     if not path.exists():
         return []
     check_environment_file(path)
-    lines = path.read_text().splitlines(keepends=True)
-    return [line for line in lines if not is_needed(line.partition("=")[0])]
+    lines = path.read_text().splitlines()
+    return [f"{line}\n" for line in lines if not is_needed(line.partition("=")[0])]
 
 
 def check_variable(name: str, value: str) -> None:

@@ -28,7 +28,7 @@ def test_what_ranks_need_is_written_and_read_back(
 
 def test_lines_of_ones_own_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / ".deepspeed_env"
-    out.write_text("MASTER_ADDR=node-1\nNCCL_DEBUG=WARN\nNCCL_ALGO=Ring\n")
+    out.write_text("NCCL_DEBUG=WARN\nNCCL_ALGO=Ring\nMASTER_ADDR=node-1")
     monkeypatch.setattr("os.environ", {"NCCL_DEBUG": "INFO"})
     monkeypatch.setattr("sys.argv", ["", "--out", str(out)])
     assert main() == 0
