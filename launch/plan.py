@@ -162,10 +162,21 @@ def split(n_devices: int, args: argparse.Namespace) -> Cluster:
     return Cluster(get_device(args.device), n_devices // per_node, per_node)
 
 
+def next_batch(config: TrainConfig, world_size: int) -> int:
+    """Return the tokens of the run's batch, or of a larger one that the ranks can share.
+
+    Each has so many sequences that micro-batches can be large, for which a prime number is no good:
+    a multiple of a power of two, at most a quarter more.
+    """
+    of_each = -(-config.batch_tokens // (config.seq_len * world_size))
+    multiple = 2 ** max(0, of_each.bit_length() - 3)
+    return -(-of_each // multiple) * multiple * config.seq_len * world_size
+
+
 def plan_table(args: argparse.Namespace) -> list[Estimate]:
     """Return the best for each model and number of devices.
 
-    A preset's batch that does not divide is taken up to the next that does.
+    A preset's batch that does not divide is taken up to one that does.
 
     Raises:
         ValueError: Names the flag.
@@ -182,8 +193,7 @@ def plan_table(args: argparse.Namespace) -> list[Estimate]:
             cluster, config = split(n_devices, args), resolve(model, args)
             args_here = argparse.Namespace(**vars(args))
             if args.batch_tokens is None:
-                whole = config.seq_len * cluster.world_size
-                args_here.batch_tokens = -(-config.batch_tokens // whole) * whole
+                args_here.batch_tokens = next_batch(config, cluster.world_size)
             try:
                 found.append(plan(resolve(model, args_here), cluster, args)[0])
             except ValueError as error:

@@ -19,7 +19,7 @@ from launch.devices import DEVICES, GIB, flops_of, get_device
 from launch.ds_config import load_ds_config, resolve_ds_config
 from launch.estimate import HARDLY, Cluster, advice, estimate, found_cluster, rank_candidates
 from launch.inputs import resolve_run
-from launch.plan import main
+from launch.plan import main, next_batch
 from launch.ranks import Ranks
 from train import main as train
 
@@ -146,6 +146,16 @@ def test_the_table_has_a_row_for_each_model_and_number(capsys: pytest.CaptureFix
     rows = capsys.readouterr().out.splitlines()[2:]
     assert len(rows) == 2 * 12
     assert any("gpt3-175b | 8 |" in row and "none fits" in row for row in rows)
+
+
+@pytest.mark.parametrize("n_devices", [1, 3, 8, 12, 48, 72, 1024])
+def test_a_batch_is_taken_up_to_one_that_many_devices_share(n_devices: int) -> None:
+    config = resolve_train_config(TrainConfig(model="gpt2"))  # 512 sequences
+    batch_tokens = next_batch(config, n_devices)
+    assert batch_tokens % (n_devices * config.seq_len) == 0
+    assert 1 <= batch_tokens / config.batch_tokens <= max(1.25, 2 * n_devices / 512)
+    split = resolve_batch(replace(config, batch_tokens=batch_tokens), n_devices)
+    assert split.micro_batch_size >= min(8, 256 // n_devices)
 
 
 def test_the_table_is_of_the_ds_config_that_is_given(capsys: pytest.CaptureFixture[str]) -> None:
