@@ -130,6 +130,7 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (("warmup_steps", "decay_steps", "weight_decay", "grad_clip", "min_lr_ratio", "seed",
       "hellaswag_every", "keep_checkpoints", "keep_every"), lambda x: x >= 0, "of at least 0"),
     (("seed",), lambda x: x < 2**32, "below 2^32"),
+    (("batch_tokens",), lambda x: x <= 2**50, "of at most 2^50"),
     (("beta1", "beta2", "dropout"), lambda x: 0 <= x < 1, "in [0, 1)"),
 )  # fmt: skip
 

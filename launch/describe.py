@@ -17,7 +17,6 @@ from launch.estimate import (
     Estimate,
     largest_fitting,
 )
-from launch.memory import RESERVED_BYTES
 
 # Keys of zero_optimization that change memory or traffic, which the plan does not count.
 NOT_COUNTED = ("zero_hpz_partition_size", "mics_shard_size", "zero_quantized_weights",
@@ -39,7 +38,7 @@ def describe(chosen: Estimate, others: list[Estimate], price: float | None) -> s
     lines = {
         config.model: f"{config.gpt_config.n_params():,} parameters on {cluster.nodes} x "
         f"{cluster.gpus_per_node} {cluster.device.kind}, {chosen.name}: {_verdict(chosen)}",
-        "memory": f"{_gib(chosen.peak_bytes)} a device: {_shares(_parts(chosen), _gib)}; "
+        "memory": f"{_gib(chosen.peak_bytes)} a device: {_shares(chosen.all_parts, _gib)}; "
         f"{_gib(FRAGMENTS * cluster.device.memory_bytes)} are kept for fragments",
         "batch": f"{config.batch_tokens:,} tokens = {batch.micro_batch_size} sequences x "
         f"{config.seq_len} tokens x {batch.grad_accum_steps} micro-batches x {batch.world_size} "
@@ -58,7 +57,7 @@ def describe(chosen: Estimate, others: list[Estimate], price: float | None) -> s
         lines["host"] = f"{_gib(chosen.host_bytes)} of a machine's memory for each rank"
     if others:
         lines["why"] = _reason(chosen, others)
-    if others and " " not in config.model:  # train.py knows no shapes but the presets'
+    if others and chosen.fits and " " not in config.model:  # train.py knows presets only
         lines["flags"] = _flags(chosen)
     zero = chosen.ds_config.get("zero_optimization", {})
     left_out = ["evaluation", "saving", "faults", *(key for key in NOT_COUNTED if zero.get(key))]
@@ -100,12 +99,15 @@ def _reason(chosen: Estimate, others: list[Estimate]) -> str:
 def _flags(chosen: Estimate) -> str:
     config, preset = chosen.config, chosen.config.preset
     file, _, checkpointing = chosen.name.partition(WITH)
-    flags = {"model": config.model, "ds_config": Path("ds_configs", file)}
+    shipped = Path("ds_configs", file)
+    flags = {"model": config.model, "ds_config": f"my_{file}" if checkpointing else shipped}
     flags["micro_batch_size"] = chosen.batch.micro_batch_size
-    usual = {"batch_tokens": preset.batch_tokens, "seq_len": preset.config.block_size}
+    usual = {"batch_tokens": preset.batch_tokens, "seq_len": preset.config.block_size,
+             "max_steps": preset.max_tokens // config.batch_tokens}  # fmt: skip
     flags |= {k: getattr(config, k) for k, v in usual.items() if getattr(config, k) != v}
     words = " ".join(f"--{name} {value}" for name, value in flags.items())
-    return f"{words}; add {checkpointing} to a copy of {file}" if checkpointing else words
+    copy = f"; my_{file} is {shipped}{WITH}{checkpointing}" if checkpointing else ""
+    return words + copy
 
 
 def _short(number: float) -> str:
@@ -118,10 +120,6 @@ def _gib(n_bytes: float) -> str:
 
 def _shares(parts: dict[str, float], show: Callable[[float], str]) -> str:
     return " | ".join(f"{name} {show(value)}" for name, value in parts.items() if value)
-
-
-def _parts(chosen: Estimate) -> dict[str, float]:
-    return chosen.parts | {"reserved": RESERVED_BYTES}
 
 
 def table(rows: list[Estimate], price: float | None) -> str:
@@ -157,7 +155,7 @@ def to_json(chosen: Estimate, price: float | None) -> dict[str, Any]:
         "spare_bytes": chosen.spare_bytes,
         "lacking_bytes": chosen.lacking_bytes,
         "peak_bytes": chosen.peak_bytes,
-        "parts_bytes": _parts(chosen),
+        "parts_bytes": chosen.all_parts,
         "host_bytes": chosen.host_bytes,
         "checkpoint_bytes": chosen.checkpoint_bytes,
         "checkpoint_every": chosen.checkpoint_every,

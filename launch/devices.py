@@ -86,13 +86,23 @@ def flops_of(name: str) -> float | None:
     return next(slower, None) or next(kinds, None)
 
 
-def machine_bytes() -> int:
-    """Return the memory of this machine, or what its control group lets this process have."""
+def machine_bytes(
+    groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> int:
+    """Return the memory of this machine, or what its control groups let this process have.
+
+    Args:
+        groups: Lists them, a line `number:controllers:path` each; version 2 names no controllers.
+        root: Where they are mounted.
+    """
     found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError, StopIteration):  # no control groups of version 2
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-        group = next(line[3:] for line in lines if line.startswith("0::"))
-        for limit in (Path(f"/sys/fs/cgroup{group}/memory.max"), Path("/sys/fs/cgroup/memory.max")):
-            with contextlib.suppress(OSError, ValueError):  # not there; or "max"
-                found = min(found, int(limit.read_text()))
+    for line in groups.read_text().splitlines() if groups.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            limit, group = "memory.limit_in_bytes", root / "memory" / path.lstrip("/")
+        else:
+            limit, group = "memory.max", root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):  # no limit there; or "max"
+                found = min(found, int((folder / limit).read_text()))
     return found

@@ -18,7 +18,8 @@ ENGINE_KEYS = (
     "activation_checkpointing", "flops_profiler", "comms_logger", "wall_clock_breakdown",
     "memory_breakdown", "timers", "aio",
 )  # fmt: skip
-BLOCKS = ("zero_optimization", "bf16", "torch_autocast", "activation_checkpointing")
+BLOCKS = ("zero_optimization", "bf16", "torch_autocast", "data_types", "activation_checkpointing")
+OFFLOADS = ("offload_optimizer", "offload_param")
 # Keys that DeepSpeed wants and the run owns, with the flag that sets each.
 DERIVED_KEYS = {
     "train_batch_size": "--batch_tokens",
@@ -28,6 +29,7 @@ DERIVED_KEYS = {
     "optimizer": "--lr, --beta1, --beta2, --eps and --weight_decay",
     "steps_per_print": "--log_every",
 }
+MAX_REUSE = "stage3_max_reuse_distance"
 MAX_BUCKET = 500_000_000  # elements: DeepSpeed's own default for reduce_bucket_size
 BLOCKS_PER_BUCKET = 4
 
@@ -133,12 +135,21 @@ def _resolve_sizes(zero: dict[str, Any], gpt: GPTConfig, name: str) -> dict[str,
                     f'{name}: zero_optimization.{key} cannot be "auto". Fix: give a value'
                 )
             resolved[key] = sizes[key]
-        elif key in sizes and not (type(value) in (int, float) and 0 < value < math.inf):
+        elif key in (*sizes, MAX_REUSE) and not _is_count(value, key == "reduce_bucket_size"):
             raise ValueError(
                 f"{name}: zero_optimization.{key} is {value!r}, no number of elements. "
-                'Fix: give one, as 5e8, or "auto"'
+                "Fix: give one, as 5e8"
+            )
+        elif key in OFFLOADS and not isinstance(value, dict | None):
+            raise ValueError(
+                f"{name}: zero_optimization.{key} is {value!r}, no block. Fix: put it in braces"
             )
     return resolved
+
+
+def _is_count(value: Any, above_0: bool) -> bool:
+    is_number = type(value) in (int, float) and math.isfinite(value)
+    return is_number and value == int(value) and value >= above_0
 
 
 def resolve_ds_config(

@@ -4,7 +4,7 @@
 
 DeepSpeed sends this file, from your home or the current folder, to every machine of a hostfile, and
 by itself only PYTHON…, NCCL…, UCX… and MV2… . Credentials are left out; lines of the file with
-other names, such as MASTER_ADDR, stay.
+names that this shell does not have, such as MASTER_ADDR, stay.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import os
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
@@ -29,11 +30,6 @@ NAME = re.compile(r"[A-Za-z_]\w*")
 ACTIVE = re.compile(r"[$`\"\\\n]")  # what a shell acts upon between double quotes
 
 
-def is_needed(name: str) -> bool:
-    """Return whether ranks on other machines need a variable of this name."""
-    return name in NEEDED or name.startswith(tuple(n for n in NEEDED if n.endswith("_")))
-
-
 def needed_variables() -> dict[str, str]:
     """Return those of this process, without credentials.
 
@@ -42,7 +38,7 @@ def needed_variables() -> dict[str, str]:
     """
     found = {}
     for name, value in sorted(os.environ.items()):
-        if is_needed(name):
+        if name in NEEDED or name.startswith(tuple(n for n in NEEDED if n.endswith("_"))):
             try:
                 refuse_credentials({name: value}, "")
             except ValueError:
@@ -53,17 +49,18 @@ def needed_variables() -> dict[str, str]:
     return found
 
 
-def other_lines(path: Path) -> list[str]:
-    """Return the lines of a .deepspeed_env, if there is one, that this command does not write.
+def other_lines(path: Path, names: Iterable[str]) -> dict[str, str]:
+    """Return the lines of a .deepspeed_env, if there is one, by name, but those of `names`.
 
     Raises:
         ValueError: As `check_environment_file`.
     """
     if not path.exists():
-        return []
+        return {}
     check_environment_file(path)
-    lines = path.read_text().splitlines()
-    return [f"{line}\n" for line in lines if not is_needed(line.partition("=")[0])]
+    lines = path.read_text(errors="surrogateescape").splitlines()
+    found = {line.partition("=")[0]: f"{line}\n" for line in lines}
+    return {name: line for name, line in found.items() if name not in names}
 
 
 def check_variable(name: str, value: str) -> None:
@@ -99,9 +96,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="usually .deepspeed_env")
     args = parser.parse_args()
     try:
-        lines = [f"{name}={value}\n" for name, value in needed_variables().items()]
-        lines = other_lines(args.out) + lines
-        args.out.write_text("".join(lines))
+        found = needed_variables()
+        lines = [f"{name}={value}\n" for name, value in found.items()]
+        others = other_lines(args.out, found)
+        args.out.write_text("".join([*others.values(), *lines]), errors="surrogateescape")
         args.out.chmod(0o600)
     except OSError as error:
         print(f"error: --out {args.out}: {error.strerror}. Fix: give another", file=sys.stderr)
@@ -110,6 +108,8 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print("".join(lines), end="", file=sys.stderr)
+    if others:
+        print(f"left as they were: {', '.join(others)}", file=sys.stderr)
     return 0
 
 

@@ -84,10 +84,15 @@ class Estimate:
     sent_bytes: float
 
     @property
+    def all_parts(self) -> memory.Parts:
+        """Return the parts, what the framework reserves, and on a CPU what is offloaded: there."""
+        offloaded = 0 if self.cluster.device.on_gpu else self.host_bytes
+        return self.parts | {"offloaded": offloaded, "reserved": memory.RESERVED_BYTES}
+
+    @property
     def peak_bytes(self) -> float:
-        """Return what a rank holds at its fullest moment, and what the framework reserves."""
-        offloaded = 0 if self.cluster.device.on_gpu else self.host_bytes  # the same memory
-        return sum(self.parts.values()) + memory.RESERVED_BYTES + offloaded
+        """Return what a rank holds at its fullest moment."""
+        return sum(self.all_parts.values())
 
     @property
     def spare_bytes(self) -> float:
@@ -233,7 +238,10 @@ def found_cluster(device: torch.device, ranks: Ranks) -> Cluster:
     if device.type == "cuda":
         kind, memory_bytes = "h100", torch.cuda.get_device_properties(device).total_memory
     found = dataclasses.replace(DEVICES[kind], memory_bytes=memory_bytes, host_bytes=host_bytes)
-    return Cluster(found, ranks.world_size // ranks.local_world_size, ranks.local_world_size)
+    nodes, rest = divmod(ranks.world_size, ranks.local_world_size)
+    if rest:  # machines of several sizes
+        return Cluster(found, ranks.world_size, 1)
+    return Cluster(found, nodes, ranks.local_world_size)
 
 
 def advice(config: TrainConfig, ds_config: dict[str, Any], cluster: Cluster) -> str | None:

@@ -66,7 +66,9 @@ def meet(ranks: Ranks, timeout_s: float) -> Store:
         came = exchange(store, ranks, "came", True, timeout_s)
     except RuntimeError as error:  # c10d's errors of store and network
         if "EADDRINUSE" in str(error):
-            raise OSError(f"{address}: in use. Fix: give another --master_port") from error
+            raise OSError(
+                f"{address}: in use. Fix: free it, or give another --master_port"
+            ) from error
         _check_name(os.environ["MASTER_ADDR"])
         what = f"rank 0 at {address} did not gather all ranks within {timeout_s:.0f} s"
         raise OSError(f"{what} ({str(error).splitlines()[0][:NOTED]}). Fix: {remedy}") from error
@@ -80,10 +82,9 @@ def meet(ranks: Ranks, timeout_s: float) -> Store:
 def _check_name(name: str) -> None:
     try:
         socket.getaddrinfo(name, None)
-    except socket.gaierror as error:
+    except (socket.gaierror, UnicodeError) as error:
         raise OSError(
-            f"MASTER_ADDR {name}: does not resolve ({error.strerror}). "
-            "Fix: add it to DNS or /etc/hosts"
+            f"MASTER_ADDR {name}: does not resolve ({error}). Fix: add it to DNS or /etc/hosts"
         ) from error
 
 

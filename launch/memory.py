@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launch.config import BatchArithmetic, TrainConfig
-from launch.ds_config import offloads, precision, zero_stage
+from launch.ds_config import MAX_REUSE, offloads, precision, zero_stage
 from model.config import CHUNK_LOGITS, GPTConfig
 
 CHECKPOINT_BYTES = {
@@ -217,7 +217,7 @@ def _gathered(shard: Shard, blocks: int | None = None) -> float:
 
 def elements_kept_near(shard: Shard) -> int:
     """Return how many weights of blocks stay gathered between forward and backward at stage 3."""
-    distance = shard.zero_option("stage3_max_reuse_distance", MAX_REUSE_DISTANCE)
+    distance = shard.zero_option(MAX_REUSE, MAX_REUSE_DISTANCE)
     return shard.block * min(shard.gpt.n_layer, 1 + distance // (2 * shard.block))
 
 

@@ -93,6 +93,8 @@ def check(args: argparse.Namespace) -> None:
     price = args.price_per_gpu_hour
     if price is not None and not 0 < price < float("inf"):
         raise ValueError(f"--price_per_gpu_hour {price:g}: out of range. Fix: give one above 0")
+    if args.gpus_per_node < 1:
+        raise ValueError(f"--gpus_per_node {args.gpus_per_node}: out of range. Fix: give 1 or more")
     if is_table(args) and args.nodes is not None:
         raise ValueError("--nodes: a table has numbers of devices. Fix: give --gpus instead")
     if args.model == "all" and (given := given_shape(args)):
@@ -166,7 +168,7 @@ def next_batch(config: TrainConfig, world_size: int) -> int:
     """Return the tokens of the run's batch, or of a larger one that the ranks can share.
 
     Each has so many sequences that micro-batches can be large, for which a prime number is no good:
-    a multiple of a power of two, at most a quarter more.
+    a multiple of a power of two, at most a quarter beyond the next that divides.
     """
     of_each = -(-config.batch_tokens // (config.seq_len * world_size))
     multiple = 2 ** max(0, of_each.bit_length() - 3)

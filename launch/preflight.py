@@ -5,8 +5,8 @@ deepspeed --hostfile hostfile launch/preflight.py --model gpt3-13b --data_dir DI
 torchrun --nproc_per_node 8 launch/preflight.py --model gpt2 --data_dir DIR
 
 A table on stderr, every figure as one JSON line on stdout. Status: 0 fit, 1 not, 2 bad usage.
-Of the flags below those count that decide on the data, the run folder and what will be written
-there; --timeouts start=SECONDS is how long to wait for a rank (default here: 120).
+The flags below are the run's, and must be the same on all ranks; --timeouts start=SECONDS is how
+long to wait for a rank (default here: 120).
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from launch.config import to_json
+from launch.credentials import refuse_credentials
 from launch.devices import machine_bytes
 from launch.ds_config import precision
 from launch.estimate import advice, found_cluster
@@ -117,11 +118,16 @@ def hash_code() -> str:
 
 
 def read_flags(run: Run) -> dict[str, str]:
-    """Return every value of the resolved run but its folders, which may be mounted elsewhere."""
-    flags = {name: str(value) for name, value in to_json(run.config).items()}
+    """Return every value of the resolved run but its folders, which may be mounted elsewhere.
+
+    Raises:
+        ValueError: One is a credential.
+    """
+    flags = to_json(run.config)
+    refuse_credentials(flags, "--")
     engine = json.dumps(run.ds_config, sort_keys=True).encode()
-    flags["ds_config"] += f" ({hashlib.sha256(engine).hexdigest()[:12]})"
-    return {name: flags[name] for name in flags if name not in ("data_dir", "run_dir")}
+    flags["ds_config"] = hashlib.sha256(engine).hexdigest()[:12]
+    return {k: str(v) for k, v in flags.items() if k not in ("data_dir", "run_dir", "init_from")}
 
 
 def read_variables(_: Run) -> dict[str, str]:
@@ -234,7 +240,7 @@ def read_plan(run: Run) -> str:
 
 
 def read_memory(device: torch.device) -> int:
-    """Return the bytes that are free on a GPU, or that the machine has."""
+    """Return the bytes that are free on a GPU, or that the machine lets this process have."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return machine_bytes()

@@ -112,7 +112,7 @@ def _rings(shard: Shard, batch: BatchArithmetic) -> int:
         reductions = math.ceil(P / shard.zero_option("reduce_bucket_size", MAX_REDUCED))
     if shard.stage == 2:
         reductions *= micro
-    gathers = math.ceil(P / shard.zero_option("allgather_bucket_size", MAX_REDUCED))
+    gathers = math.ceil(P / max(1, shard.zero_option("allgather_bucket_size", MAX_REDUCED)))
     return 2 * reductions + (gathers if shard.stage else 0)
 
 

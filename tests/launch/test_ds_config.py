@@ -60,7 +60,19 @@ def test_buckets_grow_with_the_model_up_to_deepspeeds_own() -> None:
     assert sizes[0] < sizes[1] < sizes[2] == 500_000_000
 
 
-@pytest.mark.parametrize("value", ["5e8", -5, 0, True, float("nan"), float("inf")])
+def test_sizes_that_deepspeed_takes_are_taken() -> None:
+    zero = {"stage": 3, "reduce_bucket_size": 5e8, "stage3_param_persistence_threshold": 0,
+            "stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}  # fmt: skip
+    assert resolve({"zero_optimization": zero})["zero_optimization"] == zero
+
+
+@pytest.mark.parametrize("block", ["offload_optimizer", "offload_param"])
+def test_offload_is_a_block(block: str) -> None:
+    with pytest.raises(ValueError, match=rf"zero_optimization.{block} is 'cpu', no block. Fix"):
+        resolve({"zero_optimization": {"stage": 3, block: "cpu"}})
+
+
+@pytest.mark.parametrize("value", ["5e8", -5, 0, 0.5, True, float("nan"), float("inf")])
 def test_a_bucket_is_a_number_of_elements(value: Any) -> None:
     raw = {"zero_optimization": {"stage": 1, "reduce_bucket_size": value}}
     message = "zero_optimization.reduce_bucket_size is .*, no number of elements. Fix: give one"

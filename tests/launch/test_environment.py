@@ -26,13 +26,17 @@ def test_what_ranks_need_is_written_and_read_back(
     assert secret not in said
 
 
-def test_lines_of_ones_own_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_of_ones_own_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / ".deepspeed_env"
-    out.write_text("NCCL_DEBUG=WARN\nNCCL_ALGO=Ring\nMASTER_ADDR=node-1")
+    out.write_text("NCCL_DEBUG=WARN\nNCCL_ALGO=Ring\nMY_KEY=secret\nMASTER_ADDR=node-1")
     monkeypatch.setattr("os.environ", {"NCCL_DEBUG": "INFO"})
     monkeypatch.setattr("sys.argv", ["", "--out", str(out)])
     assert main() == 0
-    assert out.read_text() == "MASTER_ADDR=node-1\nNCCL_DEBUG=INFO\n"
+    assert out.read_text() == "NCCL_ALGO=Ring\nMY_KEY=secret\nMASTER_ADDR=node-1\nNCCL_DEBUG=INFO\n"
+    said = capsys.readouterr().err
+    assert said == "NCCL_DEBUG=INFO\nleft as they were: NCCL_ALGO, MY_KEY, MASTER_ADDR\n"
 
 
 def test_a_place_that_cannot_be_written_to_is_named(

@@ -34,7 +34,7 @@ def test_ranks_that_never_come_are_named(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_port_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(OSError, match=rf"127.0.0.1:{port}: in use. Fix: give another --master"):
+        with pytest.raises(OSError, match=rf"127.0.0.1:{port}: in use. Fix: free it, or give anot"):
             meet(first_of(1, "127.0.0.1", port, monkeypatch), timeout_s=5)
 
 

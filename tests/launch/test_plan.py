@@ -15,7 +15,7 @@ from bench import published
 from bench.fill import fill
 from launch import throughput
 from launch.config import TrainConfig, parse_train_config, resolve_batch, resolve_train_config
-from launch.devices import DEVICES, GIB, flops_of, get_device
+from launch.devices import DEVICES, GIB, flops_of, get_device, machine_bytes
 from launch.ds_config import load_ds_config, resolve_ds_config
 from launch.estimate import HARDLY, Cluster, advice, estimate, found_cluster, rank_candidates
 from launch.inputs import resolve_run
@@ -67,6 +67,8 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_nearest(
     (["--price_per_gpu_hour", "inf"], "--price_per_gpu_hour inf: out of range. Fix: "),
     (["--gpus", "8", "--nodes", "1"], "--nodes: a table has numbers of devices. Fix: "),
     (["--model", "all", "--n_layer", "4"], "--n_layer: all has the presets' shapes. Fix: "),
+    (["--gpus", "8", "--gpus_per_node", "0"], "--gpus_per_node 0: out of range. Fix: "),
+    (["--batch_tokens", str(2**51)], f"--batch_tokens {2**51}: out of range. Fix: "),
     (["--gpus", ""], "--gpus : no numbers. Fix: "),
     (["--gpus", "8,1024", "--batch_tokens", "524288"],
      "gpt2 on 1024: --batch_tokens 524288: 512 sequences do not divide among 1024 ranks. Fix: "),
@@ -98,22 +100,39 @@ def test_a_table_in_which_nothing_fits_ends_with_1(capsys: pytest.CaptureFixture
     assert "none fits: lacks " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("asked", "n_ranks"), [
+    (["--model", "gpt3-13b", "--nodes", "4"], 32),
+    (["--model", "gpt2", "--nodes", "1", "--max_steps", "100", "--seq_len", "512"], 8),
+    (["--model", "gpt3-175b", "--nodes", "128", "--batch_tokens", "4194304"], 1024),
+])  # fmt: skip
 def test_the_flags_of_a_plan_are_the_run_that_it_is(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "32")
-    assert main(["--model", "gpt3-13b", "--nodes", "4", "--json"]) == 0
+    asked: list[str], n_ranks: int, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    assert main([*asked, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    main(["--model", "gpt3-13b", "--nodes", "4"])
+    main(asked)
     (line,) = [s for s in capsys.readouterr().out.splitlines() if s.startswith("flags ")]
-    monkeypatch.chdir(ROOT)
-    run = resolve_run(parse_train_config(line.split()[1:], ""), Ranks(0, 0, 32, 8))
+    flags, _, copy = line.removeprefix("flags ").partition("; ")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
+    if copy:
+        name, _, rest = copy.partition(" is ")
+        path, _, more = rest.partition(" with ")
+        Path(name).write_text(json.dumps(load_ds_config(Path(path)) | json.loads(f"{{{more}}}")))
+    run = resolve_run(parse_train_config(flags.split(), ""), Ranks(0, 0, n_ranks, 8))
     assert asdict(run.batch) == plan["batch"]
-    assert plan["ds_config"] == run.config.ds_config.name
+    assert run.config.max_steps == plan["max_steps"]
+    assert ("activation_checkpointing" in run.ds_config) == bool(copy)
+    assert plan["ds_config"].partition(" ")[0] == run.config.ds_config.name.removeprefix("my_")
 
 
-def test_json_has_the_cost_and_parts_that_add_up(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--model", "gpt3-13b", "--json", "--price_per_gpu_hour", "2.5"]) == 0
+@pytest.mark.parametrize("where", [[], ["--device", "cpu", "--model", "gpt2"]])
+def test_json_has_the_cost_and_parts_that_add_up(
+    where: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    offload = ["--ds_config", str(ROOT / "ds_configs" / "zero3_offload.json")]
+    main(["--model", "gpt3-13b", "--json", "--price_per_gpu_hour", "2.5", *offload, *where])
     plan = json.loads(capsys.readouterr().out)
     assert sum(plan["parts_bytes"].values()) == pytest.approx(plan["peak_bytes"])
     assert plan["cost"] == pytest.approx(2.5 * 24 * plan["days"] * plan["devices"])
@@ -121,7 +140,8 @@ def test_json_has_the_cost_and_parts_that_add_up(capsys: pytest.CaptureFixture[s
 
 def test_a_batch_beyond_all_reason_is_planned_too() -> None:
     started = time.perf_counter()
-    assert main(["--batch_tokens", str(2**50), "--ds_config", "ds_configs/zero1.json"]) == 0
+    zero1 = str(ROOT / "ds_configs" / "zero1.json")
+    assert main(["--batch_tokens", str(2**50), "--ds_config", zero1]) == 0
     assert time.perf_counter() - started < 5
 
 
@@ -182,7 +202,7 @@ def test_published_runs_are_within_a_fifth_or_have_a_reason(
     assert bool(published_run.reason) == (abs(off) > published.TOLERANCE), off
 
 
-def test_the_cheapest_fits_and_none_that_fits_is_faster() -> None:
+def test_the_cheapest_fits_and_hardly_one_that_fits_is_faster() -> None:
     cluster = Cluster(get_device("h100"), 4, 8)
     best, *others = rank_candidates(resolve_train_config(TrainConfig(model="gpt3-13b")), cluster)
     assert best.fits
@@ -239,9 +259,26 @@ def test_advice_counts_the_memory_of_the_machine_too() -> None:
 def test_found_machines_are_those_of_the_ranks() -> None:
     cluster = found_cluster(torch.device("cpu"), Ranks(0, 0, 8, 4))
     assert (cluster.nodes, cluster.gpus_per_node) == (2, 4)
+    assert found_cluster(torch.device("cpu"), Ranks(0, 0, 6, 4)).world_size == 6  # 4 and 2
     assert 4 * cluster.device.memory_bytes <= os.sysconf("SC_PAGE_SIZE") * os.sysconf(
         "SC_PHYS_PAGES"
     )
+
+
+@pytest.mark.parametrize(("listed", "limit"), [
+    ("0::/slice/job_5/task_0", "slice/job_5/memory.max"),
+    ("7:cpu:/a\n8:memory:/a/b", "memory/a/memory.limit_in_bytes"),
+])  # fmt: skip
+def test_a_limit_of_a_control_group_is_the_memory_of_the_machine(
+    listed: str, limit: str, tmp_path: Path
+) -> None:
+    (tmp_path / "groups").write_text(f"{listed}\n")
+    assert machine_bytes(tmp_path / "groups", tmp_path) == machine_bytes(tmp_path / "none")
+    (tmp_path / limit).parent.mkdir(parents=True)
+    (tmp_path / limit).write_text("1048576\n")
+    (tmp_path / "slice/job_5/task_0").mkdir(parents=True)
+    (tmp_path / "slice/job_5/task_0/memory.max").write_text("max\n")
+    assert machine_bytes(tmp_path / "groups", tmp_path) == 2**20
 
 
 def test_peaks_are_found_by_the_names_that_devices_give_themselves() -> None:

@@ -13,7 +13,7 @@ from launch.config import TrainConfig
 from launch.findings import Facts, judge
 from launch.inputs import resolve_run
 from launch.links import rounds_across, rounds_inside
-from launch.probes import look, needed_bytes
+from launch.probes import look, needed_bytes, read_flags
 from launch.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,11 +156,18 @@ def test_a_run_that_cannot_start_or_fit_is_found(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    config = TrainConfig(model="gpt3-13b", data_dir=data_dir, run_dir=tmp_path, eval_tokens=100_000)
+    config = TrainConfig(model="gpt3-175b", data_dir=data_dir, run_dir=tmp_path, eval_tokens=10_000)
     errors = look(resolve_run(config, Ranks(0, 0, 1, 1)))["errors"]
-    assert "has 2999" in errors["shards"] or "3000" in errors["shards"]
-    assert "GiB" in errors["plan"]
-    assert "Fix: " in errors["plan"]
+    assert "has 3000 tokens, not --eval_tokens 10000" in errors["shards"]
+    assert "this run needs " in errors["plan"]
+    assert "Fix: take more devices" in errors["plan"]
+
+
+def test_flags_that_are_credentials_are_not_told(tmp_path: Path) -> None:
+    config = TrainConfig(model="debug", run_dir=tmp_path, init_from="https://me:secret@host/x")
+    with pytest.raises(ValueError, match="--init_from: looks like a password") as refused:
+        read_flags(resolve_run(config, Ranks(0, 0, 1, 1)))
+    assert "secret" not in str(refused.value)
 
 
 def test_each_fault_is_found_on_its_rank(tmp_path: Path) -> None:
