@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 
 from launch.config import parse_train_config, resolve_train_config
+from launch.devices import get_device
 from launch.ds_config import load_ds_config
+from launch.estimate import Cluster, estimate
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [p.relative_to(ROOT) for folder in (".", "docs", "launch", "ds_configs")
@@ -161,6 +163,19 @@ LINES = [(document, line) for document in DOCUMENTS
 def test_a_documented_command_is_understood(document: Path, line: str) -> None:
     for words in split(line):
         check(words)
+
+
+RUNS = [line for _, line in LINES if re.search(r"(train|preflight)\.py.* --model", line)
+        and "…" not in line and "--dry_run" not in line]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", RUNS, ids=str)
+def test_a_documented_run_fits_on_machines_of_8_h100(line: str) -> None:
+    words = next(split(line))
+    script = next(i for i, word in enumerate(words) if word.endswith(("train.py", "preflight.py")))
+    config = resolve_train_config(parse_train_config(words[script + 1 :], ""))
+    cluster = Cluster(get_device("h100"), 2 if "--hostfile" in words else 1, 8)
+    assert estimate(config, load_ds_config(ROOT / config.ds_config), "", cluster).fits
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=str)
