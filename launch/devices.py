@@ -98,10 +98,10 @@ def machine_bytes(
     found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for line in groups.read_text().splitlines() if groups.exists() else []:
         _, controllers, path = line.split(":", 2)
-        if "memory" in controllers.split(","):
-            limit, group = "memory.limit_in_bytes", root / "memory" / path.lstrip("/")
-        else:
-            limit, group = "memory.max", root / path.lstrip("/")
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        limit = "memory.limit_in_bytes" if controllers else "memory.max"
+        group = root / ("memory" if controllers else "") / path.lstrip("/")
         for folder in (group, *group.parents):
             with contextlib.suppress(OSError, ValueError):  # no limit there; or "max"
                 found = min(found, int((folder / limit).read_text()))

@@ -40,14 +40,13 @@ def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     try:
         check(args)
-        price = args.price_per_gpu_hour
+        price, nodes = args.price_per_gpu_hour, 1 if args.nodes is None else args.nodes
+        cluster = Cluster(get_device(args.device), nodes, args.gpus_per_node)
         if is_table(args):
-            rows = plan_table(args)
+            rows = plan_table(cluster, args)
             said = [to_json(row, price) for row in rows]
             print(json.dumps(said) if args.json else table(rows, price))
             return 0 if any(row.fits for row in rows) else 1
-        nodes = 1 if args.nodes is None else args.nodes
-        cluster = Cluster(get_device(args.device), nodes, args.gpus_per_node)
         chosen, *others = plan(resolve(shape(args), args), cluster, args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -93,8 +92,6 @@ def check(args: argparse.Namespace) -> None:
     price = args.price_per_gpu_hour
     if price is not None and not 0 < price < float("inf"):
         raise ValueError(f"--price_per_gpu_hour {price:g}: out of range. Fix: give one above 0")
-    if args.gpus_per_node < 1:
-        raise ValueError(f"--gpus_per_node {args.gpus_per_node}: out of range. Fix: give 1 or more")
     if is_table(args) and args.nodes is not None:
         raise ValueError("--nodes: a table has numbers of devices. Fix: give --gpus instead")
     if args.model == "all" and (given := given_shape(args)):
@@ -149,19 +146,19 @@ def plan(config: TrainConfig, cluster: Cluster, args: argparse.Namespace) -> lis
     return [largest_fitting(config, raw, name, cluster, MAX_DERIVED_MICRO_BATCH)]
 
 
-def split(n_devices: int, args: argparse.Namespace) -> Cluster:
-    """Return the machines that so many devices are.
+def split(n_devices: int, cluster: Cluster) -> Cluster:
+    """Return as many machines of a cluster as so many devices are.
 
     Raises:
         ValueError: The last machine would have fewer than the others.
     """
-    per_node = min(n_devices, args.gpus_per_node)
+    per_node = min(n_devices, cluster.gpus_per_node)
     if n_devices < 1 or n_devices % per_node:
         raise ValueError(
-            f"--gpus {n_devices}: no whole machines of --gpus_per_node {args.gpus_per_node}. "
+            f"--gpus {n_devices}: no whole machines of --gpus_per_node {cluster.gpus_per_node}. "
             "Fix: give a multiple"
         )
-    return Cluster(get_device(args.device), n_devices // per_node, per_node)
+    return Cluster(cluster.device, n_devices // per_node, per_node)
 
 
 def next_batch(config: TrainConfig, world_size: int) -> int:
@@ -175,8 +172,8 @@ def next_batch(config: TrainConfig, world_size: int) -> int:
     return -(-of_each // multiple) * multiple * config.seq_len * world_size
 
 
-def plan_table(args: argparse.Namespace) -> list[Estimate]:
-    """Return the best for each model and number of devices.
+def plan_table(cluster: Cluster, args: argparse.Namespace) -> list[Estimate]:
+    """Return the best for each model and number of a cluster's devices.
 
     A preset's batch that does not divide is taken up to one that does.
 
@@ -192,12 +189,11 @@ def plan_table(args: argparse.Namespace) -> list[Estimate]:
     found = []
     for model in [n for n in PRESETS if n.startswith("gpt")] if is_all else [shape(args)]:
         for n_devices in numbers:
-            cluster, config = split(n_devices, args), resolve(model, args)
-            args_here = argparse.Namespace(**vars(args))
+            there, args_here = split(n_devices, cluster), argparse.Namespace(**vars(args))
             if args.batch_tokens is None:
-                args_here.batch_tokens = next_batch(config, cluster.world_size)
+                args_here.batch_tokens = next_batch(resolve(model, args), n_devices)
             try:
-                found.append(plan(resolve(model, args_here), cluster, args)[0])
+                found.append(plan(resolve(model, args_here), there, args)[0])
             except ValueError as error:
                 what, _, remedy = str(error).partition(". Fix: ")
                 raise ValueError(f"{model} on {n_devices}: {what}. Fix: {remedy}") from error

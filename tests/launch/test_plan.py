@@ -267,7 +267,7 @@ def test_found_machines_are_those_of_the_ranks() -> None:
 
 @pytest.mark.parametrize(("listed", "limit"), [
     ("0::/slice/job_5/task_0", "slice/job_5/memory.max"),
-    ("7:cpu:/a\n8:memory:/a/b", "memory/a/memory.limit_in_bytes"),
+    ("1:name=systemd:/slice/job_5\n7:cpu:/a\n8:memory:/a/b", "memory/a/memory.limit_in_bytes"),
 ])  # fmt: skip
 def test_a_limit_of_a_control_group_is_the_memory_of_the_machine(
     listed: str, limit: str, tmp_path: Path
@@ -278,6 +278,8 @@ def test_a_limit_of_a_control_group_is_the_memory_of_the_machine(
     (tmp_path / limit).write_text("1048576\n")
     (tmp_path / "slice/job_5/task_0").mkdir(parents=True)
     (tmp_path / "slice/job_5/task_0/memory.max").write_text("max\n")
+    if "systemd" in listed:  # no limit of ours
+        (tmp_path / "slice/job_5/memory.max").write_text("4096\n")
     assert machine_bytes(tmp_path / "groups", tmp_path) == 2**20
 
 
