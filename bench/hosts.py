@@ -27,7 +27,8 @@ def missing() -> str:
     if lacking := [name for name in NEEDED if not shutil.which(name)]:
         return f"lacks {', '.join(lacking)}: make debian"
     probe = f"nanoprobe{os.getpid()}"
-    made = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True)
+    command = ["ip", "netns", "add", probe]
+    made = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     if made.returncode:
         return f"no network namespaces here: {made.stderr.strip()}"
     subprocess.run(["ip", "netns", "del", probe], check=True)
@@ -88,7 +89,8 @@ class Hosts(contextlib.ExitStack):
     def pids(self, name: str) -> set[int]:
         """Return the processes of a machine."""
         command = ["ip", "netns", "pids", f"{self.prefix}-{name}"]
-        return set(map(int, subprocess.run(command, capture_output=True, text=True).stdout.split()))
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+        return set(map(int, done.stdout.split()))
 
     def _on(self, name: str, command: list[str]) -> list[str]:
         script = f'hostname {name} && mount --bind {self.folder}/hosts /etc/hosts && exec "$@"'
@@ -120,17 +122,21 @@ class Hosts(contextlib.ExitStack):
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / key],
                            check=True)  # fmt: skip
         lines = [f"10.77.0.{i + 1} {name}" for i, name in enumerate(self.names)]
-        (folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
+        text = "\n".join(["127.0.0.1 localhost", *lines, ""])
+        (folder / "hosts").write_text(text, encoding="utf-8")
         (folder / "sshd_config").write_text(
             f"Port {SSH_PORT}\nHostKey {folder}/machine\nAuthorizedKeysFile {folder}/user.pub\n"
-            "StrictModes no\nUsePAM no\nPidFile none\nPermitRootLogin yes\nMaxStartups 100\n"
+            "StrictModes no\nUsePAM no\nPidFile none\nPermitRootLogin yes\nMaxStartups 100\n",
+            encoding="utf-8",
         )
         (folder / "ssh_config").write_text(
             f"Host *\n  Port {SSH_PORT}\n  IdentityFile {folder}/user\n  LogLevel ERROR\n"
-            "  StrictHostKeyChecking no\n  UserKnownHostsFile /dev/null\n"
+            "  StrictHostKeyChecking no\n  UserKnownHostsFile /dev/null\n",
+            encoding="utf-8",
         )
         ssh = folder / "ssh"  # first in PATH
-        ssh.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/ssh_config "$@"\n')
+        script = f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/ssh_config "$@"\n'
+        ssh.write_text(script, encoding="utf-8")
         ssh.chmod(0o755)
 
     def _start_sshd(self, name: str) -> None:
@@ -139,14 +145,15 @@ class Hosts(contextlib.ExitStack):
         command = ["/usr/sbin/sshd", "-D", "-e", "-f", str(self.folder / "sshd_config")]
         daemon = self.serve(name, command, log)
         deadline = time.monotonic() + 10
-        while "Server listening" not in log.read_text():
+        while "Server listening" not in log.read_text(encoding="utf-8"):
             if daemon.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"sshd of {name}: {log.read_text()}")
+                raise RuntimeError(f"sshd of {name}: {log.read_text(encoding='utf-8')}")
             time.sleep(0.05)
 
 
 def _end_all_in(namespace: str) -> None:
     command = ["ip", "netns", "pids", namespace]
-    for pid in subprocess.run(command, capture_output=True, text=True).stdout.split():
+    listed = subprocess.run(command, capture_output=True, text=True, encoding="utf-8").stdout
+    for pid in listed.split():
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(pid), signal.SIGKILL)

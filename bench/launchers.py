@@ -25,8 +25,14 @@ COMMANDS = {
                 "train.py …",
     "slurm": "sbatch --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 --cpus-per-task 12 "
              "launch/slurm.sbatch …",
+    "srun": "srun --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 --cpus-per-task 12 "
+            "python train.py …",
+    "slurm by cluster.py": "python launch/cluster.py --hostfile hostfile --launcher slurm "
+                           "train.py …",
 }  # fmt: skip
+WITH_SLURM = ("slurm", "srun", "slurm by cluster.py")
 MACHINES, SLOTS = ["node-1", "node-2"], 2
+STARTED = {b"RANK", b"OMPI_COMM_WORLD_RANK", b"SLURM_STEP_ID"}  # variables that only ranks have
 
 
 def arguments(data_dir: Path, run_dir: Path, ds_config: Path, *more: object) -> list[str]:
@@ -47,7 +53,7 @@ def start(
 ) -> list[subprocess.Popen[bytes]]:
     """Start a program with a launcher's documented words, on the first machine or on each."""
     hostfile = hosts.folder / "hostfile"
-    hostfile.write_text("".join(f"{name} slots={SLOTS}\n" for name in machines))
+    hostfile.write_text("".join(f"{name} slots={SLOTS}\n" for name in machines), encoding="utf-8")
     hosts.variables |= {"PROGRAM": program, "SBATCH_OUTPUT": str(log)}  # sbatch's
     words = shlex.split(COMMANDS[launcher])[:-1]
     started = []
@@ -74,7 +80,7 @@ def write_environment(hosts: Hosts) -> None:
     """Write .deepspeed_env into the machines' home, with its command."""
     command = ["python", "launch/environment.py", "--out", str(hosts.home / ".deepspeed_env")]
     if hosts.popen("node-1", command, hosts.folder / "environment.log").wait(30):
-        raise RuntimeError((hosts.folder / "environment.log").read_text())
+        raise RuntimeError((hosts.folder / "environment.log").read_text(encoding="utf-8"))
 
 
 def ranks_of(run_dir: Path) -> list[int]:
@@ -87,7 +93,7 @@ def ranks_of(run_dir: Path) -> list[int]:
                      (folder / "environ").read_bytes().split(b"\0")}  # fmt: skip
         except OSError:  # it has just ended
             continue
-        if str(run_dir).encode() in words and names & {b"RANK", b"OMPI_COMM_WORLD_RANK"}:
+        if str(run_dir).encode() in words and names & STARTED:
             found.append(int(folder.name))
     return found
 
@@ -115,6 +121,6 @@ def machines(folder: Path, launcher: str) -> Any:
     (folder / "machines").mkdir()
     with Hosts((folder / "machines").resolve(), len(MACHINES)) as hosts:
         write_environment(hosts)
-        if launcher == "slurm":
+        if launcher in WITH_SLURM:
             start_slurm(hosts, SLOTS)
         yield hosts

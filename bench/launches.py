@@ -32,6 +32,7 @@ from bench.launchers import (
     COMMANDS,
     MACHINES,
     SLOTS,
+    WITH_SLURM,
     arguments,
     end,
     machines,
@@ -132,7 +133,7 @@ def run_out_of_time(folder: Path, launcher: str, _: str) -> Result:
         hosts.popen(MACHINES[0], ["scancel", "1"], log).wait(LINGER_S)
         statuses = end(jobs, START_S)
     steps = list(losses(run_dir))
-    status = json.loads((run_dir / "run_status.json").read_text())["status"]
+    status = json.loads((run_dir / "run_status.json").read_text(encoding="utf-8"))["status"]
     ok = 0 < saved < len(steps) == newest_step(run_dir) and steps == list(range(len(steps)))
     return {"warned_s": warned_s, "saved": saved, "again_s": again_s, "steps": len(steps),
             "statuses": statuses, "status": status, "ok": ok and status == "preempted"}  # fmt: skip
@@ -146,7 +147,7 @@ def look(folder: Path, launcher: str, _: str) -> Result:
         command = arguments(folder / "data", folder / "run", Path("ds_configs/zero3.json"))
         jobs = start(hosts, launcher, MACHINES, command, log, "launch/preflight.py")
         statuses = end(jobs, START_S)
-    found = [line for line in log.read_text().splitlines() if '{"fit": ' in line]
+    found = [line for line in log.read_text(encoding="utf-8").splitlines() if '{"fit": ' in line]
     ok = len(found) == 1 and '{"fit": true' in found[0] and set(statuses) == {0}
     return {"seconds": round(time.monotonic() - started, 1), "statuses": statuses, "ok": ok}
 
@@ -160,7 +161,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, required=True, help="for runs and logs")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
     args = parser.parse_args()
-    needs_slurm = any(CASES[case][1] == "slurm" for case in args.cases)
+    needs_slurm = any(CASES[case][1] in WITH_SLURM for case in args.cases)
     if why_not := missing() or (needs_slurm and lacks_slurm()):
         print(f"error: {why_not}. Fix: run that, and this as root", file=sys.stderr)
         return 2
@@ -168,7 +169,7 @@ def main() -> int:
 
     folder = args.folder.resolve()
     open_folder(folder)
-    results = json.loads(args.out.read_text()) if args.out.exists() else {}
+    results = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
     done: dict[str, dict[str, Result]] = {title: {} for title in ACTS}
     for title, cases in done.items():
         before = results.get(title, {}).get("values", {})

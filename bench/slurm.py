@@ -56,12 +56,16 @@ def start_slurm(hosts: Hosts, slots: int) -> None:
     folder, first = hosts.folder, hosts.names[0]
     names = ",".join(hosts.names)
     settings = SETTINGS.format(folder=folder, first=first, names=names, slots=slots)
-    (folder / "slurm.conf").write_text(settings)
+    (folder / "slurm.conf").write_text(settings, encoding="utf-8")
     gpus = [folder / f"gpu{i}" for i in range(slots)]
-    (folder / "gres.conf").write_text("".join(f"Name=gpu File={gpu}\n" for gpu in gpus))
+    (folder / "gres.conf").write_text(
+        "".join(f"Name=gpu File={gpu}\n" for gpu in gpus), encoding="utf-8"
+    )
     for path in gpus:
         path.touch()
-    (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # which it then does not use
+    (folder / "cgroup.conf").write_text(
+        "CgroupPlugin=cgroup/v1\n", encoding="utf-8"
+    )  # which it then does not use
     (folder / "state").mkdir()
     (folder / "munge.key").write_bytes(secrets.token_bytes(128))
     (folder / "munge.key").chmod(0o600)
@@ -75,8 +79,10 @@ def start_slurm(hosts: Hosts, slots: int) -> None:
     for name in hosts.names:
         hosts.serve(name, ["slurmd", "-D", "-N", name], log)
     deadline, states = time.monotonic() + START_S, folder / "states"
-    while not states.exists() or states.read_text().split() != ["idle"] * len(hosts.names):
+    while not states.exists() or states.read_text(encoding="utf-8").split() != ["idle"] * len(
+        hosts.names
+    ):
         if time.monotonic() > deadline:
-            raise RuntimeError(f"Slurm did not start: {log.read_text()}")
+            raise RuntimeError(f"Slurm did not start: {log.read_text(encoding='utf-8')}")
         states.unlink(missing_ok=True)
         hosts.popen(first, ["sinfo", "--noheader", "--Node", "--format=%T"], states).wait(START_S)

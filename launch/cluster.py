@@ -15,6 +15,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,9 @@ def main(argv: list[str]) -> int:
 
     args = runner.parse_args(argv)
     try:
+        hosts = {}
         if args.hostfile != runner.DLTS_HOSTFILE or Path(args.hostfile).is_file():
-            read_hostfile(Path(args.hostfile))
+            hosts = read_hostfile(Path(args.hostfile))
         # The operator's own options of ssh, pdsh or mpirun: no shell sees them.
         own = (args.launcher_args, f"--launcher_args={args.launcher_args}")
         check_arguments([given for given in argv if given not in own])
@@ -70,7 +72,13 @@ def main(argv: list[str]) -> int:
             if path.is_file():
                 check_environment_file(path)
         os.environ.setdefault("PDSH_SSH_ARGS_APPEND", SSH_OPTIONS)
-        runner.main(argv)
+        with tempfile.NamedTemporaryFile("w", prefix="hostfile_", encoding="utf-8") as file:
+            if hosts:  # as it was read: DeepSpeed and mpirun know no byte order mark
+                file.writelines(f"{host} slots={slots}\n" for host, slots in hosts.items())
+                file.flush()
+                args.hostfile = file.name
+                setattr(runner, "parse_args", lambda _: args)  # noqa: B010
+            runner.main(argv)
     except (ValueError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
         remedy = "" if "Fix: " in str(error) else ". Fix: see that ssh reaches every host"
         print(f"error: {str(error).rstrip('.')}{remedy}", file=sys.stderr)

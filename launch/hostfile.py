@@ -15,9 +15,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a file: import from the repository root, exactly as train.py does
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 HOST = r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?"
 LINE = re.compile(rf"(?P<host>{HOST})\s+slots=(?P<slots>[1-9][0-9]{{0,4}})")
 MAX_BYTES = 2**20
@@ -36,7 +33,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
     check_not_open_to_all(path)
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path}: over {MAX_BYTES:,} bytes. Fix: one line per machine")
-    return parse_hostfile(path.read_text(errors="replace"), str(path))
+    return parse_hostfile(path.read_text(errors="replace", encoding="utf-8-sig"), str(path))
 
 
 def parse_hostfile(text: str, name: str) -> dict[str, int]:
@@ -82,7 +79,8 @@ def slurm_hosts() -> list[str]:
         raise ValueError("HOST: none given, and no Slurm allocation. Fix: name the machines")
     command = ["scontrol", "show", "hostnames", nodes]
     try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+        done = subprocess.run(command, check=True, capture_output=True, encoding="utf-8")
+        return done.stdout.split()
     except (OSError, subprocess.CalledProcessError) as error:
         raise ValueError(f"{' '.join(command)}: failed. Fix: name the machines") from error
 
@@ -94,7 +92,7 @@ def listed_hosts(path: Path) -> list[str]:
         ValueError: It cannot be read.
     """
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
         return [word for line in lines for word in line.partition("#")[0].split()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--list {path}: cannot be read. Fix: give a file of names") from error

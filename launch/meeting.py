@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import datetime
 import json
 import os
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]  # documented
 from torch.distributed.rendezvous import rendezvous
 
+from data.mpi import BY_HAND, Tasks, find_tasks, read_number, start_mpi
 from launch.ranks import Ranks
 
 NAMED, NOTED = 8, 120  # of missing ranks; characters of another's error
@@ -31,9 +33,7 @@ def choose_device(ranks: Ranks) -> torch.device:
         ValueError: The GPU of this rank does not exist, or the accelerator is Apple's MPS.
     """
     if torch.backends.mps.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
-        raise ValueError(
-            "Apple's MPS: not supported. Fix: set DS_ACCELERATOR=cpu to train on the CPU"
-        )
+        raise ValueError("Apple's MPS: not supported. Fix: set DS_ACCELERATOR=cpu")
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
         if ranks.local_rank >= torch.cuda.device_count():
             raise ValueError(
@@ -53,7 +53,7 @@ def meet(ranks: Ranks, timeout_s: float) -> Store:
 
     Raises:
         OSError: Not all came in time; names those that did not.
-        ValueError: mpirun started them, and there is no mpi4py.
+        ValueError: No launcher has named rank 0's address, and nothing here can find it.
     """
     if "RANK" not in os.environ:  # no launcher
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
@@ -89,32 +89,63 @@ def _check_name(name: str) -> None:
 
 
 def _name_address(ranks: Ranks) -> None:
-    """Set MASTER_ADDR and MASTER_PORT where the launcher, mpirun, did not (all ranks).
+    """Set MASTER_ADDR and MASTER_PORT where the launcher, mpirun or srun, did not (all ranks).
 
     Raises:
-        ValueError: There is no mpi4py, which brings them from rank 0.
+        ValueError: They are half set, or nothing here can find rank 0's address.
     """
-    if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+    if os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT"):
         return
-    try:
-        import mpi4py
+    tasks = find_tasks()
+    if not tasks:
+        raise ValueError(f"MASTER_ADDR, MASTER_PORT: not both set, but RANK is. Fix: {BY_HAND}")
+    if tasks.launcher == "Slurm":
+        _name_slurm_address(ranks)
+    else:
+        _name_mpi_address(ranks, tasks)
 
-        mpi4py.rc.initialize = False
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
+
+def _name_slurm_address(ranks: Ranks) -> None:
+    """Take the machine on which srun was typed, and a port from the numbers of job and step.
+
+    The port is below those that the system gives to others.
+
+    Raises:
+        ValueError: That machine is not rank 0's.
+    """
+    name = "MASTER_ADDR" if os.environ.get("MASTER_ADDR") else "SLURM_LAUNCH_NODE_IPADDR"
+    address = os.environ.get(name, "")
+    port = 20000 + (read_number("SLURM_JOB_ID") + 89 * read_number("SLURM_STEP_ID")) % 10000
+    if not address or (ranks.is_main and not _is_own(address)):
         raise ValueError(
-            f"mpirun: names no address, and no mpi4py ({error}). Fix: pip install -c "
-            "constraints.txt -e '.[mpi]', or set MASTER_ADDR and MASTER_PORT on every machine"
-        ) from error
+            f"{name}: {address!r} is not rank 0's address. Fix: in the job, export "
+            'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
+        )
+    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": os.environ.get("MASTER_PORT", str(port))}
+
+
+def _is_own(address: str) -> bool:
+    """Return whether an address or name is this machine's."""
+    with contextlib.suppress(OSError), socket.create_server((address, 0)):
+        return True
+    return False
+
+
+def _name_mpi_address(ranks: Ranks, tasks: Tasks) -> None:
+    """Let rank 0 tell the others, through MPI (all ranks).
+
+    Raises:
+        ValueError: There is no mpi4py, or it is another MPI's.
+    """
     found = None
-    if ranks.is_main:
-        addresses = subprocess.run(["hostname", "-I"], capture_output=True, text=True).stdout
+    if ranks.is_main:  # before MPI starts, after which no process should be forked
+        addresses = subprocess.run(["hostname", "-I"], capture_output=True, encoding="utf-8").stdout
         found = {"MASTER_ADDR": (addresses.split() or ["127.0.0.1"])[0]}
         found["MASTER_PORT"] = str(_free_port())
         found |= {name: os.environ[name] for name in found if name in os.environ}
-    MPI.Init()  # all ranks
-    os.environ |= MPI.COMM_WORLD.bcast(found)
-    MPI.Finalize()  # while nobody hangs: at the end of a run that has failed it would
+    mpi = start_mpi(tasks)  # all ranks
+    os.environ |= mpi.COMM_WORLD.bcast(found)
+    mpi.Finalize()  # while nobody hangs: at the end of a run that has failed it would
 
 
 def join(store: Store, ranks: Ranks, device: torch.device, timeout: datetime.timedelta) -> str:

@@ -24,7 +24,7 @@ if not __package__:  # run as a file: import from the repository root, exactly a
 from launch.config import parse_train_config
 from launch.findings import Facts, Verdict, judge
 from launch.inputs import resolve_run
-from launch.ranks import read_ranks, say_once
+from launch.ranks import ranks_or_exit, say_once
 from launch.supervision import BAD_INPUT, FAILED, FINISHED, error_line
 from launch.watchdog import parse_timeouts
 
@@ -33,7 +33,7 @@ TIMEOUT_S = 120  # for each part of the survey, unless --timeouts gives another
 
 def main(argv: list[str]) -> int:
     """Run the command line (all ranks); return the exit status, the same on all."""
-    ranks = read_ranks()
+    ranks = ranks_or_exit()
     try:
         run = resolve_run(parse_train_config(argv, __doc__ or ""), ranks)
     except ValueError as error:  # every rank of a machine finds the same
@@ -53,9 +53,9 @@ def main(argv: list[str]) -> int:
             print(table(verdicts), file=sys.stderr, flush=True)
             print(json.dumps(to_json(verdicts, survey.facts)), flush=True)
         part(survey.store, ranks, timeout_s)
-    except (OSError, RuntimeError) as error:  # c10d's, when rank 0 is gone
+    except (OSError, ValueError, RuntimeError) as error:  # the last c10d's, when rank 0 is gone
         print(f"error: {socket.gethostname()}: {error_line(error)}", file=sys.stderr, flush=True)
-        return FAILED
+        return BAD_INPUT if isinstance(error, ValueError) else FAILED
     return FAILED if any(verdict.findings for verdict in verdicts) else FINISHED
 
 

@@ -8,9 +8,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.mpi import BY_HAND, find_tasks, read_number
+
 STALE_LOCK_S = 600  # a C++ extension of DeepSpeed builds in about a minute
-NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-OPEN_MPI = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE"))
+LAST_PORT = 2**16 - 1
+NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # torchrun's
 
 
 @dataclass(frozen=True)
@@ -29,22 +31,45 @@ class Ranks:
 
 
 def read_ranks() -> Ranks:
-    """Read what the launcher (deepspeed, torchrun, mpirun or none) put into the environment.
+    """Read what the launcher (deepspeed, torchrun, mpirun, srun or none) put into the environment.
 
-    What mpirun says gets there also under torchrun's names, for everybody else.
+    mpirun's and srun's values are copied to torchrun's variables, for the libraries.
+
+    Raises:
+        ValueError: Variables are missing, contradict each other, or are no numbers; names them.
     """
-    if "RANK" not in os.environ and all(name in os.environ for name in OPEN_MPI):
-        os.environ |= {
-            ours: os.environ[theirs] for ours, theirs in zip(NAMES, OPEN_MPI, strict=True)
-        }
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    local_size = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size))
-    return Ranks(
-        rank=int(os.environ.get("RANK", 0)),
-        local_rank=int(os.environ.get("LOCAL_RANK", 0)),
-        world_size=world_size,
-        local_world_size=int(local_size),
-    )
+    tasks = find_tasks() if "RANK" not in os.environ else None
+    if tasks:
+        os.environ |= dict(zip(NAMES, map(str, tasks[1:]), strict=True))
+    given = [name for name in NAMES if name in os.environ]
+    if not given or (given == ["LOCAL_RANK"] and os.environ["LOCAL_RANK"] == "0"):
+        return Ranks(rank=0, local_rank=0, world_size=1, local_world_size=1)
+    needed = NAMES[:3] if os.environ.get("WORLD_SIZE") != "1" else ("RANK", "WORLD_SIZE")
+    missing = [name for name in needed if name not in os.environ]
+    if missing:
+        raise ValueError(
+            f"{', '.join(given)}: set without {', '.join(missing)}. Fix: {BY_HAND}, or unset all"
+        )
+    local_sizes = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")  # the second is deepspeed's
+    local_size = next(name for name in local_sizes if name in os.environ)
+    local_rank = read_number("LOCAL_RANK") if "LOCAL_RANK" in os.environ else 0
+    rank, world_size, n_local = map(read_number, ("RANK", "WORLD_SIZE", local_size))
+    if rank >= world_size or local_rank >= n_local or n_local > world_size:
+        said = ", ".join(f"{name} {os.environ[name]}" for name in given)
+        raise ValueError(f"{said}: contradict each other. Fix: {BY_HAND}, or unset them")
+    if "MASTER_PORT" in os.environ and read_number("MASTER_PORT") > LAST_PORT:
+        port = os.environ["MASTER_PORT"]
+        raise ValueError(f"MASTER_PORT {port}: out of range. Fix: give at most {LAST_PORT}")
+    return Ranks(rank, local_rank, world_size, n_local)
+
+
+def ranks_or_exit() -> Ranks:
+    """Return `read_ranks`; where it raises end with its line and status 2."""
+    try:
+        return read_ranks()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def say_once(ranks: Ranks, line: str) -> None:

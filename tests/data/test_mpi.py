@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from bench.prepare_kills import WAYS, campaign, digests
+from data.mpi import LAUNCHERS
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_mpi = pytest.mark.skipif(
@@ -88,7 +89,7 @@ def test_ranks_agree_on_damage_that_one_of_them_reads(source: Path, tmp_path: Pa
 def test_ranks_that_read_different_files_end_together(source: Path, tmp_path: Path) -> None:
     code = (
         "import os, sys; rank = os.environ['OMPI_COMM_WORLD_RANK']; "
-        "import data.sources as s; whole = s.Opener.open; "
+        "import data.opening as s; whole = s.Opener.open; "
         f"s.Opener.open = lambda self, i: open('{source}/c.txt', 'rb') if rank == '1' "
         "else whole(self, i); import data.prepare as p; sys.exit(p.main())"
     )
@@ -112,8 +113,9 @@ def test_ranks_end_together_where_another_job_writes(source: Path, tmp_path: Pat
 
 
 def test_a_launcher_without_mpi4py_is_refused(source: Path, tmp_path: Path) -> None:
+    names = LAUNCHERS["Open MPI"]
     code = (
-        "import os, sys; os.environ['OMPI_COMM_WORLD_SIZE'] = '3'; sys.modules['mpi4py'] = None; "
+        f"import os, sys; os.environ |= dict(zip({names}, '0033')); sys.modules['mpi4py'] = None; "
         f"sys.argv[1:] = ['{source}', '--out_dir', '{tmp_path}']; import data.prepare as p; "
         "sys.exit(p.main())"
     )
@@ -121,7 +123,7 @@ def test_a_launcher_without_mpi4py_is_refused(source: Path, tmp_path: Path) -> N
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 2
-    assert "error: started as 3 MPI processes without mpi4py" in done.stderr
+    assert "error: Open MPI: started 3 processes, and there is no mpi4py" in done.stderr
 
 
 def test_killed_at_random_it_ends_with_the_same_bytes(tmp_path: Path) -> None:

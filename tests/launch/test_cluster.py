@@ -45,6 +45,18 @@ def test_it_is_deepspeed_where_nothing_is_wrong(shells: Path) -> None:
     assert told.rstrip().endswith('train.py --model gpt2 --sample_prompt "Once upon a time,"')
 
 
+@pytest.mark.parametrize("given", [["--hostfile=hostfile"], ["-H", "hostfile"]])
+def test_a_hostfile_with_a_byte_order_mark_names_the_same_machines(
+    shells: Path, given: list[str]
+) -> None:
+    text = (shells / "hostfile").read_bytes()
+    (shells / "hostfile").write_bytes(b"\xef\xbb\xbf" + text)
+    command = [sys.executable, str(ROOT / "launch" / "cluster.py"), *given, "train.py"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "-w node-1,node-2" in (shells / "told").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "files", "variables", "said"),
     [

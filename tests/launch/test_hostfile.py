@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from deepspeed.launcher.runner import fetch_hostfile
 
-from launch.hostfile import read_hostfile
+from launch.hostfile import listed_hosts, read_hostfile
 
 
 def write(folder: Path, text: str) -> Path:
@@ -17,6 +17,13 @@ def write(folder: Path, text: str) -> Path:
 def test_hosts_and_slots_in_order(tmp_path: Path) -> None:
     path = write(tmp_path, "# ours\nnode-2.cluster slots=8\n\n  10.0.0.1\tslots=4 \n")
     assert read_hostfile(path) == {"node-2.cluster": 8, "10.0.0.1": 4}
+
+
+def test_a_byte_order_mark_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "hostfile"
+    path.write_bytes(b"\xef\xbb\xbfnode-1 slots=8\n")
+    assert read_hostfile(path) == {"node-1": 8}
+    assert listed_hosts(path) == ["node-1", "slots=8"]
 
 
 @pytest.mark.parametrize(
