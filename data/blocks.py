@@ -13,17 +13,29 @@ from itertools import islice, repeat
 from typing import Any, BinaryIO, NamedTuple
 
 from data.manifest import Position
-from data.sources import HUB, LINES, ROWS, TEXT, Opener, SourceFile, unpack
+from data.opening import Opener, unpack
+from data.sources import HUB, LINES, ROWS, TEXT, SourceFile
+from data.tokenizer import EOT_BYTES
 
 # GPT-2's pattern joins white space only to what follows it, and looks ahead only past white space:
 # before a space or newline that follows anything else (Unicode's white space in UTF-8 excluded),
-# a text can be cut and its parts tokenised alone.
+# a text can be cut and its parts tokenised alone. Not after a byte order mark: it may be all.
 CUT = re.compile(
     rb"(?<=[!-~\x80-\xff])(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf])"
-    rb"(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80)[ \n]"
+    rb"(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80)(?<!\xef\xbb\xbf)[ \n]"
 )
+SEPARATOR = re.escape(EOT_BYTES)
+# The same where the separator parts documents: also before one, but not right after it, where the
+# next block would seem to go on with a document that may be white space alone.
+CUT_AT_SEPARATORS = re.compile(rb"(?<!%b)%b|(?=%b)" % (SEPARATOR, CUT.pattern, SEPARATOR))
+POINTERS = {"Git LFS": re.compile(rb"version https?://(git-lfs|hawser)\.github\.com/spec/"),
+            "git-annex": re.compile(rb"[./]*(\.git)?/annex/objects/")}  # fmt: skip
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+BLANK = BYTE_ORDER_MARK + b" \t\n\r\v\f"
+POINTER_BYTES = 100  # more than a pointer's beginning
 MAX_ROWS = 1024  # of a block: repeated cells are stored once, and longer than they look
-MEND = "mend it, or leave it out with --on_error skip"
+SKIP = "leave it out with --on_error skip"
+MEND = f"mend it, or {SKIP}"
 
 
 class BadInputError(ValueError):
@@ -45,6 +57,7 @@ class Reading:
         max_line_bytes: Of one line, table cell, or word of a `.txt`: this bounds the memory.
         max_bytes: Of one compressed file when uncompressed.
         skip_bad: Leave bad documents out and count them, instead of failing.
+        literal_endoftext: `<|endoftext|>` in a `.txt` is text, and parts no documents.
     """
 
     text_column: str
@@ -53,6 +66,12 @@ class Reading:
     max_line_bytes: int
     max_bytes: int
     skip_bad: bool
+    literal_endoftext: bool = False
+
+    @property
+    def cut(self) -> re.Pattern[bytes]:
+        """Where a `.txt` can be cut."""
+        return CUT if self.literal_endoftext else CUT_AT_SEPARATORS
 
 
 class Block(NamedTuple):
@@ -95,6 +114,7 @@ class Reader:
                 if not file.n_bytes:
                     raise BadInputError(file.url, "empty file")
                 with self.opener.open(number) as raw:
+                    _refuse_pointer(raw, file.url)
                     yield from read[file.kind](raw, file, at)
             except BadInputError as error:
                 yield self._block(at, error, file.n_bytes)
@@ -110,16 +130,18 @@ class Reader:
         return Block(number, position, data if mine else None, stored_bytes)
 
     def _read_text(self, raw: BinaryIO, file: SourceFile, at: Position) -> Iterator[Block]:
-        _check_text(raw, file.url, self.how.max_line_bytes)
+        _check_text(raw, file.url, self.how)
         raw.seek(at.offset)
         number, record, offset = at.file, at.record, at.offset
         held, size = b"", self.how.block_bytes
         while more := raw.read(size - len(held) % size):  # cuts depend on the position alone
             held += more
-            cut = _last_cut(held)
+            cut = _last_cut(held, self.how.cut)
             if cut:
                 yield self._block(Position(number, record, offset), held[:cut], offset + cut)
-                record, offset = record + held.count(b"\n", 0, cut), offset + cut
+                if not self.how.literal_endoftext:
+                    record += len(split_documents(held[:cut], offset > 0)) - 1
+                offset += cut
                 held = held[cut:]
         if held:
             yield self._block(Position(number, record, offset), held, file.n_bytes)
@@ -187,6 +209,17 @@ class Reader:
         yield from repeat(_unreadable(f"{name}:row group {group + 1}", wrong))
 
 
+def split_documents(data: bytes, goes_on: bool) -> list[bytes]:
+    """Return the documents of a part of a `.txt`; white space alone is none.
+
+    Args:
+        data: The part.
+        goes_on: It goes on with a document, whose rest, perhaps empty, is the first result.
+    """
+    pieces = data.split(EOT_BYTES)
+    return [p for i, p in enumerate(pieces) if p.strip(BLANK) or (goes_on and i == 0)]
+
+
 def _unreadable(where: str, error: Exception) -> BadInputError:
     return BadInputError(where, f"cannot be read ({' '.join(str(error).split())})")
 
@@ -199,12 +232,22 @@ def _skip(stream: BinaryIO, n_bytes: int) -> None:
         n_bytes -= len(stream.read(min(n_bytes, 2**20)))
 
 
-def _check_text(raw: BinaryIO, name: str, max_word_bytes: int) -> None:
+def _refuse_pointer(raw: BinaryIO, name: str) -> None:
+    head = raw.read(POINTER_BYTES).lstrip(BLANK)
+    for tool, start in POINTERS.items():
+        if start.match(head):
+            raise BadInputError(
+                name, f"a {tool} pointer, not the file", f"get the file with {tool}, or {SKIP}"
+            )
+    raw.seek(0)
+
+
+def _check_text(raw: BinaryIO, name: str, how: Reading) -> None:
     """Read a whole `.txt` once, so that a bad one is left out as a whole."""
     held, line, uncut = b"", 1, 0
     while more := raw.read(2**20):
         data = held + more
-        uncut = 0 if CUT.search(data) else uncut + len(more)
+        uncut = 0 if how.cut.search(data) else uncut + len(more)
         try:
             good = len(data)
             data.decode()
@@ -214,13 +257,9 @@ def _check_text(raw: BinaryIO, name: str, max_word_bytes: int) -> None:
                 raise BadInputError(_at(name, line, data, good), "not UTF-8") from error
         if b"\0" in data:
             raise BadInputError(_at(name, line, data, data.index(b"\0")), "NUL in text")
-        if uncut > max_word_bytes:
-            what = f"no white space in {max_word_bytes:,} bytes"
-            raise BadInputError(
-                f"{name}:{line}",
-                what,
-                "raise --max_line_bytes, or leave it out with --on_error skip",
-            )
+        if uncut > how.max_line_bytes:
+            what = f"no white space in {how.max_line_bytes:,} bytes"
+            raise BadInputError(f"{name}:{line}", what, f"raise --max_line_bytes, or {SKIP}")
         line, held = line + data.count(b"\n", 0, good), data[good:]
     if held:
         raise BadInputError(f"{name}:{line}", "not UTF-8 (cut off)")
@@ -231,10 +270,10 @@ def _at(name: str, line: int, data: bytes, offset: int) -> str:
     return f"{name}:{line + lines}"
 
 
-def _last_cut(data: bytes) -> int:
+def _last_cut(data: bytes, where: re.Pattern[bytes]) -> int:
     """Return the last place where `data` can be cut, or 0."""
     for begin in (max(0, len(data) - 4096), 0):
-        if cuts := [found.start() for found in CUT.finditer(data, begin)]:
+        if cuts := [found.start() for found in where.finditer(data, begin)]:
             return cuts[-1]
     return 0
 

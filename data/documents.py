@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from data.blocks import BadInputError, Block, Reading
+from data.blocks import BYTE_ORDER_MARK, SKIP, BadInputError, Block, Reading, split_documents
+from data.manifest import LITERAL
 from data.sources import LINES, TEXT, SourceFile
+from data.tokenizer import EOT_BYTES
 
 
 class Documents(NamedTuple):
@@ -16,7 +18,7 @@ class Documents(NamedTuple):
 
     texts: list[bytes]
     continues: bool
-    bad: Counter[str]  # what was left out, and how often
+    bad: Counter[str]  # what was left out, and how often; and LITERAL
     messages: list[str]  # the same with file and line
 
 
@@ -29,8 +31,8 @@ def read_documents(
         block: With its data.
         file: Where it is from.
         how: Limits and names.
-        val_every: One document in so many is validation: by line, row, or number of `.txt` file;
-            0 takes all of them for any split.
+        val_every: One document in so many is validation: by line, row, or the sum of the numbers of
+            the `.txt` file and of the document in it; 0 takes all of them for any split.
         split: "train" or "val".
 
     Raises:
@@ -38,15 +40,23 @@ def read_documents(
         ValueError: The file could not be read.
     """
     texts, bad, messages = [], Counter[str](), []
+
+    def is_of_split(record: int) -> bool:
+        return not val_every or (split == "val") == (record % val_every == 0)
+
     for record, text in _records(block, file, how):
         if isinstance(text, BadInputError):
             if not how.skip_bad:
                 raise text
             bad[text.what] += 1
             messages.append(str(text))
-        elif not val_every or (split == "val") == (record % val_every == 0):
-            texts.append(text)
-    return Documents(texts, file.kind == TEXT and block.position.offset > 0, bad, messages)
+            continue
+        bad[LITERAL] += EOT_BYTES in text and file.kind != TEXT
+        if is_of_split(record):
+            texts.append(text.removeprefix(BYTE_ORDER_MARK))
+    at = block.position
+    continues = file.kind == TEXT and at.offset > 0 and is_of_split(at.file + at.record)
+    return Documents(texts, continues, +bad, messages)
 
 
 def _records(
@@ -57,7 +67,10 @@ def _records(
     if isinstance(block.data, BadInputError):
         yield first, block.data
     elif file.kind == TEXT:
-        yield block.position.file, block.data
+        at, goes_on = block.position, block.position.offset > 0
+        pieces = [block.data] if how.literal_endoftext else split_documents(block.data, goes_on)
+        for number, text in enumerate(pieces, at.file + at.record):
+            yield number, text
     elif file.kind == LINES:
         for number, line in enumerate(block.data.split(b"\n"), first):
             if line and not line.isspace():
@@ -117,6 +130,4 @@ def _cells(column: Any) -> list[bytes | None]:
 
 def _too_long(where: str, how: Reading) -> BadInputError:
     what = f"longer than {how.max_line_bytes:,} bytes"
-    return BadInputError(
-        where, what, "Raise --max_line_bytes, or leave it out with --on_error skip"
-    )
+    return BadInputError(where, what, f"raise --max_line_bytes, or {SKIP}")

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.shards import Tokens
-from data.tokenizer import END_OF_TEXT, EOT_TOKEN, build_tokenizer, load_tokenizer, load_tokens
+from data.tokenizer import END_OF_TEXT, EOT_BYTES, EOT_TOKEN, load_tokenizer, load_tokens
+from data.tokenizer import build_tokenizer as build
 
-EOT_BYTES = END_OF_TEXT.encode()
 SAMPLE_BYTES = 2**15  # compared on the first block of every file
 RENEW_BYTES = 2**28  # gigatoken remembers every word: a fresh one bounds its memory
 # What tokenizers stumble over: white space, contractions, digits, scripts, the separator as text.
@@ -86,7 +86,7 @@ class Tiktoken:
     """The reference."""
 
     def __init__(self) -> None:
-        self.encoding = build_tokenizer()
+        self.encoding = build()
         self.seen_bytes = 0
 
     def encode(self, joined: bytes) -> NDArray[np.uint32]:

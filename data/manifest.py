@@ -11,6 +11,7 @@ from typing import Any
 
 MANIFEST = "shards.json"
 PARTIAL_SUFFIX = ".tmp"
+LITERAL = "with <|endoftext|> as text"  # texts that are taken as they are
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Position:
 
     Args:
         file: Its number.
-        record: Lines or rows of the file before it.
+        record: Lines or rows of the file before it; in a `.txt`, documents before it.
         offset: Uncompressed bytes of the file before it; 0 in a table.
     """
 
@@ -73,7 +74,7 @@ class Manifest:
     Args:
         recipe: Sources, tokenizer and options: the same recipe gives the same bytes.
         shards: In order.
-        bad: Documents left out, by reason.
+        bad: Documents left out, by reason, and those that are LITERAL.
         resume: None when all is done.
     """
 
@@ -86,6 +87,12 @@ class Manifest:
         """Return the tokens of a split."""
         return sum(shard.tokens for shard in self.shards if shard.split == split)
 
+    def remarks(self) -> list[str]:
+        """Return what was left out, and how many texts are LITERAL, where there are any."""
+        left_out = ", ".join(f"{n} {what}" for what, n in self.bad.items() if what != LITERAL)
+        literal = [f"{self.bad[LITERAL]:,} texts {LITERAL}"] if LITERAL in self.bad else []
+        return [f"left out: {left_out}", *literal] if left_out else literal
+
 
 def read_manifest(folder: Path) -> Manifest | None:
     """Read the manifest of a folder; None where there is none, as with other people's shards.
@@ -97,7 +104,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     if not path.is_file():
         return None
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text(encoding="utf-8-sig"))
         shards = [ShardRecord(**shard) for shard in raw["shards"]]
         resume = raw["resume"]
         if resume:
@@ -113,7 +120,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest, whole or not at all."""
     path = folder / MANIFEST
     partial = path.with_name(MANIFEST + PARTIAL_SUFFIX)
-    with partial.open("w") as file:
+    with partial.open("w", encoding="utf-8") as file:
         file.write(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())

@@ -15,8 +15,9 @@ from data.blocks import Block, Reader, Reading
 from data.documents import read_documents
 from data.encode import Encoder
 from data.manifest import Position
+from data.opening import Opener
 from data.shards import DTYPE, Tokens
-from data.sources import Opener, SourceFile
+from data.sources import SourceFile
 from data.writing import Part, ShardWriter
 
 MAX_MESSAGES = 10  # documents left out that are named

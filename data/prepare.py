@@ -5,8 +5,9 @@
     python data/prepare.py --dataset HuggingFaceFW/fineweb-edu --name sample-10BT --out_dir tokens
     mpirun -n 8 python data/prepare.py 'dump/*.parquet' --out_dir dump_tokens
 
-A .txt file is one document; so is each line of a .jsonl and each row of a .parquet. Shard 0 is the
-validation split, as in build-nanogpt. Stopped or killed, the same command goes on where it was.
+A .txt file is one document, or several with <|endoftext|> between them; so is each line of a .jsonl
+and each row of a .parquet. Shard 0 is the validation split, as in build-nanogpt. Stopped or killed,
+the same command goes on where it was.
 """
 
 import argparse
@@ -49,13 +50,14 @@ def prepare(args: argparse.Namespace, comm: Any, prefix: str = "text") -> "Manif
 
 def _look(args: argparse.Namespace, prefix: str) -> "tuple[list[SourceFile], Manifest]":
     """Return the files of the source and what is already made of them."""
+    from data.recipe import build_recipe, find_manifest
     from data.sources import find_dataset, find_files
 
     if args.dataset:
         files, commit = find_dataset(args.dataset, args.name, args.split, args.revision)
     else:
         files, commit = find_files(args.inputs), ""
-    return files, _find_manifest(args.out_dir, _recipe(args, files, commit, prefix))
+    return files, find_manifest(args.out_dir, build_recipe(args, files, commit, prefix))
 
 
 def _write(
@@ -64,8 +66,8 @@ def _write(
     from data.blocks import Reading
     from data.encode import Encoder
     from data.manifest import Position
+    from data.opening import Opener
     from data.pipeline import Pipeline, Progress
-    from data.sources import Opener
     from data.writing import ShardWriter
 
     reading = Reading(
@@ -75,6 +77,7 @@ def _write(
         max_line_bytes=args.max_line_bytes,
         max_bytes=args.max_bytes,
         skip_bad=args.on_error == "skip",
+        literal_endoftext=args.literal_endoftext,
     )
     opener, encoder = Opener(files, args.streaming), Encoder(args.tokenizer)
     progress = Progress(files, args.quiet, comm.rank == 0)
@@ -121,9 +124,7 @@ def check_options(args: argparse.Namespace) -> None:
     if args.val_every and args.val_tokens:
         raise ValueError("--val_tokens and --val_every: exclude each other. Fix: give one of them")
     if bool(args.inputs) == bool(args.dataset):
-        raise ValueError(
-            "INPUT: none or twice. Fix: give either files and folders, or --dataset NAME"
-        )
+        raise ValueError("INPUT: none or twice. Fix: give files and folders, or --dataset NAME")
     for name in ("name", "revision", "streaming"):
         if getattr(args, name) and not args.dataset:
             raise ValueError(f"--{name}: is for the hub only. Fix: give --dataset too")
@@ -131,65 +132,18 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError(f"--out_dir {args.out_dir}: is a file. Fix: give a folder")
 
 
-def _recipe(
-    args: argparse.Namespace, files: list["SourceFile"], commit: str, prefix: str
-) -> dict[str, Any]:
-    """Return everything that the bytes of the shards depend on, as JSON values."""
-    from data.tokenizer import MERGES_SHA256
-
-    names = ("dataset", "name", "split") if args.dataset else ()
-    options = ("text_column", "shard_tokens", "val_every")
-    return {
-        "prefix": prefix,
-        "tokenizer": {"name": "gpt2", "merges_sha256": MERGES_SHA256},
-        **{name: getattr(args, name) for name in (*names, *options)},
-        "val_tokens": _val_tokens(args),
-        "revision": commit,
-        "files": [file.identity() for file in files],
-    }
-
-
-def _val_tokens(args: argparse.Namespace) -> int:
-    """Return the tokens of shard 0 as the validation split; 0 where every N-th document is."""
-    return 0 if args.val_every else args.val_tokens or args.shard_tokens
-
-
-def _find_manifest(out_dir: Path, recipe: dict[str, Any]) -> "Manifest":
-    """Return the manifest of an unfinished or finished preparation, or a fresh one."""
-    from data.manifest import Manifest, Position, Resume, read_manifest
-
-    manifest = read_manifest(out_dir)
-    holds_shards = any(out_dir.glob("*.npy")) or any(out_dir.glob("*.bin"))
-    if not manifest and holds_shards:
-        raise ValueError(f"--out_dir {out_dir}: holds shards already. Fix: give an empty folder")
-    if not manifest or not (manifest.shards or holds_shards):
-        first = "val" if recipe["val_every"] else ""
-        return Manifest(recipe, [], {}, Resume(first, Position(), 0, {}))
-    keys = [key for key in recipe if manifest.recipe.get(key) != recipe[key]]
-    if keys:
-        what = ", ".join(
-            key if key == "files" else f"{key} {manifest.recipe.get(key)}, not {recipe[key]}"
-            for key in keys
-        )
-        raise ValueError(
-            f"--out_dir {out_dir}: holds another dataset ({what}). Fix: give an empty folder"
-        )
-    for shard in manifest.shards:
-        if not (out_dir / shard.name).is_file():
-            raise ValueError(f"{out_dir / shard.name}: missing. Fix: give an empty folder")
-    return manifest
-
-
 def _check_splits(args: argparse.Namespace, writer: "ShardWriter") -> None:
     """Refuse a result with an empty split, and remove it: other options may go there."""
+    from data.recipe import validation_tokens
+
     manifest = writer.manifest
     train_tokens, val_tokens = manifest.tokens("train"), manifest.tokens("val")
     if train_tokens and val_tokens:
         return
     writer.remove()
     where = ", ".join(args.inputs) or args.dataset
-    if manifest.bad:
-        where += f" (left out: {_left_out(manifest)})"
+    if remarks := manifest.remarks():
+        where += f" ({'; '.join(remarks)})"
     if train_tokens + val_tokens < 2:
         raise ValueError(f"{where}: no text in it. Fix: give files that hold some")
     if args.val_every:
@@ -199,7 +153,7 @@ def _check_splits(args: argparse.Namespace, writer: "ShardWriter") -> None:
         )
     raise ValueError(
         f"{where}: {val_tokens:,} tokens are not more than --val_tokens, which is "
-        f"{_val_tokens(args):,}; no tokens for the train split. "
+        f"{validation_tokens(args):,}; no tokens for the train split. "
         f"Fix: give --val_tokens {max(1, val_tokens // 10)}, or --val_every 10"
     )
 
@@ -209,9 +163,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens (default: %(default)s)")
     add("--val_tokens", type=int, help="tokens of shard 0, the validation split (shard_tokens)")
-    add("--val_every", type=int, default=0, help="every N-th line or row of a file, and every "
-        "N-th .txt, is validation (default: 0, shard 0 is)")  # fmt: skip
+    add("--val_every", type=int, default=0, help="every N-th line, row or .txt document is "
+        "validation (default: 0, shard 0 is)")  # fmt: skip
     add("--text_column", default="text", help="key or column of the text (default: %(default)s)")
+    add("--literal_endoftext", action="store_true", help="<|endoftext|> in a .txt is text; "
+        "otherwise it parts documents")  # fmt: skip
     add("--streaming", action="store_true", help="read hub files over the network, keep none")
     add("--on_error", choices=("fail", "skip"), default="fail", help="bad documents end the run, "
         "or are left out and counted (default: %(default)s)")  # fmt: skip
@@ -237,7 +193,8 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("inputs", nargs="*", help=".txt, .jsonl(.gz .xz .zst), .parquet; folders; globs")
+    add("inputs", nargs="*", help=".txt, .jsonl or .ndjson (.gz .xz .zst .bz2), "
+        ".parquet; folders; globs")  # fmt: skip
     add("--out_dir", type=Path, required=True, help="folder for the shards")
     add("--dataset", help="Hugging Face dataset: hub name, or a folder laid out as the hub's")
     add("--name", help="configuration of the dataset")
@@ -271,18 +228,13 @@ def run(args: argparse.Namespace, prefix: str) -> int:
     return 0
 
 
-def _left_out(manifest: "Manifest") -> str:
-    return ", ".join(f"{n} {what}" for what, n in manifest.bad.items())
-
-
 def _summarise(out_dir: Path, manifest: "Manifest", elapsed_s: float) -> None:
-    print(
+    said = (
         f"{out_dir}: {manifest.tokens('train'):,} train and {manifest.tokens('val'):,} val tokens, "
         f"{sum(shard.documents for shard in manifest.shards):,} documents, "
         f"{len(manifest.shards)} shards, {elapsed_s:.1f} s"
-        + (f"; left out: {_left_out(manifest)}" if manifest.bad else ""),
-        file=sys.stderr,
     )
+    print("; ".join([said, *manifest.remarks()]), file=sys.stderr)
 
 
 def main() -> int:

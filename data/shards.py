@@ -6,6 +6,7 @@
 """
 
 import hashlib
+import re
 from pathlib import Path
 
 import numpy as np
@@ -21,18 +22,22 @@ DTYPE = np.dtype("<u2")
 HEADER_BYTES = 128  # of a .npy of one dimension, as numpy writes it
 CHECKED_TOKENS = 2**20  # of a shard without manifest, when it is opened; the rest when it is read
 FINGERPRINT_TOKENS = 2**15  # of either end of a shard
+TEXT_TOKENS = 8  # whose bytes are hardly ever all printable: pointers and web pages are
+NPY_MAGIC = b"\x93NUMPY"
 LLM_C_MAGIC, LLM_C_VERSION, LLM_C_HEADER_BYTES = 20240520, 1, 1024
 PREPARE = "Fix: prepare the text with data/prepare.py"
 
 
 def find_shards(data_dir: Path, split: str) -> list[Path]:
-    """Return the shards of one split in order.
+    """Return the shards of one split in order; hidden files are none.
 
     Raises:
-        ValueError: There is none, or they are of several kinds.
+        ValueError: There is none, they are of several kinds, or one has the name of a copy, as
+            "x_train_1 (1).npy" beside "x_train_1.npy".
     """
     patterns = (f"*_{split}_*.npy", f"*_{split}_*.bin", f"*_{split}.bin", f"{split}.bin")
-    found = {p: sorted(data_dir.glob(p)) for p in patterns if any(data_dir.glob(p))}
+    files = {p: [f for f in sorted(data_dir.glob(p)) if f.name[0] != "."] for p in patterns}
+    found = {pattern: shards for pattern, shards in files.items() if shards}
     if not found:
         raise ValueError(
             f"--data_dir {data_dir}: no shard {' or '.join(patterns)}. "
@@ -43,7 +48,16 @@ def find_shards(data_dir: Path, split: str) -> list[Path]:
             f"--data_dir {data_dir}: holds {' and '.join(found)}. "
             "Fix: give each dataset its own folder"
         )
-    return next(iter(found.values()))
+    (shards,) = found.values()
+    original = ""
+    for path in sorted(shards, key=lambda path: path.stem):
+        if original and path.stem.startswith(original) and not path.stem[len(original)].isalnum():
+            raise ValueError(
+                f"{path}: named like a copy of {original}{path.suffix}. "
+                "Fix: move it out of the folder"
+            )
+        original = path.stem
+    return shards
 
 
 def open_shard(path: Path) -> Tokens:
@@ -52,10 +66,13 @@ def open_shard(path: Path) -> Tokens:
     Raises:
         ValueError: Not a shard of a known format that fills its file exactly; says what it is.
     """
-    if path.name.removesuffix(PARTIAL_SUFFIX).endswith(".npy"):
-        return _open_npy(path)
     with path.open("rb") as file:
-        header = np.frombuffer(file.read(LLM_C_HEADER_BYTES)[:12], "<i4")
+        start = file.read(12)
+    if path.name.removesuffix(PARTIAL_SUFFIX).endswith(".npy"):
+        if not start.startswith(NPY_MAGIC):  # numpy would take it for a pickle
+            raise ValueError(f"{path}: not a .npy file, begins with {start!r}. {PREPARE}")
+        return _open_npy(path)
+    header = np.frombuffer(start[: len(start) // 4 * 4], "<i4")
     if len(header) == 3 and LLM_C_MAGIC in (header[0], header[0].byteswap()):
         return _open_llm_c(path, *map(int, header))
     if path.stem not in SPLITS:
@@ -106,6 +123,9 @@ def _open_nanogpt(path: Path) -> Tokens:
         raise ValueError(f"{path}: tokens of another vocabulary (meta.pkl beside it). {PREPARE}")
     tokens = np.memmap(path, DTYPE, "r")
     head = tokens[:CHECKED_TOKENS]
+    start = head[:TEXT_TOKENS].tobytes()
+    if len(start) == 2 * TEXT_TOKENS and re.fullmatch(rb"[\t\n\r -~]*", start):
+        raise ValueError(f"{path}: begins with the text {start[:24]!r}. {PREPARE}")
     for width in (4, 2):  # int64 first: it would pass for int32
         if len(head) >= width and not np.delete(head, np.s_[::width]).any():
             raise ValueError(f"{path}: {16 * width}-bit tokens, it seems. {PREPARE}")
@@ -145,10 +165,18 @@ class TokenStream:
         """Return a SHA-256 of each shard's length and ends: cheap, and another for other data."""
         digest = hashlib.sha256()
         for shard in self.shards:
-            digest.update(f"{len(shard)} ".encode())
-            for end in (shard[:FINGERPRINT_TOKENS], shard[-FINGERPRINT_TOKENS:]):
-                digest.update(end.tobytes())
+            digest.update(_ends(shard))
         return digest.hexdigest()
+
+    def copies(self) -> list[str]:
+        """Return a line for each shard that has the length and the ends of another."""
+        known: dict[bytes, Path] = {}
+        lines = []
+        for path, shard in zip(self.paths, self.shards, strict=True):
+            other = known.setdefault(hashlib.sha256(_ends(shard)).digest(), path)
+            if other != path:
+                lines.append(f"{path}: a copy of {other.name}, by length and ends. Fix: remove one")
+        return lines
 
     def read(self, start: int, length: int) -> Tokens:
         """Copy the tokens `[start, start + length)`, across shard edges.
@@ -174,9 +202,7 @@ class TokenStream:
 
     def _compare(self, manifest: Manifest, data_dir: Path, split: str, verify: bool) -> None:
         if manifest.resume:
-            raise ValueError(
-                f"--data_dir {data_dir}: not finished. Fix: run the same preparation again"
-            )
+            raise ValueError(f"--data_dir {data_dir}: not finished. Fix: run its preparation again")
         made_with = manifest.recipe.get("tokenizer", {}).get("merges_sha256", MERGES_SHA256)
         if made_with != MERGES_SHA256:
             raise ValueError(f"{data_dir / MANIFEST}: made with another tokenizer. {PREPARE}")
@@ -206,3 +232,8 @@ class TokenStream:
                 f"{self.paths[shard]}: token {largest}, the vocabulary has {self.vocab_size}"
                 f"{' (big-endian, it seems)' if swapped else ''}. {PREPARE}"
             )
+
+
+def _ends(shard: Tokens) -> bytes:
+    ends = shard[:FINGERPRINT_TOKENS].tobytes() + shard[-FINGERPRINT_TOKENS:].tobytes()
+    return f"{len(shard)} ".encode() + ends

@@ -7,6 +7,7 @@ Every token is read and every SHA-256 of `shards.json` compared; a difference is
 """
 
 import argparse
+import io
 import json
 import signal
 import sys
@@ -172,7 +173,7 @@ def show_step(data_dir: Path, step: int, config_path: Path) -> None:
     from data.tokenizer import VOCAB_SIZE
 
     try:
-        config = json.loads(config_path.read_text())
+        config = json.loads(config_path.read_text(encoding="utf-8-sig"))
         seq_len, batch_tokens = config["seq_len"], config["batch_tokens"]
         seed, shuffle, max_steps = config["seed"], config["shuffle"], config["max_steps"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -211,6 +212,8 @@ def main() -> int:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # in a locale without these letters
     try:
         if (args.step is None) != (args.config is None):
             raise ValueError("--step and --config: belong together. Fix: give both or neither")

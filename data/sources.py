@@ -1,29 +1,29 @@
 """Where text comes from: files, folders, globs, and Hugging Face datasets by name."""
 
 import glob
-import gzip
 import hashlib
-import io
-import lzma
 import os
+import re
+import sys
 from collections import Counter
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
-from typing import Any, BinaryIO
+from typing import Any
 
 TEXT, LINES, ROWS = "text", "lines", "rows"  # one document; one per line; one per row
 KINDS = {
     ".txt": (TEXT, ""),
     ".parquet": (ROWS, ""),
-    **{f"{json}{pack}": (LINES, pack) for json in (".jsonl", ".json")
-       for pack in ("", ".gz", ".xz", ".zst")},
+    **{f"{json}{pack}": (LINES, pack) for json in (".jsonl", ".ndjson", ".json")
+       for pack in ("", ".gz", ".xz", ".zst", ".bz2")},
 }  # fmt: skip
+# Dot files, and what Windows, macOS, network disks and office programs leave.
+HIDDEN = re.compile(
+    r"\.|~\$|(__MACOSX|lost\+found|\$RECYCLE\.BIN|System Volume Information|@eaDir)$"
+)
+MAX_NAMED = 5  # of the files that are left out
 HUB = "hf://datasets/"
-BUFFER_BYTES = 2**20
 END_BYTES = 2**16  # at the beginning and the end of a file, which tell it from another
-READ_AHEAD_BYTES = 2**23  # of a file that is streamed from the hub
 
 
 @dataclass(frozen=True)
@@ -64,37 +64,37 @@ class SourceFile:
 
 def _kind(name: str) -> tuple[str, str]:
     """Return kind and packing of a file by its name; nothing where it is none of ours."""
-    fitting = [suffix for suffix in KINDS if name.endswith(suffix)]
+    fitting = [suffix for suffix in KINDS if name.lower().endswith(suffix)]
     return KINDS[max(fitting, key=len)] if fitting else ("", "")
 
 
 def find_files(inputs: list[str]) -> list[SourceFile]:
     """Return the files of `inputs` in order; a folder gives all that it holds, sorted by path.
 
-    A plain `.json`, which is read as lines too, counts only where it is named.
+    A plain `.json`, which is read as lines too, counts only where it is named. What a folder holds
+    beside is named in one line on stderr.
 
     Raises:
         ValueError: An input does not exist, is of another kind, comes twice, or there is none.
     """
     files: list[SourceFile] = []
+    left_out: dict[Path, str] = {}
     for given in inputs:
-        path = Path(given)
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p.name)[0])
-            found = [p for p in found if p.suffix != ".json"]  # mostly somebody's settings
-        elif path.is_file():
-            found = [path]
-        else:
-            found = [Path(p) for p in sorted(glob.glob(given, recursive=True)) if Path(p).is_file()]
-            if not found:
-                raise ValueError(f"{given}: no such file or folder. Fix: give what exists")
-        for p in found:
-            if not _kind(p.name)[0]:
-                raise ValueError(
-                    f"{p}: not one of {' '.join(KINDS)}. Fix: convert it to one of them"
-                )
-            name = str(p.relative_to(path)) if path.is_dir() else p.name
-            files.append(SourceFile(name, str(p), p.stat().st_size))
+        for path in _expand(given):
+            if path.is_dir():
+                found, others = _look_into(path)
+                left_out |= others
+            else:
+                found = [path]
+            for p in found:
+                if not _kind(p.name)[0]:
+                    raise ValueError(
+                        f"{p}: not one of {' '.join(KINDS)}. Fix: convert it to one of them"
+                    )
+                name = str(p.relative_to(path)) if path.is_dir() else p.name
+                files.append(SourceFile(name, str(p), p.stat().st_size))
+    if left_out:
+        print(f"warning: left out {_describe(left_out)}", file=sys.stderr)
     if not files:
         raise ValueError(
             f"{' '.join(inputs)}: no file that ends in {' '.join(KINDS)}. Fix: give such"
@@ -103,6 +103,67 @@ def find_files(inputs: list[str]) -> list[SourceFile]:
     if times > 1:
         raise ValueError(f"{url}: given {times} times. Fix: name each file once")
     return files
+
+
+def _expand(given: str) -> list[Path]:
+    """Return the file or folder of that name, or what a glob finds."""
+    if given and Path(given).exists():
+        return [Path(given)]
+    found = [Path(p) for p in sorted(glob.glob(given, recursive=True))]
+    if "**" in given:  # which finds all that its folders hold
+        found = [p for p in found if p.is_file()]
+    if not found:
+        raise ValueError(f"{given}: no such file or folder. Fix: give what exists")
+    return found
+
+
+def _look_into(folder: Path) -> tuple[list[Path], dict[Path, str]]:
+    """Return the files below a folder that are text by their names, and the kinds of all others.
+
+    Links are followed, into each folder once. Hidden files, and what is in hidden folders, are not
+    text: editors, notebooks and operating systems keep copies and settings in them.
+    """
+
+    def refuse(error: OSError) -> None:
+        if not _is_hidden(Path(error.filename).relative_to(folder)):
+            raise ValueError(
+                f"{error.filename}: cannot be read ({error.strerror}). Fix: chmod +rx, or move it "
+                "away"
+            )
+
+    found, others, seen = [], {}, {os.path.realpath(folder)}
+    for here, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        inner = sorted(folders)
+        folders.clear()
+        for name in inner:
+            real = os.path.realpath(Path(here, name))
+            folders += [name] if real not in seen else []
+            seen.add(real)
+        for name in names:
+            path = Path(here, name)
+            is_text = _kind(name)[0] and path.suffix.lower() != ".json"  # mostly settings
+            if _is_hidden(path.relative_to(folder)):
+                others[path] = "hidden"
+            elif not path.is_file():
+                others[path] = "no file"
+            elif is_text:
+                found.append(path)
+            else:
+                others[path] = path.suffix or "no suffix"
+    return sorted(found), others
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(HIDDEN.match(part) for part in path.parts)
+
+
+def _describe(kinds: dict[Path, str]) -> str:
+    """Say how many files these are, how large, of which kinds, and name the first."""
+    paths = sorted(kinds)
+    n_bytes = sum(p.stat().st_size for p in paths if p.is_file())
+    named = ", ".join(map(str, paths[:MAX_NAMED])) + ", …" * (len(paths) > MAX_NAMED)
+    counts = ", ".join(f"{n} {kind}" for kind, n in Counter(kinds.values()).most_common())
+    return f"{len(paths)} files, {n_bytes / 1e6:.3g} MB ({counts}): {named}"
 
 
 def find_dataset(
@@ -141,7 +202,7 @@ def find_dataset(
             "own conversion, --revision refs/convert/parquet"
         )
     if urls[0].startswith(HUB):
-        return _hub_files(urls), _split_url(urls[0])[1]
+        return _hub_files(urls), split_url(urls[0])[1]
     names = [str(Path(url).relative_to(Path(dataset).resolve())) for url in urls]
     sizes = [Path(url).stat().st_size for url in urls]
     return [SourceFile(*file) for file in zip(names, urls, sizes, strict=True)], ""
@@ -155,84 +216,11 @@ def _hub_files(urls: list[str]) -> list[SourceFile]:
     for folder in {url.rpartition("/")[0] for url in urls}:  # one request for all its files
         for entry in hub.ls(folder, detail=True):
             sizes[f"hf://{entry['name']}"] = entry["size"]
-    return [SourceFile(_split_url(url)[2], url, sizes[url]) for url in urls]
+    return [SourceFile(split_url(url)[2], url, sizes[url]) for url in urls]
 
 
-def _split_url(url: str) -> tuple[str, str, str]:
+def split_url(url: str) -> tuple[str, str, str]:
     """Return repository, commit and path of `hf://datasets/REPO@COMMIT/PATH`."""
     repo, _, rest = url.removeprefix(HUB).partition("@")
     commit, _, path = rest.partition("/")
     return repo, commit, path
-
-
-def download(url: str) -> Path:
-    """Download one file of a hub dataset into the hub's cache and check it.
-
-    Raises:
-        OSError: The network fails, or the file does not have the checksum that the hub states and
-            is deleted.
-    """
-    from huggingface_hub import hf_hub_download
-
-    repo, commit, name = _split_url(url)
-    path = Path(hf_hub_download(repo, name, repo_type="dataset", revision=commit))
-    blob = path.resolve()  # the cache names a blob by the hub's checksum: SHA-256, or git's own
-    with blob.open("rb") as file:
-        if len(blob.name) == 2 * hashlib.sha256().digest_size:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        else:
-            header = f"blob {blob.stat().st_size}\0".encode()
-            digest = hashlib.sha1(header + file.read(), usedforsecurity=False).hexdigest()
-    if digest != blob.name:
-        path.unlink()
-        blob.unlink()
-        raise OSError(f"{url} does not have the hub's checksum. Fix: start again")
-    return path
-
-
-class Opener:
-    """Open source files one after another; the next hub file downloads meanwhile.
-
-    Args:
-        files: All of them, in order.
-        streaming: Read hub files over the network as needed instead of downloading them.
-    """
-
-    def __init__(self, files: list[SourceFile], streaming: bool = False) -> None:
-        self.files, self.streaming = files, streaming
-        self._downloads: dict[int, Future[Path]] = {}
-
-    def open(self, number: int) -> BinaryIO:
-        """Open file `number` as it is stored."""
-        url = self.files[number].url
-        if not url.startswith(HUB):
-            return open(url, "rb", buffering=BUFFER_BYTES)
-        if self.streaming:
-            from huggingface_hub import HfFileSystem
-
-            stream: Any = HfFileSystem().open(url, "rb", block_size=READ_AHEAD_BYTES)
-            return stream
-        for i in (number, number + 1):
-            if i < len(self.files) and i not in self._downloads:
-                self._downloads[i] = Future()
-                Thread(target=self._download, args=(i,), daemon=True).start()
-        return self._downloads[number].result().open("rb")
-
-    def _download(self, number: int) -> None:
-        try:
-            self._downloads[number].set_result(download(self.files[number].url))
-        except Exception as error:  # raised where the file is opened
-            self._downloads[number].set_exception(error)
-
-
-def unpack(raw: BinaryIO, packing: str) -> BinaryIO:
-    """Return the uncompressed stream of an open file."""
-    if packing == ".gz":
-        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value] # is one in all but name
-    if packing == ".xz":
-        return lzma.LZMAFile(raw)  # type: ignore[return-value] # likewise
-    if packing == ".zst":
-        import pyarrow
-
-        return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))  # type: ignore
-    return raw

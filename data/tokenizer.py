@@ -12,6 +12,7 @@ MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 VOCAB_SIZE = 50257
 END_OF_TEXT = "<|endoftext|>"
+EOT_BYTES = END_OF_TEXT.encode()
 EOT_TOKEN = 50256
 
 
@@ -82,6 +83,8 @@ def save_hf_tokenizer(folder: Path, block_size: int) -> None:
         "eos_token": END_OF_TEXT,
         "unk_token": END_OF_TEXT,
     }
-    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
     (folder / "merges.txt").write_bytes(MERGES.read_bytes())
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(config, indent=2) + "\n", encoding="utf-8"
+    )

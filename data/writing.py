@@ -123,9 +123,7 @@ class ShardWriter:
             number, first = number + 1, first + size
         self._held = starts[-1]
         if self._held < 0:
-            raise ValueError(
-                f"--out_dir {self.out_dir}: the source has changed since. Fix: start anew"
-            )
+            raise ValueError(f"--out_dir {self.out_dir}: the source has changed. Fix: start anew")
         while self._held >= (size := self._size(len(self.manifest.shards))):
             last = int(np.searchsorted(starts[1:], size))  # the block that fills the shard
             bad = self.bad + sum((part.bad for part in parts[:last]), Counter())

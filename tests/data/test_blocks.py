@@ -13,7 +13,8 @@ from pyarrow import parquet
 from data.blocks import CUT, Block, Reader, Reading
 from data.documents import read_documents
 from data.manifest import Position
-from data.sources import Opener, find_files
+from data.opening import Opener
+from data.sources import find_files
 from data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -87,7 +87,7 @@ def test_memory_does_not_grow_with_the_number_of_shards(tmp_path: Path) -> None:
         folder = tmp_path / str(n_shards)
         folder.mkdir()
         for i in range(n_shards):
-            np.save(folder / f"text_train_{i:06d}.npy", np.zeros(200_000, np.uint16))
+            np.save(folder / f"text_train_{i:06d}.npy", np.full(200_000, i, np.uint16))
         tracemalloc.start()
         stream = TokenStream(folder, "train", 50257)
         loader = Loader(stream, Order(len(stream), 64), 4, 1)

@@ -75,7 +75,7 @@ def test_other_arrays_are_refused(tmp_path: Path, tokens: np.ndarray, message: s
 def test_an_archive_under_the_name_of_a_shard_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", tokens=np.zeros(5, np.uint16))
     path = (tmp_path / "a.npz").rename(tmp_path / "text_train_000000.npy")
-    with pytest.raises(ValueError, match=r"text_train_000000\.npy: holds npz"):
+    with pytest.raises(ValueError, match=r"text_train_000000\.npy: not a \.npy file, begins"):
         open_shard(path)
 
 
@@ -250,8 +250,55 @@ def test_the_largest_token_is_known_without_reading(folder: Path) -> None:
 
 def test_an_unfinished_or_damaged_manifest_is_refused(folder: Path) -> None:
     write_manifest(folder, Manifest({}, [], {}, Resume("", Position(), 0, {})))
-    with pytest.raises(ValueError, match=r"not finished\. Fix: run the same preparation again"):
+    with pytest.raises(ValueError, match=r"not finished\. Fix: run its preparation again"):
         TokenStream(folder, "train", 50257)
     (folder / "shards.json").write_text('{"shards": 1}')
     with pytest.raises(ValueError, match=r"shards\.json: damaged"):
         TokenStream(folder, "train", 50257)
+
+
+@pytest.mark.parametrize("name", ["{} (1)", "{} copy", "{} - Copy", "{}_copy", "{}-1", "{}.old"])
+def test_a_copy_beside_a_shard_is_refused(tmp_path: Path, name: str) -> None:
+    write(tmp_path, np.arange(50), np.arange(60))
+    path = tmp_path / f"{name.format('text_train_000001')}.npy"
+    np.save(path, np.arange(50).astype("<u2"))
+    with pytest.raises(ValueError, match=r"a copy of text_train_000001.npy. Fix: move it out"):
+        TokenStream(tmp_path, "train", 50257)
+
+
+def test_numbers_of_other_lengths_are_no_copies(tmp_path: Path) -> None:
+    for number in (1, 10, 100, 2):
+        np.save(tmp_path / f"text_train_{number}.npy", np.arange(number + 5).astype("<u2"))
+    assert len(TokenStream(tmp_path, "train", 50257)) == 113 + 4 * 5
+
+
+@pytest.mark.parametrize("name", ["._text_train_000000.npy", ".text_train_000009.npy"])
+def test_hidden_files_are_no_shards(tmp_path: Path, name: str) -> None:
+    tokens = write(tmp_path, np.arange(50), np.arange(60))
+    (tmp_path / name).write_bytes(b"Mac OS X")
+    (tmp_path / ".DS_Store").write_bytes(b"")
+    assert len(TokenStream(tmp_path, "train", 50257)) == len(tokens)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:"
+        + b"4d7a" * 16
+        + b"\nsize 1234\n",
+        b"<!DOCTYPE html>\n<html><head><title>404 Not Found</title></head><body></body></html>\n",
+    ],
+)
+def test_text_under_the_name_of_a_bin_is_refused(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "train.bin").write_bytes(text + b"\n" * (len(text) % 2))
+    with pytest.raises(ValueError, match=r"train.bin: begins with the text b'.*. Fix"):
+        TokenStream(tmp_path, "train", 50257)
+
+
+def test_shards_that_hold_the_same_are_told(tmp_path: Path) -> None:
+    tokens = np.random.default_rng(0).integers(0, 50257, 100_000).astype(np.uint16)
+    for name, shard in {"a": tokens, "b": tokens[:-1], "c": tokens[::-1], "d": tokens}.items():
+        np.save(tmp_path / f"{name}_train_000000.npy", shard)
+    told = TokenStream(tmp_path, "train", 50257).copies()
+    first, last = tmp_path / "a_train_000000.npy", tmp_path / "d_train_000000.npy"
+    assert told == [f"{last}: a copy of {first.name}, by length and ends. Fix: remove one"]

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,10 +26,22 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def show(*arguments: object) -> subprocess.CompletedProcess[str]:
+def test_texts_are_shown_in_an_ascii_locale(folder: Path) -> None:
+    for path in folder.glob("*.npy"):
+        np.save(path, np.tile(np.array(tokenize("日本"), np.uint16), 31))
+    (folder / "shards.json").unlink()
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = show(folder, "--quiet", environment=os.environ | ascii_only)
+    assert done.returncode == 0, done.stderr
+    assert r"\u65e5" in done.stdout
+
+
+def show(
+    *arguments: object, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "data/show.py", *map(str, arguments)],
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=60,
+        cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", check=False, timeout=60,
     )  # fmt: skip
 
 
