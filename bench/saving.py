@@ -1,4 +1,4 @@
-"""The price of a checkpoint: the engine's own save, in turns with ours; of it flushing and hashing.
+"""The price of a checkpoint: the engine's own save, in turns with ours, and what is in ours.
 
 python bench/saving.py --out runs/bench/saving.json
 """
@@ -52,6 +52,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 def compare(engine: Any, folder: Path, blocks: int) -> dict[str, list[float]]:
     """Save in turns; return the seconds of each block by what was done."""
+    import checkpoint.fingerprints as fingerprints
     import checkpoint.manifest as manifest
     import checkpoint.saving as saving
 
@@ -68,6 +69,7 @@ def compare(engine: Any, folder: Path, blocks: int) -> dict[str, list[float]]:
 
     saving.sync_file = timed("flushing", manifest.sync_file)
     saving.record_file = timed("hashing", manifest.record_file)
+    saving.engine_fingerprints = timed("fingerprints", fingerprints.engine_fingerprints)
 
     def ours() -> None:
         saving.save_checkpoint(
@@ -77,7 +79,9 @@ def compare(engine: Any, folder: Path, blocks: int) -> dict[str, list[float]]:
     def engines() -> None:
         engine.save_checkpoint(str(folder / "engine"), tag="step", save_latest=True)
 
-    times: dict[str, list[float]] = {"engine": [], "ours": [], "flushing": [], "hashing": []}
+    times: dict[str, list[float]] = {
+        name: [] for name in ("engine", "ours", "flushing", "hashing", "fingerprints")
+    }
     for block in in_turns(["engine", "ours"], blocks):
         for name in block:
             spent.clear()
@@ -99,12 +103,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         times = compare(build_engine(folder, args.model), folder, args.blocks)
-    parts = zip(times["ours"], times["flushing"], times["hashing"], strict=True)
-    rest = [ours - flushing - hashing for ours, flushing, hashing in parts]
+    parts = zip(*(times[name] for name in times if name != "engine"), strict=True)
+    rest = [ours - sum(each) for ours, *each in parts]
     rows = [
         {"what": what, "seconds": f"{sorted(values)[len(values) // 2]:.2f}",
-         "of the engine's": str(paired_ratio(values, times["engine"]))}
-        for what, values in (times | {"ours without flushing and hashing": rest}).items()
+         "of the engine's": str(paired_ratio(values, times["engine"])),
+         "of ours": str(paired_ratio(values, times["ours"]))}
+        for what, values in (times | {"ours without these three": rest}).items()
     ]  # fmt: skip
     record(args.out, f"Checkpoint of {args.model}", rows, times)
 

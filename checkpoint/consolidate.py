@@ -6,6 +6,7 @@ python checkpoint/consolidate.py --ckpt runs/x --out_dir x_hf
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from checkpoint.layouts import WEIGHT, step_tensors
-from checkpoint.manifest import newest_step, read_manifest, step_name, verify_files
+from checkpoint.layouts import step_weights
+from checkpoint.manifest import PARTIAL_SUFFIX, newest_step, read_manifest, step_name
 from model import GPTConfig
 
 if TYPE_CHECKING:
@@ -33,11 +34,21 @@ def engine_weights(engine: Any) -> Iterator[tuple[str, Tensor]]:
         yield name, weight
 
 
-def consolidate_engine(engine: Any, run_dir: Path, step: int) -> Path:
-    """Write a live engine as `run_dir/consolidated/step_…` (all ranks); return the folder."""
+def consolidate_engine(engine: Any, run_dir: Path, step: int, unverified: list[str]) -> Path:
+    """Write a live engine as `run_dir/consolidated/step_…` (all ranks); return the folder.
+
+    Raises:
+        ValueError: The optimizer's weights are not those that the model computes with; on all
+            ranks, and nothing is written.
+    """
     import torch.distributed as dist
 
-    weights, folder = engine_weights(engine), run_dir / "consolidated" / step_name(step)
+    from checkpoint.fingerprints import checked, engine_fingerprints
+
+    folder = run_dir / "consolidated" / step_name(step)
+    expected = engine_fingerprints(engine)
+    dtype = next(engine.module.parameters()).dtype
+    weights = checked(engine_weights(engine), expected, dtype, folder, unverified)
     if dist.get_rank() == 0:
         save_consolidated(folder, engine.module.config, weights)
     for _ in weights:  # the other ranks take part in gathering each weight
@@ -53,20 +64,13 @@ def save_consolidated(
     from data.tokenizer import save_hf_tokenizer
     from model.weights import save_hf_folder
 
-    save_hf_folder(
-        folder, config, weights, lambda partial: save_hf_tokenizer(partial, config.block_size)
-    )
-
-
-def step_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield every fp32 weight of a step folder.
-
-    Raises:
-        ValueError: A file is missing, altered, or holds something else.
-    """
-    manifest = read_manifest(folder)
-    verify_files(folder, manifest)
-    yield from step_tensors(folder, manifest, WEIGHT)
+    try:
+        save_hf_folder(
+            folder, config, weights, lambda partial: save_hf_tokenizer(partial, config.block_size)
+        )
+    except ValueError:  # of the weights: nothing of them stays
+        shutil.rmtree(folder.with_name(folder.name + PARTIAL_SUFFIX))
+        raise
 
 
 def check_empty(out_dir: Path) -> None:
@@ -75,10 +79,8 @@ def check_empty(out_dir: Path) -> None:
     Raises:
         ValueError: `out_dir` is a file, or a folder that holds something.
     """
-    if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
-        raise ValueError(
-            f"--out_dir {out_dir}: exists and is not an empty folder. Fix: give another"
-        )
+    if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.glob("[!.]*"))):
+        raise ValueError(f"--out_dir {out_dir}: is not an empty folder. Fix: give another")
 
 
 def main() -> int:

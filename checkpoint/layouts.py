@@ -6,11 +6,12 @@ to 0, and load everything at once; the layouts that it writes are few and plain.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoint.manifest import Manifest
+from checkpoint.manifest import Manifest, read_manifest, verify_files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +19,27 @@ if TYPE_CHECKING:
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")  # the moments by AdamW's names
 MODEL_STATES = "mp_rank_00_model_states.pt"
 Shard = dict[str, Any]
+
+
+def step_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield every whole fp32 weight of a step folder, once each of its files is verified.
+
+    Raises:
+        ValueError: A file is missing, altered, or holds something else; after the last weight:
+            some are not those that the model computed with, by their fingerprints.
+    """
+    manifest = read_manifest(folder)
+    verify_files(folder, manifest)
+    yield from verified_weights(folder, manifest)
+
+
+def verified_weights(folder: Path, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
+    """Yield the same of a folder whose files are verified, with its own manifest."""
+    from checkpoint.fingerprints import DTYPES, checked
+
+    weights = step_tensors(folder, manifest, WEIGHT)
+    dtype = DTYPES[manifest.precision]
+    yield from checked(weights, manifest.fingerprints, dtype, folder, manifest.unverified)
 
 
 def step_tensors(folder: Path, manifest: Manifest, key: str) -> Iterator[tuple[str, Tensor]]:
@@ -31,7 +53,7 @@ def step_tensors(folder: Path, manifest: Manifest, key: str) -> Iterator[tuple[s
     Raises:
         ValueError: A file is missing or holds something else.
     """
-    try:
+    with _naming_folder(folder):
         if manifest.zero_stage == 0:
             yield from _unsharded(_load(folder / MODEL_STATES), key)
         elif manifest.zero_stage < 3:
@@ -40,11 +62,6 @@ def step_tensors(folder: Path, manifest: Manifest, key: str) -> Iterator[tuple[s
         else:
             shapes = _load(folder / f"zero_pp_rank_0_{MODEL_STATES}")["param_shapes"]
             yield from _merge_stage3(_shards(folder, manifest), shapes, key)
-    except (KeyError, StopIteration, RuntimeError) as error:
-        raise ValueError(
-            f"{folder}: not a checkpoint that this version wrote ({error!r}). "
-            "Fix: go on from a Hugging Face folder of it with --init_from"
-        ) from error
 
 
 def optimizer_steps(folder: Path, manifest: Manifest) -> int:
@@ -53,13 +70,20 @@ def optimizer_steps(folder: Path, manifest: Manifest) -> int:
     Raises:
         ValueError: A file is missing or holds something else.
     """
-    try:
+    with _naming_folder(folder):
         if manifest.zero_stage == 0:
             state = _load(folder / MODEL_STATES)["optimizer"]["state"]
         else:
             state = _optimizer_state(_shards(folder, manifest)[0])
         return int(next(iter(state.values()))["step"])
-    except (KeyError, StopIteration, RuntimeError) as error:
+
+
+@contextlib.contextmanager
+def _naming_folder(folder: Path) -> Iterator[None]:
+    """Turn what other contents than expected raise into one line."""
+    try:
+        yield
+    except (LookupError, StopIteration, RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{folder}: not a checkpoint that this version wrote ({error!r}). "
             "Fix: go on from a Hugging Face folder of it with --init_from"

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,12 @@ class Manifest:
         zero_stage: 0 to 3.
         precision: "fp32", "autocast" or "bf16".
         optimizer: The classes of the engine's optimizer and of the one within.
+        partition: How the optimizer's flat tensors hold the weights; "": not recorded.
         model: Fields of GPTConfig.
         order: What decides, besides `samples`, on which tokens the next step is taken.
         files: Every other file of the folder, by name.
+        fingerprints: Of each weight that the model computed with; empty: not recorded.
+        unverified: Keys of the ds_config that were never verified.
     """
 
     step: int
@@ -57,6 +60,9 @@ class Manifest:
     model: dict[str, Any]
     order: dict[str, Any]
     files: dict[str, FileRecord]
+    partition: str = ""
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    unverified: list[str] = field(default_factory=list)
 
 
 def step_name(step: int) -> str:
@@ -95,7 +101,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text(encoding="utf-8"))
         if raw.pop("sha256") != _digest(raw):
             raise ValueError("SHA-256")
         files = {name: FileRecord(**record) for name, record in raw.pop("files").items()}
@@ -107,13 +113,9 @@ def read_manifest(folder: Path) -> Manifest:
             raise ValueError("precision, zero_stage or world_size")
         return Manifest(**raw, files=files)
     except FileNotFoundError:
-        raise ValueError(
-            f"{folder}: no {MANIFEST}: not a complete checkpoint. Fix: delete it"
-        ) from None
+        raise ValueError(f"{folder}: no {MANIFEST}: incomplete. Fix: delete it") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: damaged ({error!r}). Fix: rm -r {folder}, to go back one"
-        ) from error
+        raise ValueError(f"{path}: damaged ({error!r}). Fix: rm -r {folder}, to go back") from error
 
 
 def writer_of(name: str) -> int:
@@ -122,26 +124,33 @@ def writer_of(name: str) -> int:
     return int(found[1]) if found else 0
 
 
+def unknown_files(folder: Path, manifest: Manifest) -> list[Path]:
+    """Return the files that the manifest does not list.
+
+    Hidden ones are ignored: operating and file systems leave them (.DS_Store, ._x, .nfs…).
+    """
+    known = {MANIFEST, *manifest.files}
+    found = [p for p in folder.iterdir() if p.name not in known and not p.name.startswith(".")]
+    return sorted(found)
+
+
 def verify_files(folder: Path, manifest: Manifest, rank: int = 0, world_size: int = 1) -> None:
     """Compare this rank's share of the files with the manifest, byte for byte.
 
     Raises:
-        ValueError: A file is missing, altered or too many; names it.
+        ValueError: A file is missing, altered or unknown; names it.
     """
-    for extra in sorted(
-        p.name for p in folder.iterdir() if p.name not in {MANIFEST, *manifest.files}
-    ):
-        raise ValueError(f"{folder / extra}: not in {MANIFEST}. Fix: move it out of the folder")
+    extra = unknown_files(folder, manifest)
+    if extra:
+        raise ValueError(f"{extra[0]}: not in {MANIFEST}. Fix: move it out of the folder")
     for name in manifest.files:
         path = folder / name
         if writer_of(name) % world_size != rank:
             continue
         if not path.is_file():
-            raise ValueError(f"{path}: missing. Fix: rm -r {folder}, to go back one checkpoint")
+            raise ValueError(f"{path}: missing. Fix: rm -r {folder}, to go back")
         if record_file(path) != manifest.files[name]:
-            raise ValueError(
-                f"{path}: damaged (SHA-256). Fix: rm -r {folder}, to go back one checkpoint"
-            )
+            raise ValueError(f"{path}: damaged (SHA-256). Fix: rm -r {folder}, to go back")
 
 
 def complete_steps(checkpoints: Path) -> list[Path]:
@@ -192,7 +201,7 @@ def sync_file(path: Path) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small file: its old or its new text is there at any moment."""
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    with partial.open("w") as file:
+    with partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -225,11 +234,11 @@ def delete_step(folder: Path) -> None:
     shutil.rmtree(deleted, ignore_errors=True)
     folder.rename(deleted)
     sync_folder(folder.parent)
-    shutil.rmtree(deleted)
+    shutil.rmtree(deleted, ignore_errors=True)  # what somebody still holds goes at the next start
 
 
 def sweep(checkpoints: Path) -> None:
     """Delete what an interrupted save or deletion left; nobody may be writing."""
     for suffix in (PARTIAL_SUFFIX, DELETED_SUFFIX):
         for folder in checkpoints.glob(f"step_*{suffix}"):
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoint.consolidate import step_weights
 from checkpoint.foreign import ACCEPTED, load_foreign
+from checkpoint.layouts import step_weights
 from checkpoint.manifest import MANIFEST, newest_step, read_manifest
 from checkpoint.run_folder import STATUS
 from model import GPT, GPTConfig

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from checkpoint.layouts import MOMENTS, WEIGHT, optimizer_steps, step_tensors
+from checkpoint.fingerprints import compare, engine_fingerprints, fingerprint
+from checkpoint.layouts import MOMENTS, optimizer_steps, step_tensors, verified_weights
 from checkpoint.manifest import (
     Manifest,
     complete_steps,
     incomplete_steps,
     read_manifest,
+    unknown_files,
     verify_files,
 )
 from checkpoint.saving import layout_of, rng_file
@@ -41,9 +43,7 @@ def find_checkpoints(run_dir: Path, resume: str) -> list[Path]:
     if broken := incomplete_steps(checkpoints):
         raise ValueError(f"{broken[-1]}: no manifest.json. Fix: rm -r {broken[-1]}, to start anew")
     if resume == "must":
-        raise ValueError(
-            f"--resume must: {checkpoints} holds no complete checkpoint. Fix: --resume auto"
-        )
+        raise ValueError(f"--resume must: no checkpoint in {checkpoints}. Fix: --resume auto")
     return []
 
 
@@ -74,20 +74,24 @@ def newest_intact(folders: list[Path], resume: str) -> tuple[Path, Manifest] | N
     """Return the first folder whose every byte is as its manifest says (all ranks).
 
     Raises:
-        ValueError: The first is damaged and "must" be taken, or all are; names the file.
+        ValueError: The first is damaged and "must" be taken, or all are; or one holds an unknown
+            file: then no older one is taken. Names the file.
     """
     for folder in folders:
-        problem, manifest = "", None
+        problem, manifest, extra = "", None, []
         try:
             manifest = read_manifest(folder)
+            extra = unknown_files(folder, manifest)
             verify_files(folder, manifest, dist.get_rank(), dist.get_world_size())
         except ValueError as error:
             problem = str(error)
-        problems = [""] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)  # all ranks
-        found = next(filter(None, problems), "")
+        outcomes = [(problem, bool(extra))] * dist.get_world_size()
+        dist.all_gather_object(outcomes, (problem, bool(extra)))  # all ranks
+        found = next((problem for problem, _ in outcomes if problem), "")
         if not found and manifest:
             return folder, manifest
+        if any(is_strange for _, is_strange in outcomes):
+            raise ValueError(next(problem for problem, is_strange in outcomes if is_strange))
         if resume == "must" or folder == folders[-1]:
             what = found.partition(". Fix: ")[0]
             remedy = "--resume auto" if folder != folders[-1] else "give another --run_dir"
@@ -102,9 +106,14 @@ def load_checkpoint(engine: Any, folder: Path, manifest: Manifest, precision: st
 
     The engine's own files serve only the layout that wrote them; with another number of ranks,
     ZeRO stage or optimizer, whole weights and moments are read from all of them.
+
+    Raises:
+        ValueError: A file holds something else, or the weights that the engine goes on with are
+            not those that were saved, by their fingerprints.
     """
     now = layout_of(engine, precision)
-    saved = {key: getattr(manifest, key) for key in now}
+    saved = {key: getattr(manifest, key) or now[key] for key in now}
+    expected = manifest.fingerprints
     if saved == now:
         allow_deepspeed_types()
         with contextlib.redirect_stdout(sys.stderr), naming_pickled_code(folder):
@@ -113,7 +122,9 @@ def load_checkpoint(engine: Any, folder: Path, manifest: Manifest, precision: st
         if dist.get_rank() == 0:
             changes = ", ".join(f"{k}: {saved[k]} -> {v}" for k, v in now.items() if saved[k] != v)
             print(f"{folder}: read for another layout ({changes})", file=sys.stderr)
-        load_whole_tensors(engine, folder, manifest)
+        expected = load_whole_tensors(engine, folder, manifest)
+    refresh_weights(engine)  # all ranks
+    compare(engine_fingerprints(engine), expected, folder, manifest.unverified)  # all ranks
     if saved["world_size"] == now["world_size"]:
         states = load_weights_only(folder / rng_file(dist.get_rank()))
         torch.set_rng_state(states["cpu"])
@@ -123,32 +134,53 @@ def load_checkpoint(engine: Any, folder: Path, manifest: Manifest, precision: st
         torch.manual_seed(torch.initial_seed() + (manifest.step << 20))
 
 
-def load_whole_tensors(engine: Any, folder: Path, manifest: Manifest) -> None:
+def load_whole_tensors(engine: Any, folder: Path, manifest: Manifest) -> dict[str, str]:
     """Load weights and moments into an engine of any layout (all ranks, each reads all files).
+
+    Returns:
+        The fingerprints of the weights in the engine's dtype.
 
     Raises:
         ValueError: A file holds something else.
     """
-    import deepspeed
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-    stage, states = engine.zero_optimization_stage(), engine.basic_optimizer.state
+    is_sharded, states = engine.zero_optimization_stage() > 0, engine.basic_optimizer.state
     make_moments(engine, optimizer_steps(folder, manifest))
     params = dict(engine.module.named_parameters())
-    tensors = (step_tensors(folder, manifest, key) for key in (WEIGHT, *MOMENTS))
-    for (name, weight), *named in zip(*tensors, strict=True):
+    fingerprints = {}
+    weights = verified_weights(folder, manifest)
+    moments = [step_tensors(folder, manifest, key) for key in MOMENTS]
+    for (name, weight), *named in zip(weights, *moments, strict=True):
         param = params[name]
-        moments = zip(MOMENTS, (moment.to(engine.device) for _, moment in named), strict=True)
-        if stage > 0:
+        fingerprints[name] = fingerprint(weight, param.dtype)
+        if is_sharded:
             safe_set_full_fp32_param(param, weight.to(engine.device))
-        for key, moment in moments:
-            if stage > 0:
-                safe_set_full_optimizer_state(param, moment, key)
+        else:
+            param.data.copy_(weight)
+        for key, (_, moment) in zip(MOMENTS, named, strict=True):
+            if is_sharded:
+                safe_set_full_optimizer_state(param, moment.to(engine.device), key)
             else:
                 states[param][key].copy_(moment)
-        whole = deepspeed.zero.GatheredParameters([param], modifier_rank=0, enabled=stage == 3)
-        with whole, torch.no_grad():
-            param.copy_(weight)
+    return fingerprints
+
+
+def refresh_weights(engine: Any) -> None:
+    """Make the weights of forward anew from the fp32 ones, as each step does (all ranks).
+
+    This changes nothing, unless the optimizer holds them in another order than they were loaded in.
+    """
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage in (1, 2):
+        optimizer.update_lp_params()
+    elif stage == 3:
+        optimizer._partition_all_parameters()
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        optimizer.invalidate_secondary_tensor()
 
 
 def make_moments(engine: Any, n_steps: int) -> None:

@@ -20,12 +20,12 @@ MAX_RESTARTS = 3  # without one more checkpoint
 
 
 def check_unused(run_dir: Path) -> None:
-    """Refuse a folder in which something is.
+    """Refuse a folder in which something is, but for hidden files.
 
     Raises:
         ValueError: Names it.
     """
-    if run_dir.is_dir() and any(run_dir.iterdir()):
+    if run_dir.is_dir() and any(not path.name.startswith(".") for path in run_dir.iterdir()):
         raise ValueError(f"--resume none: {run_dir} is not empty. Fix: give another --run_dir")
 
 
@@ -36,8 +36,10 @@ def check_not_lost(run_dir: Path) -> None:
         ValueError: Its log is beyond its first checkpoint; names the folder.
     """
     try:
-        every = json.loads((run_dir / "config.json").read_text())["checkpoint_every"]
-        steps = [int(line.split()[0]) for line in (run_dir / "log.txt").read_text().splitlines()]
+        config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+        every = config["checkpoint_every"]
+        lines = (run_dir / "log.txt").read_text(encoding="utf-8").splitlines()
+        steps = [int(line.split()[0]) for line in lines]
     except (OSError, ValueError, KeyError, IndexError):
         return  # no run, or one that had not begun
     if read_status(run_dir).get("status") == "finished" or max(steps, default=0) >= every:
@@ -55,20 +57,21 @@ def refuse_links(run_dir: Path) -> None:
     """
     for path in (*run_dir.glob("*"), *(run_dir / "checkpoints").glob("*")):
         if path.is_symlink():
-            raise ValueError(
-                f"{path}: a symbolic link. Fix: delete it (--run_dir itself may be one)"
-            )
+            raise ValueError(f"{path}: a symbolic link. Fix: delete it (--run_dir may be one)")
 
 
-def lock_run_dir(run_dir: Path, needed_bytes: int) -> IO[str]:
+def lock_run_dir(run_dir: Path, needed_bytes: int, resume_step: int) -> IO[str]:
     """Make the folder this process's alone until the returned file is closed, or it dies.
+
+    `run_status.json` says "running" then.
 
     Args:
         run_dir: Made if it is not there; what an interrupted save left in it is deleted.
         needed_bytes: Of the first checkpoint.
+        resume_step: From which the run goes on.
 
     Raises:
-        ValueError: Another run writes there, or it holds symbolic links.
+        ValueError: Another run writes there, it holds symbolic links, or restarts lead nowhere.
         OSError: It cannot be written, or there is no room for a checkpoint.
     """
     try:
@@ -77,7 +80,7 @@ def lock_run_dir(run_dir: Path, needed_bytes: int) -> IO[str]:
         raise OSError(f"--run_dir {run_dir}: {error.strerror}. Fix: give another folder") from error
     refuse_links(run_dir)
     with contextlib.ExitStack() as undo:
-        lock = undo.enter_context((run_dir / LOCK).open("a+"))
+        lock = undo.enter_context((run_dir / LOCK).open("a+", encoding="utf-8"))
         _lock(lock, run_dir)
         sweep(run_dir / "checkpoints")
         free = shutil.disk_usage(run_dir).free
@@ -86,6 +89,7 @@ def lock_run_dir(run_dir: Path, needed_bytes: int) -> IO[str]:
                 f"--run_dir {run_dir}: {free / 2**30:.2f} GiB are free, a checkpoint takes "
                 f"{needed_bytes / 2**30:.2f}. Fix: make room or give another folder"
             )
+        write_status(run_dir, "running", starts=count_starts(run_dir, resume_step))
         undo.pop_all()  # it stays locked
     return lock
 
@@ -115,7 +119,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 def read_status(run_dir: Path) -> dict[str, Any]:
     """Return what `run_status.json` says; nothing where there is none or it is not one."""
     with contextlib.suppress(OSError, ValueError):
-        status = json.loads((run_dir / STATUS).read_text())
+        status = json.loads((run_dir / STATUS).read_text(encoding="utf-8"))
         if isinstance(status, dict):
             return status
     return {}
@@ -136,6 +140,9 @@ def count_starts(run_dir: Path, resume_step: int) -> list[int]:
         ValueError: MAX_RESTARTS restarts from this step have come no checkpoint further.
     """
     old = read_status(run_dir)
+    if old.get("status") == "running":  # nobody holds the lock: it is gone
+        what = f"the run that began at {old.get('time')} was killed, it seems"
+        print(f"warning: {run_dir}: {what}; going on from step {resume_step}", file=sys.stderr)
     crashed = old.get("status") in ("running", "hung", "failed", "diverged")
     starts = old.get("starts", []) if crashed else []
     if old.get("status") == "diverged":  # its steps changed no weight: they are no progress

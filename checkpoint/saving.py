@@ -1,6 +1,8 @@
 """Engine -> step folder: the engine's own files, this run's random states, and the manifest."""
 
 import contextlib
+import hashlib
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from checkpoint.fingerprints import engine_fingerprints
 from checkpoint.manifest import (
     PARTIAL_SUFFIX,
     FileRecord,
@@ -38,7 +41,18 @@ def layout_of(engine: Any, precision: str) -> dict[str, Any]:
         "zero_stage": engine.zero_optimization_stage(),
         "precision": precision,
         "optimizer": f"{type(engine.optimizer).__name__}, {type(engine.basic_optimizer).__name__}",
+        "partition": _partition_of(engine),
     }
+
+
+def _partition_of(engine: Any) -> str:
+    """Say which weights lie in which of the optimizer's flat tensors, in which order."""
+    if engine.zero_optimization_stage() == 0:
+        return ""
+    flats = [list(shapes) for shapes in engine._get_zero_param_shapes()]
+    paddings = getattr(engine.optimizer, "round_robin_bit16_padding", [])
+    digest = hashlib.sha256(json.dumps([flats, paddings]).encode()).hexdigest()
+    return f"{len(flats)} flat tensors, hash {digest[:8]}"
 
 
 def save_checkpoint(
@@ -51,6 +65,7 @@ def save_checkpoint(
     order: dict[str, Any],
     keep: int = 0,
     keep_every: int = 0,
+    unverified: list[str] | None = None,
 ) -> None:
     """Write `checkpoints/step_…`; it becomes visible only when it is complete (all ranks).
 
@@ -60,6 +75,7 @@ def save_checkpoint(
         step: Of the manifest, as `samples`, `precision` and `order`.
         keep: Checkpoints to keep, the newest; 0: all.
         keep_every: Of the older ones those of a multiple of this step stay; 0: none.
+        unverified: Of the manifest.
 
     Raises:
         OSError: The disk refused, on whichever rank; names the file.
@@ -70,6 +86,7 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
     dist.barrier()  # all ranks: the old attempt is gone
     write_files(engine, partial)
+    fingerprints = engine_fingerprints(engine)  # all ranks
     dist.barrier()  # all ranks: every file is written
     shares = gather(lambda: record_share(partial, rank))  # all ranks
     manifest = Manifest(
@@ -79,16 +96,18 @@ def save_checkpoint(
         model=asdict(engine.module.config),
         order=order,
         files={name: record for share in shares for name, record in share.items()},
+        fingerprints=fingerprints,
+        unverified=unverified or [],
     )
+    gather(lambda: _finish(partial, manifest, keep, keep_every))  # all ranks
 
-    def finish() -> None:
-        if rank == 0:
-            for script in checkpoints.glob(RECOVERY_SCRIPTS):
-                script.unlink()
-            publish(partial, manifest)
-            prune(checkpoints, keep, keep_every)
 
-    gather(finish)  # all ranks
+def _finish(partial: Path, manifest: Manifest, keep: int, keep_every: int) -> None:
+    if dist.get_rank() == 0:
+        for script in partial.parent.glob(RECOVERY_SCRIPTS):
+            script.unlink()
+        publish(partial, manifest)
+        prune(partial.parent, keep, keep_every)
 
 
 def write_files(engine: Any, partial: Path) -> None:
@@ -110,7 +129,7 @@ def write_files(engine: Any, partial: Path) -> None:
 def record_share(partial: Path, rank: int) -> dict[str, FileRecord]:
     """Flush and hash the files that this rank wrote."""
     records = {}
-    for path in sorted(partial.iterdir()):
+    for path in sorted(partial.glob("[!.]*")):  # hidden files are not ours
         if writer_of(path.name) == rank:
             sync_file(path)
             records[path.name] = record_file(path)
