@@ -4,20 +4,25 @@ Each value has one owner. The JSON owns the engine; the keys that follow from th
 here and may only be absent or "auto" in the file.
 """
 
-import difflib
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 from launch.config import BatchArithmetic, TrainConfig
+from launch.ds_keys import (
+    BF16,
+    FP32,
+    HALF_BLOCKS,
+    KEYS,
+    Review,
+    refuse_fp16,
+    refuse_unknown,
+    review_keys,
+)
 from model import GPTConfig
 
-ENGINE_KEYS = (
-    "zero_optimization", "bf16", "torch_autocast", "data_types", "communication_data_type",
-    "activation_checkpointing", "flops_profiler", "comms_logger", "wall_clock_breakdown",
-    "memory_breakdown", "timers", "aio",
-)  # fmt: skip
+ENGINE_KEYS = dict.fromkeys(key.partition(".")[0] for key in KEYS)
 BLOCKS = ("zero_optimization", "bf16", "torch_autocast", "data_types", "activation_checkpointing")
 OFFLOADS = ("offload_optimizer", "offload_param")
 # Keys that DeepSpeed wants and the run owns, with the flag that sets each.
@@ -39,7 +44,7 @@ def load_ds_config(path: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: No such file, not JSON, a duplicate key, an unknown key (with the nearest
-            known one), or a derived key with a value of its own.
+            known one), a derived key with a value of its own, or fp16.
     """
     raw = _read_json(path)
     if not isinstance(raw, dict):
@@ -57,14 +62,9 @@ def load_ds_config(path: Path) -> dict[str, Any]:
             raise ValueError(
                 f'{path}: {key} belongs to {DERIVED_KEYS[key]}. Fix: remove it or say "auto"'
             )
-        if key not in ENGINE_KEYS and key not in DERIVED_KEYS:
-            nearest = difflib.get_close_matches(key, ENGINE_KEYS, 1)
-            hint = (
-                f"did you mean {nearest[0]!r}?"
-                if nearest
-                else f"take one of {', '.join(ENGINE_KEYS)}"
-            )
-            raise ValueError(f"{path}: unknown key {key!r}. Fix: {hint}")
+        if key not in (*ENGINE_KEYS, *DERIVED_KEYS, *HALF_BLOCKS):
+            refuse_unknown(str(path), key, ENGINE_KEYS)
+    refuse_fp16(raw, str(path))
     return raw
 
 
@@ -77,7 +77,7 @@ def _read_json(path: Path) -> Any:
         return dict(pairs)
 
     try:
-        return json.loads(path.read_text(), object_pairs_hook=refuse_duplicates)
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=refuse_duplicates)
     except FileNotFoundError:
         raise ValueError(
             f"--ds_config {path}: no such file. Fix: give one of ds_configs/"
@@ -102,15 +102,15 @@ def precision(ds_config: dict[str, Any]) -> str:
     return "autocast" if ds_config.get("torch_autocast", {}).get("enabled") else "fp32"
 
 
+def offload_device(ds_config: dict[str, Any], what: str) -> str:
+    """Return where the "optimizer" or "param" lies: cpu, nvme or none (on the device)."""
+    block = ds_config.get("zero_optimization", {}).get(f"offload_{what}")
+    return block.get("device", "none") if isinstance(block, dict) else "none"
+
+
 def offloads(ds_config: dict[str, Any], what: str) -> bool:
     """Say whether the "optimizer" or "param" lies in the machine's memory, or on its disk."""
-    block = ds_config.get("zero_optimization", {}).get(f"offload_{what}") or {}
-    return block.get("device", "none") != "none"
-
-
-def uses_offload(ds_config: dict[str, Any]) -> bool:
-    """Say whether the optimizer runs on the CPU beside another device's model."""
-    return offloads(ds_config, "optimizer")
+    return offload_device(ds_config, what) != "none"
 
 
 def _auto_sizes(gpt: GPTConfig) -> dict[str, int]:
@@ -131,18 +131,12 @@ def _resolve_sizes(zero: dict[str, Any], gpt: GPTConfig, name: str) -> dict[str,
     for key, value in zero.items():
         if value == "auto":
             if key not in sizes:
-                raise ValueError(
-                    f'{name}: zero_optimization.{key} cannot be "auto". Fix: give a value'
-                )
+                raise ValueError(f'{name}: zero_optimization.{key} cannot be "auto". Fix: set it')
             resolved[key] = sizes[key]
         elif key in (*sizes, MAX_REUSE) and not _is_count(value, key == "reduce_bucket_size"):
             raise ValueError(
                 f"{name}: zero_optimization.{key} is {value!r}, no number of elements. "
                 "Fix: give one, as 5e8"
-            )
-        elif key in OFFLOADS and not isinstance(value, dict | None):
-            raise ValueError(
-                f"{name}: zero_optimization.{key} is {value!r}, no block. Fix: put it in braces"
             )
     return resolved
 
@@ -152,21 +146,18 @@ def _is_count(value: Any, above_0: bool) -> bool:
     return is_number and value == int(value) and value >= above_0
 
 
-def resolve_ds_config(
-    raw: dict[str, Any], config: TrainConfig, batch: BatchArithmetic
-) -> dict[str, Any]:
-    """Return the complete dict for `deepspeed.initialize`; `config` is resolved.
+def resolve_ds_config(raw: dict[str, Any], config: TrainConfig, batch: BatchArithmetic) -> Review:
+    """Return the complete dict for `deepspeed.initialize`, and its ignored and unverified keys.
+
+    `config` is resolved.
 
     Raises:
-        ValueError: Stage 0 with bf16, stage 3 with --compile, bf16 with autocast, a stage that is
-            none, or an "auto" that nothing derives; names the key.
+        ValueError: Stage 0 with bf16, stage 3 with --compile, bf16 with autocast, autocast to
+            another dtype, an "auto" without a rule, or as `review_ds_config`; names the key.
     """
     name = f"--ds_config {config.ds_config}"
-    if type(zero_stage(raw)) is not int or zero_stage(raw) not in range(4):
-        raise ValueError(
-            f"{name}: zero_optimization.stage is {zero_stage(raw)!r}, unknown. "
-            "Fix: give 0, 1, 2 or 3"
-        )
+    review = review_ds_config(raw, name)
+    raw = review.ds_config
     if zero_stage(raw) == 0 and precision(raw) == "bf16":
         raise ValueError(
             f"{name}: ZeRO stage 0 with bf16 takes a step on zero gradients at its start and "
@@ -179,6 +170,11 @@ def resolve_ds_config(
         )
     if precision(raw) == "bf16" and raw.get("torch_autocast", {}).get("enabled"):
         raise ValueError(f"{name}: bf16 and torch_autocast exclude each other. Fix: enable one")
+    if precision(raw) != "autocast":
+        raw.pop("torch_autocast", None)
+    elif raw["torch_autocast"].setdefault("dtype", "bfloat16") not in BF16:  # PyTorch's: fp16
+        dtype = raw["torch_autocast"]["dtype"]
+        raise ValueError(f'{name}: torch_autocast.dtype is {dtype!r}. Fix: set "bfloat16"')
     zero = _resolve_sizes(raw.get("zero_optimization", {}), config.gpt_config, name)
     derived: dict[str, Any] = {
         "train_batch_size": batch.batch_sequences,
@@ -186,11 +182,46 @@ def resolve_ds_config(
         "gradient_accumulation_steps": batch.grad_accum_steps,
         # At stage 0 launch/engine.py clips: it needs the norm, which DeepSpeed keeps to itself.
         "gradient_clipping": config.grad_clip if zero_stage(raw) else 0.0,
-        "optimizer": _optimizer(config, uses_offload(raw)),
+        "optimizer": _optimizer(config, offloads(raw, "optimizer")),
         "steps_per_print": 2**62,  # never: launch/metrics.py prints the steps
     }
     resolved = {k: v for k, v in raw.items() if k not in DERIVED_KEYS}
-    return resolved | ({"zero_optimization": zero} if zero else {}) | derived
+    resolved |= ({"zero_optimization": zero} if zero else {}) | derived
+    return review._replace(ds_config=resolved)
+
+
+def review_ds_config(raw: dict[str, Any], name: str) -> Review:
+    """Return a ds_config without the keys that have no effect, and its ignored and unverified keys.
+
+    Raises:
+        ValueError: An unknown stage, or a key that is unknown or refused; names it.
+    """
+    stage = zero_stage(raw)
+    if type(stage) is not int or stage not in range(4):
+        raise ValueError(f"{name}: zero_optimization.stage is {stage!r}. Fix: give 0, 1, 2 or 3")
+    for key in OFFLOADS:
+        value = raw.get("zero_optimization", {}).get(key)
+        if not isinstance(value, dict | None):
+            raise ValueError(
+                f"{name}: zero_optimization.{key} is {value!r}, no block. Fix: put it in braces"
+            )
+    devices = [offload_device(raw, what) for what in ("optimizer", "param")]
+    if devices[0] == "nvme":
+        raise ValueError(
+            f"{name}: zero_optimization.offload_optimizer.device is nvme: its checkpoints could "
+            'not be read again. Fix: set it to "cpu"'
+        )
+    sums_in_fp32 = raw.get("data_types", {}).get("grad_accum_dtype") in FP32
+    case = str(stage)
+    if stage == 1 and precision(raw) == "bf16" and sums_in_fp32 and devices[0] != "cpu":
+        case = "b"
+    review = review_keys(raw, case + "n" * ("nvme" in devices), name)
+    block = raw.get("activation_checkpointing", {})
+    if "activation_checkpointing" in raw:  # recompute each block, unless all is false
+        del review.ds_config["activation_checkpointing"]
+        if block.get("enabled", not block or any(block.values())):
+            review.ds_config["activation_checkpointing"] = {}
+    return review
 
 
 def _optimizer(config: TrainConfig, offload: bool) -> dict[str, Any]:

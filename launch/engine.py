@@ -1,16 +1,10 @@
 """From a TrainConfig to a DeepSpeed engine: process group, zero.Init, parameter groups."""
 
-import contextlib
-import ctypes
 import datetime
 import functools
-import gc
 import logging
-import os
-import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,10 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from launch import deepspeed_fixes as fixes
 from launch.config import TrainConfig
-from launch.ds_config import uses_offload, zero_stage
+from launch.ds_config import offloads, zero_stage
 from launch.meeting import choose_device, join, meet
-from launch.ranks import Ranks, check_extension_locks
+from launch.ranks import Ranks
 from model.gpt import GPT
 
 Forward = Callable[..., Tensor]
@@ -29,7 +24,6 @@ Forward = Callable[..., Tensor]
 # A C++20 compiler, which Inductor needs, knows the instructions of this processor: trying each of
 # them out is half of a cold compilation.
 INDUCTOR: dict[str, Any] = {"cpp.vec_isa_ok": True}
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
 
 
 def init_process_group(
@@ -67,22 +61,6 @@ def init_process_group(
     return device
 
 
-def _keep_freed_memory_after_a_step(optimizer: Any) -> None:
-    # glibc hands large tensors back to the kernel at every step, and their page faults cost a
-    # quarter of it (docs/LOG.md). mallopt(3): no mmap, and never trim; the environment's
-    # MALLOC_MMAP_MAX_ and MALLOC_TRIM_THRESHOLD_, for those who did not set them. Not before the
-    # first step has made the moments: what lives as long as the run keeps pages of its own.
-    def keep(*_: Any) -> None:
-        libc.malloc_trim(0)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
-        hook.remove()
-
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 2**17)  # glibc's first value; else it grows to 32 MiB
-        hook = optimizer.register_step_post_hook(keep)
-
-
 def build_model(config: TrainConfig, ds_config: dict[str, Any], device: torch.device) -> GPT:
     """Build the model with its initial values, under zero.Init at stage 3 (all ranks)."""
     import deepspeed
@@ -90,7 +68,7 @@ def build_model(config: TrainConfig, ds_config: dict[str, Any], device: torch.de
     if zero_stage(ds_config) < 3:
         with device:  # where zero.Init builds too: the same generator, the same values
             return GPT(config.gpt_config, config.seed)
-    with _naming_keys(config), deepspeed.zero.Init(config_dict_or_path=ds_config):
+    with fixes.one_line_key_errors(config), deepspeed.zero.Init(config_dict_or_path=ds_config):
         model = GPT(config.gpt_config, config.seed)
     # The head reads wte outside wte's own forward: gather it for the whole of GPT.forward.
     deepspeed.zero.register_external_parameter(model, model.wte.weight)
@@ -117,10 +95,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
     Under zero.Init a parameter's own shape is (0,); `ds_shape` is the real one.
     """
-    groups = [
-        {"params": [], "weight_decay": weight_decay},
-        {"params": [], "weight_decay": 0.0},
-    ]
+    groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
     for param in model.parameters():
         groups[len(real_shape(param)) < 2]["params"].append(param)
     return groups
@@ -148,8 +123,8 @@ def build_engine(
     from deepspeed.runtime import bf16_optimizer
     from deepspeed.runtime.zero import stage_1_and_2
 
-    if uses_offload(ds_config):
-        _build_cpu_adam(ranks)
+    if offloads(ds_config, "optimizer"):
+        fixes.build_cpu_adam(ranks)
     if config.compile:
         compile_blocks(model)
     if "activation_checkpointing" in ds_config:
@@ -158,7 +133,12 @@ def build_engine(
     groups = decay_groups(model, config.weight_decay)
     description = describe_groups(groups)
     torch.manual_seed(config.seed + ranks.rank)  # dropout: each rank draws its own
-    with _naming_keys(config), _quiet_stdout(), _sparing_what_is_there(), _without_inductor():
+    with (
+        fixes.one_line_key_errors(config),
+        fixes.quiet_stdout(),
+        fixes.without_old_garbage(),
+        fixes.without_inductor(),
+    ):
         engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=groups,  # pyright: ignore[reportArgumentType]  # annotated too narrowly
@@ -167,54 +147,17 @@ def build_engine(
         )
     if dist.get_backend() == "gloo":
         for module in (bf16_optimizer, stage_1_and_2):
-            setattr(module, "all_gather_dp_groups", _gather_by_broadcasts)  # noqa: B010
+            setattr(module, "all_gather_dp_groups", fixes.gather_by_broadcasts)  # noqa: B010
+    if getattr(engine.optimizer, "round_robin_gradients", False):
+        fixes.link_in_round_robin_order(engine.optimizer)
     if isinstance(engine.optimizer, bf16_optimizer.BF16_Optimizer):
-        average = functools.partial(_average_in_place, engine.optimizer, ranks.world_size)
+        average = functools.partial(fixes.average_in_place, engine.optimizer, ranks.world_size)
         setattr(engine, "buffered_allreduce_fallback", average)  # noqa: B010  # pyright: a method
     named = torch.profiler.record_function("reduce")(engine.allreduce_gradients)
     setattr(engine, "allreduce_gradients", named)  # noqa: B010  # pyright: a method
     if not torch.cuda.is_initialized():
-        _keep_freed_memory_after_a_step(engine.basic_optimizer)
+        fixes.keep_freed_memory_after_a_step(engine.basic_optimizer)
     return engine, description
-
-
-@contextlib.contextmanager
-def _naming_keys(config: TrainConfig) -> Iterator[None]:
-    """Turn DeepSpeed's complaint about a nested key into one line."""
-    from pydantic import ValidationError
-
-    try:
-        yield
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise ValueError(
-            f"--ds_config {config.ds_config}: {key}: {first['msg']}. Fix: correct or remove it"
-        ) from error
-
-
-def _average_in_place(optimizer: Any, world_size: int, **_: Any) -> None:
-    # All ranks. The gradients already lie in flat fp32 buffers: DeepSpeed's own way copies them
-    # into another, reduces that, and copies it back, on one rank as well.
-    if world_size > 1:
-        for gradients in optimizer.fp32_groups_gradients_flat:
-            gradients /= world_size
-            dist.all_reduce(gradients)
-
-
-def _gather_by_broadcasts(
-    partitioned_param_groups: list[list[Tensor]], dp_process_group: list[Any], **_: Any
-) -> None:
-    # All ranks, each its part. gloo's all-gather goes through copies of everything, in new memory
-    # each time: a fifth of a step of two ranks (docs/LOG.md).
-    works = [
-        dist.broadcast(part, group=group, group_src=rank, async_op=True)
-        for parts, group in zip(partitioned_param_groups, dp_process_group, strict=True)
-        for rank, part in enumerate(parts)
-    ]
-    for work in works:
-        assert work
-        work.wait()
 
 
 def compile_blocks(model: GPT) -> None:
@@ -234,57 +177,10 @@ def _in_training(block: nn.Module, compiled: Forward, eager: Forward) -> Forward
     return forward
 
 
-def _build_cpu_adam(ranks: Ranks) -> None:
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-    check_extension_locks(ranks)
-    dist.barrier()  # all ranks: nobody mistakes the build for one that was killed
-    if ranks.local_rank == 0:  # its constructor compiles it; the others find it built
-        with _quiet_stdout():
-            DeepSpeedCPUAdam([nn.Parameter(torch.zeros(1))])
-    dist.barrier()  # all ranks
-
-
-@contextlib.contextmanager
-def _quiet_stdout() -> Iterator[None]:
-    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
-        yield
-
-
-@contextlib.contextmanager
-def _sparing_what_is_there() -> Iterator[None]:
-    # DeepSpeed collects garbage for each of its memory reports: not among what was imported.
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
-@contextlib.contextmanager
-def _without_inductor() -> Iterator[None]:
-    # DeepSpeed imports Muon, which no run takes, and its @torch.compile the whole of Inductor.
-    from deepspeed.runtime import compiler
-
-    theirs = compiler.compile
-    setattr(compiler, "compile", lambda: lambda function: function)  # noqa: B010
-    try:
-        yield
-    finally:
-        setattr(compiler, "compile", theirs)  # noqa: B010
-
-
 def set_clipping(engine: Any, grad_clip: float) -> None:
     """Clip at the run's norm: a checkpoint brought its own."""
     if engine.zero_optimization_stage() > 0:  # stage 0 is clipped in launch.step
         engine.optimizer.clip_grad = grad_clip
-
-
-def sum_over_ranks(values: Sequence[float | Tensor], device: torch.device) -> list[float]:
-    """Sum each value over the ranks, in fp64 (all ranks)."""
-    return sum_tensor(
-        torch.tensor([float(v) for v in values], dtype=torch.float64), device
-    ).tolist()
 
 
 def sum_tensor(values: Tensor, device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ CONFIG = resolve_train_config(TrainConfig(model="gpt2", lr=1e-3, grad_clip=0.5))
 
 
 def resolve(raw: dict[str, Any], config: TrainConfig = CONFIG) -> dict[str, Any]:
-    return resolve_ds_config(raw, config, resolve_batch(config, 8))
+    return resolve_ds_config(raw, config, resolve_batch(config, 8)).ds_config
 
 
 def write(folder: Path, text: str) -> Path:
@@ -82,7 +82,7 @@ def test_a_bucket_is_a_number_of_elements(value: Any) -> None:
 
 @pytest.mark.parametrize("stage", [True, 4, "1", 1.0])
 def test_a_stage_is_0_to_3(stage: Any) -> None:
-    with pytest.raises(ValueError, match=r"zero_optimization.stage is .*, unknown. Fix: give 0, 1"):
+    with pytest.raises(ValueError, match=r"zero_optimization.stage is .*. Fix: give 0, 1"):
         resolve({"zero_optimization": {"stage": stage}})
 
 
@@ -98,7 +98,6 @@ def test_derived_keys_may_only_be_auto(tmp_path: Path, key: str) -> None:
     [
         ('{"zero_optimisation": {"stage": 2}}', "did you mean 'zero_optimization'"),
         ('{"bf61": {"enabled": true}}', "did you mean 'bf16'"),
-        ('{"fp16": {"enabled": true}}', "unknown key 'fp16'"),
         ('{"elasticity": {}}', "unknown key 'elasticity'"),
         ('{"bf16": {"enabled": true}, "bf16": {}}', "duplicate key 'bf16'"),
         ('{"zero_optimization": {"stage": 1, "stage": 2}}', "duplicate key 'stage'"),

@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from launch.engine import (
 )
 from launch.ranks import Ranks
 from launch.step import optimizer_step, set_optimizer
-from model import GPT
+from model import GPT, GPTConfig
+from model.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = resolve_train_config(TrainConfig(model="debug", batch_tokens=4 * 64, micro_batch_size=4))
@@ -34,7 +36,7 @@ def ds_config(stage: int, fp32: bool = True, **more: Any) -> dict[str, Any]:
     if fp32:
         raw.pop("bf16", None)
         raw.pop("torch_autocast", None)
-    return resolve_ds_config(raw | more, CONFIG, resolve_batch(CONFIG, 1))
+    return resolve_ds_config(raw | more, CONFIG, resolve_batch(CONFIG, 1)).ds_config
 
 
 def engine_of(ranks: Ranks, stage: int, fp32: bool = True, **more: Any) -> Any:
@@ -63,6 +65,21 @@ def test_initial_weights_are_the_plain_models(one_rank: Ranks, stage: int, fp32:
     for name, weight in weights_of(engine).items():
         expected = plain[name].bfloat16().float() if rounded else plain[name]
         assert torch.equal(weight, expected), name
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_initial_weights_of_odd_sizes_are_the_plain_models_too(
+    one_rank: Ranks, stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """zero.Init makes bf16 tensors of torch.empty, whose normal_ draws others at such sizes."""
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=50, block_size=64)
+    monkeypatch.setitem(PRESETS, "odd", replace(PRESETS["debug"], config=config))
+    run = replace(CONFIG, model="odd")
+    resolved = ds_config(stage, fp32=False)
+    engine, _ = build_engine(build_model(run, resolved, CPU), run, resolved, one_rank)
+    plain = dict(GPT(config, run.seed).named_parameters())
+    for name, weight in weights_of(engine).items():
+        assert torch.equal(weight, plain[name].bfloat16().float()), name
 
 
 def test_stage_3_has_the_same_deviation_of_each_kind_of_weight(one_rank: Ranks) -> None:

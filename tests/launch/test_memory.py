@@ -21,7 +21,7 @@ def shard(
     config = resolve_train_config(TrainConfig(**fields))
     batch = resolve_batch(config, world_size)
     raw = load_ds_config(ROOT / "ds_configs" / ds_config) | (more or {})
-    return shard_of(config, batch, resolve_ds_config(raw, config, batch), on_gpu=True)
+    return shard_of(config, batch, resolve_ds_config(raw, config, batch).ds_config, on_gpu=True)
 
 
 def assert_close(seen: dict[str, Any], plan: dict[str, float]) -> None:

@@ -1,0 +1,147 @@
+"""Workarounds for DeepSpeed 0.19.8 and for glibc, each with its reason: an upgrade begins here."""
+
+import contextlib
+import ctypes
+import gc
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from launch.config import TrainConfig
+from launch.ranks import Ranks, check_extension_locks
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
+
+
+def keep_freed_memory_after_a_step(optimizer: Any) -> None:
+    """Have malloc keep what is freed, from the first step on, which makes the moments.
+
+    glibc hands large tensors back to the kernel at every step, and their page faults cost a quarter
+    of it (docs/LOG.md). mallopt(3): no mmap, and never trim; the environment's MALLOC_MMAP_MAX_ and
+    MALLOC_TRIM_THRESHOLD_, for those who did not set them. The moments, which live as long as the
+    run, keep pages of their own.
+    """
+
+    def keep(*_: Any) -> None:
+        libc.malloc_trim(0)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+        hook.remove()
+
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 2**17)  # glibc's first value; else it grows to 32 MiB
+        hook = optimizer.register_step_post_hook(keep)
+
+
+@contextlib.contextmanager
+def one_line_key_errors(config: TrainConfig) -> Iterator[None]:
+    """Turn DeepSpeed's complaint about a nested key into one line."""
+    from pydantic import ValidationError
+
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ValueError(
+            f"--ds_config {config.ds_config}: {key}: {first['msg']}. Fix: correct or remove it"
+        ) from error
+
+
+def average_in_place(optimizer: Any, world_size: int, **_: Any) -> None:
+    """Average the flat fp32 gradients, a list of (n,) tensors, where they lie (all ranks).
+
+    DeepSpeed's own way copies them into another buffer, reduces that, and copies it back, on one
+    rank as well.
+    """
+    if world_size > 1:
+        for gradients in optimizer.fp32_groups_gradients_flat:
+            gradients /= world_size
+            dist.all_reduce(gradients)
+
+
+def gather_by_broadcasts(
+    partitioned_param_groups: list[list[Tensor]], dp_process_group: list[Any], **_: Any
+) -> None:
+    """Give each rank the parts of all: of each group a list by rank of (n,) tensors (all ranks).
+
+    gloo's all-gather goes through copies of everything, in new memory each time: a fifth of a step
+    of two ranks (docs/LOG.md).
+    """
+    works = [
+        dist.broadcast(part, group=group, group_src=rank, async_op=True)
+        for parts, group in zip(partitioned_param_groups, dp_process_group, strict=True)
+        for rank, part in enumerate(parts)
+    ]
+    for work in works:
+        assert work
+        work.wait()
+
+
+def link_in_round_robin_order(optimizer: Any) -> None:
+    """Correct the map from weights to the optimizer's flat tensors under round_robin_gradients.
+
+    DeepSpeed's map assumes another order than these tensors have then: weights and moments that are
+    read or set through it would be those of other parameters.
+    """
+    groups, link = optimizer.bit16_groups, optimizer._link_all_hp_params
+
+    def link_all() -> None:
+        optimizer.bit16_groups = optimizer.round_robin_bit16_groups
+        link()
+        optimizer.bit16_groups = groups
+
+    optimizer._link_all_hp_params = link_all  # DeepSpeed calls it again after a load
+    link_all()
+    optimizer._param_slice_mappings = optimizer._create_param_mapping()
+
+
+def build_cpu_adam(ranks: Ranks) -> None:
+    """Compile DeepSpeed's Adam for the CPU once for each machine (all ranks)."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    check_extension_locks(ranks)
+    dist.barrier()  # all ranks: nobody mistakes the build for one that was killed
+    if ranks.local_rank == 0:  # its constructor compiles it; the others find it built
+        with quiet_stdout():
+            DeepSpeedCPUAdam([nn.Parameter(torch.zeros(1))])
+    dist.barrier()  # all ranks
+
+
+@contextlib.contextmanager
+def quiet_stdout() -> Iterator[None]:
+    """Drop what is printed: DeepSpeed prints while it compiles and while it builds an engine."""
+    with (
+        Path(os.devnull).open("w", encoding="utf-8") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def without_old_garbage() -> Iterator[None]:
+    """Keep what was imported out of the garbage that DeepSpeed collects for its memory reports."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@contextlib.contextmanager
+def without_inductor() -> Iterator[None]:
+    """Do without the import of Inductor, which DeepSpeed needs for Muon alone: no run uses it."""
+    from deepspeed.runtime import compiler
+
+    theirs = compiler.compile
+    setattr(compiler, "compile", lambda: lambda function: function)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(compiler, "compile", theirs)  # noqa: B010
