@@ -16,17 +16,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from checkpoint.run_folder import write_json
-from launch.config import (
-    TrainConfig,
-    describe_run,
-    parse_train_config,
-    profiled_steps,
-    to_json,
-)
+from launch.config import TrainConfig, describe_run, parse_train_config, profiled_steps, to_json
 from launch.ds_config import precision, zero_stage
 from launch.estimate import advice, found_cluster
 from launch.inputs import Inputs, Run, open_inputs, resolve_run, take_run_dir
-from launch.ranks import read_ranks, say_once
+from launch.ranks import ranks_or_exit, say_once
+from launch.streams import outlive_readers
 from launch.supervision import BAD_INPUT, FAILED, FINISHED, error_line, report, supervise
 from launch.watchdog import Watchdog, group_timeout_s
 
@@ -35,7 +30,7 @@ if TYPE_CHECKING:
 
     from checkpoint.manifest import Manifest
     from data.loader import Loader
-    from eval.in_loop import Evaluator
+    from eval.session import Session
     from launch.health import Health
     from launch.metrics import Metrics
     from launch.stops import Stops
@@ -52,9 +47,11 @@ class Progress:
 
 def main(argv: list[str]) -> int:
     """Run the command line; return the exit status."""
-    ranks = read_ranks()
+    ranks = ranks_or_exit()
     try:
         run = resolve_run(parse_train_config(argv, __doc__ or ""), ranks)
+        for remark in run.remarks if ranks.is_main else []:
+            print(f"warning: {remark}", file=sys.stderr)
         if run.config.dry_run:
             print(describe_run(run.config, run.batch, run.ds_config))
             return FINISHED
@@ -96,36 +93,42 @@ def start_engine(run: Run, inputs: Inputs, device: torch.device) -> tuple[Any, M
     return engine, checkpoint[1] if checkpoint else None
 
 
-def build_evaluator(run: Run, engine: Any, stops: Stops, device: torch.device) -> Evaluator:
-    """Return what evaluates the engine, and hears of a stop before each forward (all ranks)."""
-    from eval.in_loop import Evaluator
-    from launch.engine import sum_tensor
+def open_session(run: Run, engine: Any, stops: Stops, device: torch.device) -> Session:
+    """Return a session that looks for a request to stop before each forward (all ranks)."""
+    from eval.session import Session
 
     def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
         stops.check(device)  # all ranks: each does the same number of forwards
         return engine(*args, **kwargs)
 
-    ranks, total = run.ranks, functools.partial(sum_tensor, device=device)
-    return Evaluator(forward, run.config.gpt_config, device, ranks.rank, ranks.world_size, total)
+    return Session(forward, device, run.ranks)
 
 
 def evaluate(
-    run: Run, inputs: Inputs, evaluator: Evaluator, step: int, metrics: Metrics | None
+    run: Run, inputs: Inputs, session: Session, step: int, metrics: Metrics | None
 ) -> None:
     """Do the evaluations that are due after `step` updates (all ranks, in step)."""
+    from eval import hellaswag, packing
+    from eval.sample import sample_texts
+    from eval.val_loss import mean_loss
+
     config = run.config
     if is_due(config, step, config.eval_every):
-        loss = evaluator.val_loss(
+        loss = mean_loss(
+            session,
             inputs.val_stream,
             seq_len=config.seq_len,
             eval_tokens=config.eval_tokens,
             batch_size=run.batch.micro_batch_size,
         )
-        texts = evaluator.samples(config.sample_prompt, config.sample_tokens, config.seed)
+        texts = sample_texts(
+            session, config.gpt_config, config.sample_prompt, config.sample_tokens, config.seed
+        )
         if metrics:
             metrics.evaluation(step, loss, texts)
     if inputs.hellaswag and is_due(config, step, config.hellaswag_every):
-        result = evaluator.hellaswag(inputs.hellaswag)
+        losses = packing.evaluate(session.model, inputs.hellaswag, **session.share)
+        result = hellaswag.score(session.sum(losses), inputs.hellaswag)
         if metrics:
             metrics.hellaswag(step, result)
 
@@ -153,6 +156,7 @@ def save(
         order=inputs.order,
         keep=0 if health.last_was_bad() else run.config.keep_checkpoints,  # 0: all, good ones too
         keep_every=run.config.keep_every,
+        unverified=run.unverified,
     )
     progress.saved_step = progress.step
 
@@ -203,7 +207,7 @@ def train(run: Run, inputs: Inputs, watchdog: Watchdog, stops: Stops) -> tuple[s
         metrics = Metrics(config, resumed, ranks.world_size, device)
     loader = open_loader(run, inputs, progress.samples)
     batches = (split_windows(windows, device) for windows in loader)
-    evaluator = build_evaluator(run, engine, stops, device)
+    session = open_session(run, engine, stops, device)
     health = Health(config.max_bad_steps)
     trace = Trace(*profiled_steps(config), config.run_dir / "profile", ranks.rank)
     stops.wait_for_check = True
@@ -217,7 +221,7 @@ def train(run: Run, inputs: Inputs, watchdog: Watchdog, stops: Stops) -> tuple[s
                 )  # first: evaluation may be stopped
             watchdog.phase("eval")
             engine.eval()
-            evaluate(run, inputs, evaluator, step, metrics)
+            evaluate(run, inputs, session, step, metrics)
             engine.train()
             if step == config.max_steps:
                 break
@@ -245,10 +249,12 @@ def train(run: Run, inputs: Inputs, watchdog: Watchdog, stops: Stops) -> tuple[s
         if metrics:
             metrics.close()
     watchdog.phase("save")
-    return "finished", str(consolidate_engine(engine, config.run_dir, progress.step))
+    folder = consolidate_engine(engine, config.run_dir, progress.step, run.unverified)
+    return "finished", str(folder)
 
 
 if __name__ == "__main__":
+    outlive_readers()
     exit_status = main(sys.argv[1:])
     gc.freeze()  # else the interpreter searches all that was imported for garbage: over a second
     sys.exit(exit_status)

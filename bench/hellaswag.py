@@ -141,12 +141,14 @@ def compare_rows(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     ours_s = time.perf_counter() - started
     kind = f"{args.model}.{args.dtype}.{args.reference}"
     written = args.out.with_suffix(f".{kind}.{args.every}.json")
-    rows, reference_s = json.loads(written.read_text()) if written.exists() else ([], 0.0)
+    rows, reference_s = (
+        json.loads(written.read_text(encoding="utf-8")) if written.exists() else ([], 0.0)
+    )
     while len(rows) < len(lines):
         started = time.perf_counter()
         rows += reference(theirs, lines[len(rows) : len(rows) + CHUNK]).tolist()
         reference_s += time.perf_counter() - started
-        written.write_text(json.dumps([rows, reference_s]))
+        written.write_text(json.dumps([rows, reference_s]), encoding="utf-8")
         print(f"{len(rows)} rows: {reference_s:.0f} s, ours {ours_s:.0f} s", file=sys.stderr)
     losses = torch.tensor(rows, dtype=torch.float64)
     return compare(losses, mine, lines, scratch) | {"reference_s": reference_s, "ours_s": ours_s}
@@ -177,7 +179,7 @@ def peaks(args: argparse.Namespace) -> dict[str, int]:
     for side in ("reference", "ours"):
         command = [sys.executable, __file__, "--side", side]
         command += [f"--{k}={getattr(args, k)}" for k in ("model", "dtype", "reference", "out")]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, encoding="utf-8")
         found[side] = int(done.stdout)
     return found
 
@@ -188,7 +190,7 @@ def run_side(args: argparse.Namespace, scratch: Path) -> None:
 
     (model, theirs), lines = build_models(args), read_rows(EVERY)
     before = resident_mib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # Linux: the peak starts anew
     if args.side == "reference":
         reference(theirs, lines)
     else:
@@ -201,7 +203,7 @@ def run_side(args: argparse.Namespace, scratch: Path) -> None:
 
 def resident_mib(field: str) -> float:
     """Return resident memory ("VmRSS") or its peak ("VmHWM") of this process, on Linux."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
@@ -231,10 +233,10 @@ def main() -> None:
     result = compare_rows(args, scratch) if args.every else compare_in_turns(args, scratch)
     result |= {"model": args.model, "dtype": args.dtype, "machine": describe_machine()}
     result |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    results = json.loads(args.out.read_text()) if args.out.exists() else {}
+    results = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
     what = "equality" if args.every else "times"
     results[f"{what}: {args.model} {args.dtype} {args.reference} {result['rows']} rows"] = result
-    args.out.write_text(json.dumps(results, indent=1) + "\n")
+    args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({k: v for k, v in result.items() if k != "times_s"}), file=sys.stderr)
 
 

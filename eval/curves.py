@@ -72,7 +72,9 @@ def read_run(path: Path) -> RunCurves:
 
 def _read_model(config: Path) -> str | None:
     try:
-        return str(json.loads(config.read_text())["model"]) if config.is_file() else None
+        if not config.is_file():
+            return None
+        return str(json.loads(config.read_text(encoding="utf-8-sig"))["model"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{config}: not the configuration of a run ({error!r}). Fix: give a run folder"
@@ -95,7 +97,7 @@ def read_log(path: Path) -> dict[str, Curve]:
 def _whole_lines(path: Path, is_whole: Callable[[str], bool]) -> Iterator[str]:
     """Yield the lines of a file; a last one that a kill has torn is left out."""
     try:
-        lines = path.read_text(errors="replace").splitlines(keepends=True)
+        lines = path.read_text(errors="replace", encoding="utf-8-sig").splitlines(keepends=True)
     except OSError as error:
         raise ValueError(
             f"{path}: cannot be read ({error.strerror}). Fix: give a run folder"
@@ -143,7 +145,7 @@ def _forget_what_was_redone(points: list[tuple[int, str, float]]) -> dict[str, C
 
 def read_golden(name: str) -> dict[str, Curve]:
     """Read a published curve: `val`, `hella` and `train` (the mean of 100 steps)."""
-    text = (PUBLISHED / f"{name}.csv").read_text()
+    text = (PUBLISHED / f"{name}.csv").read_text(encoding="utf-8-sig")
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     columns = {"val": "val_loss", "hella": "hellaswag_acc_norm", "train": "train_mean"}
     rows = list(csv.DictReader(lines))

@@ -60,7 +60,7 @@ def _read_lines(path: Path) -> list[bytes]:
     import lzma
     import zlib
 
-    from data.sources import unpack
+    from data.opening import unpack
 
     try:
         with path.open("rb") as raw, unpack(raw, path.suffix) as text:
@@ -68,9 +68,7 @@ def _read_lines(path: Path) -> list[bytes]:
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise ValueError(f"--data {path}: cannot be read ({error}). Fix: give a file") from error
     if path == VALIDATION and hashlib.sha256(content).hexdigest() != VALIDATION_SHA256:
-        raise ValueError(
-            f"{path}: not the published validation set (SHA-256). Fix: restore the file"
-        )
+        raise ValueError(f"{path}: not the published validation set (SHA-256). Fix: restore it")
     return content.splitlines()
 
 
@@ -116,7 +114,7 @@ def score(losses: Tensor, examples: Sequence[Example]) -> dict[str, float | int 
 def write_details(path: Path, losses: Tensor, examples: Sequence[Example]) -> None:
     """Write one JSON line per row: its losses in nats, what was predicted, and the label."""
     columns = (losses.tolist(), *(column.tolist() for column in predict(losses, examples)))
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for row, (sums, by_sum, by_mean) in enumerate(zip(*columns, strict=True)):
             example = examples[row]
             lengths = [len(ending) for ending in example.endings]
@@ -157,7 +155,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
             raise ValueError(f"--{name} {value}: out of range. Fix: give at least 1")
     if args.details:
         try:
-            args.details.open("a").close()  # before the work, not after it
+            args.details.open("a", encoding="utf-8").close()  # before the work, not after it
         except OSError as error:
             raise ValueError(
                 f"--details {args.details}: {error.strerror}. Fix: give another place"
@@ -171,16 +169,8 @@ def run(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     fitting = crop_contexts(examples, model.config.block_size)
     session = start_session(model, args.dtype or run_precision, ranks)
     with session.context():
-        losses = evaluate(
-            session.model,
-            fitting,
-            forward_tokens=args.forward_tokens,
-            device=session.device,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            show_progress=ranks.is_main,
-        )
-    losses = session.sum(losses)
+        options = {"forward_tokens": args.forward_tokens, "show_progress": ranks.is_main}
+        losses = session.sum(evaluate(session.model, fitting, **options, **session.share))
     if not losses.isfinite().all():
         raise ValueError(
             f"{ckpt}: gives losses that are no finite numbers. Fix: score an earlier step"

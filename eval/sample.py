@@ -22,62 +22,45 @@ from launch.ranks import Ranks
 from model import GPTConfig
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
+    from eval.session import Session
+
+N_SAMPLES, TOP_K = 4, 50  # of a run's own samples, as in build-nanogpt
 PROMPT = "Hello, I'm a language model,"  # build-nanogpt's
 UNKNOWN_BYTE = b"\xff"  # shown as U+FFFD: a column of the model beyond GPT-2's vocabulary
 
 
+def encode_prompt(prompt: str) -> list[int]:
+    """Return the tokens of a prompt; `<|endoftext|>` is the special token, and so is no prompt."""
+    from data.tokenizer import END_OF_TEXT, EOT_TOKEN, load_tokenizer
+
+    return load_tokenizer().encode(prompt, allowed_special={END_OF_TEXT}) or [EOT_TOKEN]
+
+
 def sample_texts(
-    model: Callable[..., Tensor],
-    config: GPTConfig,
-    prompt: str,
-    *,
-    n_samples: int,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 42,
-    device: torch.device | str = "cpu",
+    session: Session, config: GPTConfig, prompt: str, max_new_tokens: int, seed: int
 ) -> list[str]:
-    """Return `n_samples` continuations, prompt included, of a fixed number of tokens.
+    """Return N_SAMPLES texts: the prompt, and a fixed number of tokens drawn after it (all ranks).
 
     On several ranks each does the same forwards and draws the same tokens.
 
     Args:
-        model: GPT or engine of one, in eval mode.
-        config: Its shape.
+        session: The model.
+        config: Of the model.
         prompt: Text; empty starts at `<|endoftext|>`.
-        n_samples: Sequences, in one batch.
         max_new_tokens: Tokens drawn for each.
-        temperature: Divides the logits; 0 takes the best token.
-        top_k: Draw from the k best only.
-        top_p: Draw from the smallest set of probability p or more.
         seed: Of the draws.
-        device: Where the model is.
     """
     import torch
 
-    from data.tokenizer import EOT_TOKEN, load_tokenizer
+    from data.tokenizer import load_tokenizer
     from model.generate import generate
 
-    tokenizer = load_tokenizer()
-    prompt_tokens = tokenizer.encode_ordinary(prompt) or [EOT_TOKEN]
-    tokens = torch.tensor([prompt_tokens] * n_samples, device=device)  # (n_samples, T)
-    drawn = generate(
-        model,
-        tokens,
-        max_new_tokens,
-        config,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-    )
-    new_tokens = torch.stack(list(drawn), dim=1)  # (n_samples, max_new_tokens)
-    return [prompt + tokenizer.decode(row) for row in new_tokens.tolist()]
+    tokens = torch.tensor([encode_prompt(prompt)] * N_SAMPLES, device=session.device)  # (n, T)
+    drawn = generate(session.model, tokens, max_new_tokens, config, top_k=TOP_K, seed=seed)
+    new_tokens = torch.stack(list(drawn), dim=1)  # (n, max_new_tokens)
+    return [prompt + load_tokenizer().decode(row) for row in new_tokens.tolist()]
 
 
 def stream_texts(
@@ -157,6 +140,8 @@ def check_options(args: argparse.Namespace) -> None:
         )
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise ValueError(f"--top_p {args.top_p}: out of range. Fix: give one above 0 and at most 1")
+    if args.prompt != args.prompt.encode(errors="ignore").decode():
+        raise ValueError("--prompt: not UTF-8 in this locale. Fix: set LC_ALL=C.UTF-8")
     if not 0 <= args.seed < 2**64:
         raise ValueError(
             f"--seed {args.seed}: out of range. Fix: give one of at least 0 and below 2^64"
@@ -172,7 +157,7 @@ def read_prompt(args: argparse.Namespace) -> str:
     if not args.prompt_file:
         return args.prompt
     try:
-        return args.prompt_file.read_text(encoding="utf-8")
+        return args.prompt_file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"--prompt_file {args.prompt_file}: cannot be read ({error}). Fix: give a text file"
@@ -188,7 +173,6 @@ def run(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     import torch
 
     from checkpoint.reader import load_model, resolve_ckpt
-    from data.tokenizer import EOT_TOKEN, load_tokenizer
     from model.generate import generate
 
     check_options(args)
@@ -196,7 +180,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     ckpt = resolve_ckpt(args.ckpt)
     model, run_precision = load_model(ckpt)
     check_gpt2_tokens(model.config)
-    prompt_tokens = load_tokenizer().encode_ordinary(prompt) or [EOT_TOKEN]
+    prompt_tokens = encode_prompt(prompt)
     if len(prompt_tokens) > model.config.block_size:
         raise ValueError(
             f"--prompt: has {len(prompt_tokens)} tokens, the model's block_size is "

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from launch.ranks import Ranks, read_ranks, say_once
+from launch.ranks import Ranks, ranks_or_exit, say_once
 from model import GPTConfig
 
 if TYPE_CHECKING:
@@ -27,12 +27,25 @@ Command = Callable[[argparse.Namespace, Ranks], dict[str, Any] | None]
 
 @dataclass(frozen=True)
 class Session:
-    """A model in evaluation mode where this rank computes, with the precision to compute in."""
+    """A model in evaluation mode where this rank computes.
 
-    model: GPT
-    precision: str
+    Args:
+        model: A GPT, an engine of one, or a callable around it.
+        device: Where it is.
+        ranks: This process and the others, which have the model too.
+        precision: To compute in; an engine has its own.
+    """
+
+    model: Callable[..., Tensor]
     device: torch.device
     ranks: Ranks
+    precision: str = "fp32"
+
+    @property
+    def share(self) -> dict[str, Any]:
+        """Where the work is done, and which part of it by this rank: arguments of `evaluate`."""
+        ranks = self.ranks
+        return {"device": self.device, "rank": ranks.rank, "world_size": ranks.world_size}
 
     def context(self) -> contextlib.AbstractContextManager[object]:
         """Return the context in which forwards have the session's precision."""
@@ -84,12 +97,12 @@ def start_session(model: GPT, precision: str, ranks: Ranks) -> Session:
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device, torch.bfloat16 if precision == "bf16" else torch.float32)
-    return Session(model.eval(), precision, device, ranks)
+    return Session(model.eval(), device, ranks, precision)
 
 
 def run_command(parser: argparse.ArgumentParser, command: Command) -> int:
     """Run a command on all ranks; print its result as one JSON line; return the exit status."""
-    args, ranks = parser.parse_args(), read_ranks()
+    args, ranks = parser.parse_args(), ranks_or_exit()
     try:
         result = command(args, ranks)
     except ValueError as error:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from data.shards import TokenStream
+    from eval.session import Session
 
 LARGEST_EXPONENT = 700  # of e, in fp64
 EVAL_TOKENS = 10_485_760  # build-nanogpt's 20 batches of 64 x 1,024 on 8 GPUs
@@ -95,6 +96,18 @@ def evaluate(
     return total, n_tokens
 
 
+def mean_loss(
+    session: Session, stream: TokenStream, *, seq_len: int, eval_tokens: int, batch_size: int
+) -> float:
+    """Return the mean cross-entropy in nats per token over all ranks; as `evaluate` (all ranks)."""
+    import torch
+
+    sizes = {"seq_len": seq_len, "eval_tokens": eval_tokens, "batch_size": batch_size}
+    sums = evaluate(session.model, stream, **sizes, **session.share)
+    total, n_tokens = session.sum(torch.tensor(sums, dtype=torch.float64)).tolist()
+    return total / n_tokens
+
+
 def unigram_entropy(stream: TokenStream, n_tokens: int) -> float:
     """Return the entropy in nats of the token frequencies of the first `n_tokens` targets.
 
@@ -131,8 +144,6 @@ def run(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     for name in ("eval_tokens", "seq_len", "batch_size"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name} {value}: out of range. Fix: give at least 1")
-    import torch
-
     from checkpoint.reader import load_model, resolve_ckpt
     from data.shards import TokenStream
 
@@ -147,22 +158,15 @@ def run(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     check_eval_tokens(stream, args.eval_tokens)
     session = start_session(model, args.dtype or run_precision, ranks)
     with session.context():
-        sums = evaluate(
-            session.model,
-            stream,
-            seq_len=seq_len,
-            eval_tokens=args.eval_tokens,
+        loss = mean_loss(
+            session, stream, seq_len=seq_len, eval_tokens=args.eval_tokens,
             batch_size=args.batch_size,
-            device=session.device,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-        )
-    total, n_tokens = session.sum(torch.tensor(sums, dtype=torch.float64)).tolist()
-    if not math.isfinite(total):
+        )  # fmt: skip
+    if not math.isfinite(loss):
         raise ValueError(
             f"{ckpt}: gives a loss that is no finite number. Fix: evaluate an earlier step"
         )
-    loss, entropy = total / n_tokens, unigram_entropy(stream, args.eval_tokens)
+    entropy = unigram_entropy(stream, args.eval_tokens)
     say(
         ranks,
         f"validation loss {loss:.4f}, unigram entropy of the same {args.eval_tokens:,} tokens "
@@ -170,7 +174,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     )
     perplexity = math.exp(loss) if loss < LARGEST_EXPONENT else None
     result = {"ckpt": ckpt, "val_loss": loss, "perplexity": perplexity}
-    result |= {"unigram_entropy": entropy, "tokens": int(n_tokens), "seq_len": seq_len}
+    result |= {"unigram_entropy": entropy, "tokens": args.eval_tokens, "seq_len": seq_len}
     return result | {"dtype": session.precision}
 
 

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-from dataclasses import dataclass, replace
+import sys
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from launch.config import (
-    BatchArithmetic,
-    TrainConfig,
-    resolve_batch,
-    resolve_train_config,
-    to_json,
-)
+from launch.config import BatchArithmetic, TrainConfig, resolve_batch, resolve_train_config, to_json
 from launch.credentials import refuse_credentials
-from launch.ds_config import load_ds_config, precision, resolve_ds_config, uses_offload
+from launch.ds_config import load_ds_config, offloads, precision, resolve_ds_config
 from launch.memory import CHECKPOINT_BYTES
 from launch.ranks import Ranks, check_extension_locks
 
@@ -34,6 +28,8 @@ class Run:
     batch: BatchArithmetic
     ds_config: dict[str, Any]
     ranks: Ranks
+    remarks: list[str] = field(default_factory=list)  # on keys of the ds_config, for the start
+    unverified: list[str] = field(default_factory=list)  # such keys
 
 
 @dataclass(frozen=True)
@@ -57,8 +53,9 @@ def resolve_run(config: TrainConfig, ranks: Ranks) -> Run:
     config = resolve_train_config(config)
     batch = resolve_batch(config, ranks.world_size)
     config = replace(config, micro_batch_size=batch.micro_batch_size)
-    ds_config = resolve_ds_config(load_ds_config(config.ds_config), config, batch)
-    return Run(config, batch, ds_config, ranks)
+    found = resolve_ds_config(load_ds_config(config.ds_config), config, batch)
+    remarks = found.remarks(f"--ds_config {config.ds_config}")
+    return Run(config, batch, found.ds_config, ranks, remarks, found.unverified)
 
 
 def open_inputs(run: Run) -> Inputs:
@@ -86,6 +83,8 @@ def open_inputs(run: Run) -> Inputs:
     verify = config.verify and run.ranks.local_rank == 0  # once per machine
     train_stream = TokenStream(config.data_dir, "train", gpt.vocab_size, verify)
     val_stream = TokenStream(config.data_dir, "val", gpt.vocab_size, verify)
+    for line in train_stream.copies() if run.ranks.is_main else []:
+        print(f"warning: {line}", file=sys.stderr)
     Order(len(train_stream), config.seq_len)
     check_eval_tokens(val_stream, config.eval_tokens)
     rows = load_examples(limit=config.hellaswag_limit) if config.hellaswag_every else []
@@ -107,8 +106,8 @@ def open_inputs(run: Run) -> Inputs:
 
 
 def _check_compiler(run: Run) -> None:
-    needs = [name for name, does in (("--compile", run.config.compile),
-                                     ("offload", uses_offload(run.ds_config))) if does]  # fmt: skip
+    offload = offloads(run.ds_config, "optimizer")
+    needs = ["--compile"] * run.config.compile + ["offload"] * offload
     compiler = os.environ.get("CXX", "g++")
     if needs and not shutil.which(compiler):
         raise ValueError(
@@ -118,7 +117,7 @@ def _check_compiler(run: Run) -> None:
 
 
 def _check_same_run(run: Run, checkpoints: list[Path], order: dict[str, Any]) -> None:
-    from checkpoint.manifest import read_manifest
+    from checkpoint.manifest import read_manifest, step_name, step_of
     from checkpoint.resuming import check_same_run
 
     for folder in checkpoints:
@@ -126,6 +125,9 @@ def _check_same_run(run: Run, checkpoints: list[Path], order: dict[str, Any]) ->
             manifest = read_manifest(folder)
         except ValueError:
             continue  # which one is damaged is said when every byte has been read
+        if manifest.step != step_of(folder):
+            said = f"{folder}: a copy of {step_name(manifest.step)}"
+            raise ValueError(f"{said}. Fix: move it out of the folder")
         precise = precision(run.ds_config)
         check_same_run(manifest, precision=precise, model=run.config.gpt_config, order=order)
         if manifest.step > run.config.max_steps:
@@ -143,23 +145,13 @@ def take_run_dir(run: Run, inputs: Inputs) -> IO[str]:
         OSError: It cannot be written, or there is no room for a checkpoint.
     """
     from checkpoint.manifest import step_of
-    from checkpoint.run_folder import (
-        check_not_lost,
-        check_unused,
-        count_starts,
-        lock_run_dir,
-        write_status,
-    )
+    from checkpoint.run_folder import check_not_lost, check_unused, lock_run_dir
 
     run_dir, gpt = run.config.run_dir, run.config.gpt_config
     if run.config.resume == "none":
         check_unused(run_dir)
     if not inputs.checkpoints:
         check_not_lost(run_dir)
-    with contextlib.ExitStack() as undo:
-        needed_bytes = CHECKPOINT_BYTES[precision(run.ds_config)] * gpt.n_params()
-        lock = undo.enter_context(lock_run_dir(run_dir, needed_bytes))
-        step = step_of(inputs.checkpoints[0]) if inputs.checkpoints else 0
-        write_status(run_dir, "running", starts=count_starts(run_dir, step))
-        undo.pop_all()  # it stays locked
-    return lock
+    step = step_of(inputs.checkpoints[0]) if inputs.checkpoints else 0
+    needed_bytes = CHECKPOINT_BYTES[precision(run.ds_config)] * gpt.n_params()
+    return lock_run_dir(run_dir, needed_bytes, step)

@@ -8,7 +8,15 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from data.tokenizer import EOT_TOKEN, load_tokenizer
-from eval.sample import build_parser, check_options, run, sample_texts, stream_texts
+from eval.sample import (
+    build_parser,
+    check_options,
+    encode_prompt,
+    run,
+    sample_texts,
+    stream_texts,
+)
+from eval.session import Session
 from launch.ranks import read_ranks
 from model import GPT, GPTConfig
 from model.weights import save_hf_folder
@@ -17,18 +25,18 @@ CONFIG = GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=32)
 
 
 def test_texts_start_with_the_prompt_and_differ_by_seed() -> None:
-    model = GPT(CONFIG).eval()
-    texts = sample_texts(model, CONFIG, "Hello there", n_samples=3, max_new_tokens=8, seed=1)
-    assert len(texts) == 3
+    session = Session(GPT(CONFIG).eval(), torch.device("cpu"), read_ranks())
+    texts = sample_texts(session, CONFIG, "Hello there", 8, seed=1)
+    assert len(texts) == 4
     assert all(text.startswith("Hello there") for text in texts)
-    same = sample_texts(model, CONFIG, "Hello there", n_samples=3, max_new_tokens=8, seed=1)
-    other = sample_texts(model, CONFIG, "Hello there", n_samples=3, max_new_tokens=8, seed=2)
-    assert texts == same != other
+    assert texts == sample_texts(session, CONFIG, "Hello there", 8, seed=1)
+    assert texts != sample_texts(session, CONFIG, "Hello there", 8, seed=2)
 
 
-def test_an_empty_prompt_starts_a_document() -> None:
-    texts = sample_texts(GPT(CONFIG).eval(), CONFIG, "", n_samples=1, max_new_tokens=4)
-    assert len(texts) == 1
+def test_end_of_text_in_a_prompt_and_an_empty_prompt_start_a_document() -> None:
+    assert encode_prompt("") == encode_prompt("<|endoftext|>") == [EOT_TOKEN]
+    assert encode_prompt("a<|endoftext|>b") == [64, EOT_TOKEN, 65]
+    assert encode_prompt("<|endoftext") != [EOT_TOKEN]  # only whole
 
 
 @pytest.mark.parametrize(
@@ -108,6 +116,8 @@ def test_the_best_token_is_hugging_faces(folder: Path) -> None:
 
 
 def test_bad_prompts_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--prompt: not UTF-8 in this locale\. Fix: set LC_ALL="):
+        run_with(folder, "--prompt", "\udcc3\udc9cber")  # as Python reads it where ASCII is all
     with pytest.raises(ValueError, match="--prompt: has 40 tokens, the model's block_size is 32"):
         run_with(folder, "--prompt", "cat " * 39 + "cat")
     (tmp_path / "latin").write_bytes(b"\xe9")
