@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[1]
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(ROOT)
@@ -33,41 +35,23 @@ VARIANTS = [f"{s} to {p} in {m}" for p in PROCESSES for s in SIGNALS for m in MO
 START_S, END_S = 120, 45
 
 
-def descendants(pid: int) -> dict[int, str]:
-    """Return the command lines of a process and all below it that are no zombies."""
-    from launch.stops import read_stat
+def descendants(pid: int) -> dict[int, psutil.Process]:
+    """Return a process and all below it that are no zombies."""
+    from launch.stops import is_alive
 
-    children: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            state, parent, *_ = read_stat(int(path.name))
-        except OSError:  # it has just gone
-            continue
-        if state != "Z":
-            children.setdefault(int(parent), []).append(int(path.name))
-    found, todo = {}, [pid]
-    while todo:
-        current = todo.pop()
-        todo += children.get(current, [])
-        line = Path(f"/proc/{current}/cmdline").read_bytes().decode(errors="replace")
-        found[current] = line.replace("\0", " ")
-    return found
+    runner = psutil.Process(pid)
+    found = [runner, *runner.children(recursive=True)]
+    return {process.pid: process for process in found if is_alive(process)}
 
 
 def name_processes(runner: int) -> dict[str, int]:
     """Return the processes of a run of two ranks by name."""
-    from launch.stops import DEEPSPEED_LAUNCHER, read_stat
+    from launch.stops import DEEPSPEED_LAUNCHER
 
-    lines = descendants(runner)
-    is_launcher = DEEPSPEED_LAUNCHER.decode()
-    (launcher,) = [pid for pid, line in lines.items() if is_launcher in line]
-    ranks = [pid for pid in lines if pid != launcher and int(read_stat(pid)[1]) == launcher]
-    by_rank = {}
-    for pid in ranks:
-        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        (rank,) = [v.partition(b"=")[2] for v in environment if v.startswith(b"RANK=")]
-        by_rank[f"rank {int(rank)}"] = pid
-    return {"runner": runner, "launcher": launcher} | dict(sorted(by_rank.items()))
+    below = descendants(runner).values()
+    (launcher,) = [p for p in below if DEEPSPEED_LAUNCHER in p.cmdline()]
+    by_rank = {f"rank {p.environ()['RANK']}": p.pid for p in launcher.children()}
+    return {"runner": runner, "launcher": launcher.pid} | dict(sorted(by_rank.items()))
 
 
 def start(folder: Path, run_dir: Path, moment: str, *more: str) -> subprocess.Popen[bytes]:
@@ -123,7 +107,7 @@ def stop_once(folder: Path, variant: str) -> dict[str, Any]:
     ended_s = time.monotonic() - started
     for pid in alive(everyone):
         os.kill(pid, signal.SIGKILL)
-    status = json.loads((run_dir / "run_status.json").read_text())
+    status = json.loads((run_dir / "run_status.json").read_text(encoding="utf-8"))
     done = max(losses(run_dir), default=-1) + 1
     problem = ""
     if not reached:
@@ -136,11 +120,11 @@ def stop_once(folder: Path, variant: str) -> dict[str, Any]:
             "reason": status.get("reason"), "exit_status": runner.returncode}  # fmt: skip
 
 
-def alive(processes: dict[int, str]) -> list[int]:
+def alive(processes: dict[int, psutil.Process]) -> list[int]:
     """Return those of the processes that still run."""
-    from launch.stops import started_at
+    from launch.stops import is_alive
 
-    return [pid for pid in processes if started_at(pid)]
+    return [pid for pid, process in processes.items() if is_alive(process)]
 
 
 def summary(done: dict[str, Any]) -> list[dict[str, str]]:

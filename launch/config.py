@@ -132,6 +132,8 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (("seed",), lambda x: x < 2**32, "below 2^32"),
     (("batch_tokens",), lambda x: x <= 2**50, "of at most 2^50"),
     (("beta1", "beta2", "dropout"), lambda x: 0 <= x < 1, "in [0, 1)"),
+    (("sample_prompt",), lambda x: x == str(x).encode(errors="ignore").decode(),
+     "of UTF-8 (LC_ALL=C.UTF-8)"),
 )  # fmt: skip
 
 
@@ -143,10 +145,9 @@ def _check_ranges(config: TrainConfig) -> None:
                 raise ValueError(f"--{name} {value}: out of range. Fix: give one {words}")
     if config.resume not in ("auto", "must", "none"):
         raise ValueError(f"--resume {config.resume}: unknown. Fix: give auto, must or none")
-    if config.run_dir == Path() or not str(config.run_dir).isprintable():
-        raise ValueError(
-            f"--run_dir {str(config.run_dir)!r}: no name. Fix: give a folder, as runs/x"
-        )
+    name = str(config.run_dir)
+    if name == "." or not name.isprintable() or set(name) & set("*?["):  # DeepSpeed globs it
+        raise ValueError(f"--run_dir {name!r}: not a name without *?[ in it. Fix: as in runs/x")
     parse_timeouts(config.timeouts)
     if config.profile:
         first, end = profiled_steps(config)

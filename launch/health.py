@@ -53,8 +53,9 @@ class Health:
     def farewell(self, step: int) -> str:
         """Say why a run ends after `step`, and what to do."""
         return (
-            f"{self.bad_in_row} steps in a row were not finite. Fix: delete the checkpoints "
-            f"after step {step + 1 - self.bad_in_row}, then start again with a lower --lr"
+            f"{self.bad_in_row} steps in a row were not finite. Fix: delete the checkpoints after "
+            f"step {step + 1 - self.bad_in_row} and go on with a lower --lr; without earlier ones "
+            "begin in another --run_dir"
         )
 
     def add(self, step: int, loss_sum: Tensor, norm: Tensor | float) -> None:

@@ -10,15 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
 
+import psutil
 import torch
 import torch.distributed as dist
 
-SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
+SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP}
 STOP_FILE, LAUNCHER_GONE = 1000, 1001  # besides numbers of signals
 REASONS = {STOP_FILE: "STOP file", LAUNCHER_GONE: "launcher gone"} | {s: s.name for s in SIGNALS}
 POLL_S = 0.5
 INTERRUPTED = 128 + signal.SIGINT
-DEEPSPEED_LAUNCHER = b"deepspeed.launcher.launch"
+DEEPSPEED_LAUNCHER = "deepspeed.launcher.launch"
 
 
 class StopRequested(Exception):  # noqa: N818  # a request, not an error
@@ -26,10 +27,12 @@ class StopRequested(Exception):  # noqa: N818  # a request, not an error
 
 
 class Stops:
-    """Notes SIGTERM, SIGINT, SIGUSR1, a STOP file in the run folder, and a launcher that is gone.
+    """Notes signals, a STOP file in the run folder, and a launcher that is gone.
 
-    A thread of its own takes notice, so that it works while the main thread waits for data or for
-    other ranks; a second SIGINT ends the process at once. To be entered by the main thread.
+    The signals are SIGTERM, SIGINT, SIGUSR1 and, unless it is ignored from the start (nohup), the
+    SIGHUP of a terminal that is closed. A thread of its own takes notice, so that it works while
+    the main thread waits for data or for other ranks; a second SIGINT ends the process at once. To
+    be entered by the main thread.
 
     Args:
         run_dir: Where a STOP file may appear.
@@ -56,7 +59,10 @@ class Stops:
     def __enter__(self) -> Stops:
         self._read_fd, self._write_fd = os.pipe()
         os.set_blocking(self._write_fd, False)
-        self._old_handlers = {s: signal.signal(s, _leave_to_thread) for s in SIGNALS}
+        signals = set(SIGNALS)
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            signals.remove(signal.SIGHUP)
+        self._old_handlers = {s: signal.signal(s, _leave_to_thread) for s in signals}
         self._old_fd = signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._watch, name="stops", daemon=True)
         self._thread.start()
@@ -118,7 +124,7 @@ class Stops:
                     self.on_second_interrupt()
                 finally:
                     os._exit(INTERRUPTED)
-            if any(started_at(pid) != started for pid, started in self._launchers):
+            if not all(map(is_alive, self._launchers)):
                 self._asked = self._asked or LAUNCHER_GONE
             if self._asked and not self.wait_for_check:
                 self.on_early_stop(REASONS[self._asked])
@@ -128,29 +134,21 @@ def _leave_to_thread(number: int, frame: FrameType | None) -> None:
     """Do nothing: the number is in the pipe that the thread reads."""
 
 
-def _watched_launchers() -> list[tuple[int, str | None]]:
+def _watched_launchers() -> list[psutil.Process]:
     """Return the launcher of this rank, and that of DeepSpeed's launcher, which outlives it."""
     if "RANK" not in os.environ:
         return []
-    parent = os.getppid()
-    pids = [parent]
     try:
-        if DEEPSPEED_LAUNCHER in Path(f"/proc/{parent}/cmdline").read_bytes():
-            pids.append(int(read_stat(parent)[1]))
-    except OSError:
-        return []  # no /proc, or the launcher has just gone: then a signal comes
-    return [(pid, started_at(pid)) for pid in pids if pid > 1]
+        above = psutil.Process().parents()
+        is_deepspeeds = any(DEEPSPEED_LAUNCHER in part for part in above[0].cmdline())
+    except (psutil.Error, IndexError):
+        return []  # the launcher has just gone: then a signal comes
+    return [process for process in above[: 1 + is_deepspeeds] if process.pid > 1]
 
 
-def read_stat(pid: int) -> list[str]:
-    """Return the fields of /proc/PID/stat behind the name: state, parent, …"""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-
-
-def started_at(pid: int) -> str | None:
-    """Return when a process began, which tells it from a later one of its number; None: gone."""
+def is_alive(process: psutil.Process) -> bool:
+    """Return whether a process runs, and is not a later one of its number."""
     try:
-        state, *rest = read_stat(pid)
-    except OSError:
-        return None
-    return None if state == "Z" else rest[18]
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -94,10 +94,11 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert all(torch.equal(one[k], other[k]) for k in one)
 
 
-@pytest.mark.parametrize("moment", ["SIGTERM", "SIGINT", "SIGUSR1", "STOP", "evaluation"])
+@pytest.mark.parametrize("moment", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP", "STOP", "evaluation"])
 def test_a_stop_leaves_a_checkpoint_from_which_the_run_is_the_same(
     whole: Path, data_dir: Path, tmp_path: Path, moment: str
 ) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where nohup started pytest
     run_dir = tmp_path / "stopped"
     command = arguments(data_dir, run_dir, "--max_steps", 12, "--dropout", 0.1)
     log, checkpoint = run_dir / "log.txt", run_dir / "checkpoints" / "step_000005"
@@ -196,6 +197,112 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
     assert (whole / "log.txt").read_text() == logged
 
 
+@pytest.mark.parametrize("name", [".DS_Store", "._rng_rank_00000.pt", ".nfs00000000012"])
+def test_what_an_operating_system_hides_in_a_checkpoint_is_no_damage(
+    whole: Path, data_dir: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    for folder in (whole, *complete_steps(whole / "checkpoints")):
+        (folder / name).write_bytes(b"\0")
+    assert main(arguments(data_dir, whole, "--max_steps", 12, "--dropout", 0.1)) == 0
+    err = capsys.readouterr().err
+    assert "warning" not in err
+    assert f"resumed from {whole / 'checkpoints' / 'step_000012'}" in err
+    load_model(str(whole))
+
+
+def test_another_file_in_a_checkpoint_stops_the_start_and_costs_no_step(
+    whole: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = complete_steps(whole / "checkpoints")
+    stranger = steps[-1] / "Thumbs.db"
+    stranger.write_bytes(b"")
+    command = arguments(data_dir, whole, "--max_steps", 14, "--dropout", 0.1,
+                        "--keep_checkpoints", 1)  # fmt: skip
+    for more in ([], ["--resume", "must"]):
+        assert main([*command, *more]) == 2
+        assert f"{stranger}: not in manifest.json. Fix: move it out of the folder" in (
+            capsys.readouterr().err
+        )
+    assert complete_steps(whole / "checkpoints") == steps
+    stranger.unlink()
+    assert main(command) == 0
+    assert f"resumed from {steps[-1]}" in capsys.readouterr().err
+
+
+def test_a_copy_of_a_checkpoint_under_another_name_is_not_taken_for_a_newer_one(
+    whole: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    *_, newest = complete_steps(whole / "checkpoints")
+    copy = shutil.copytree(newest, newest.with_name("step_000099"))
+    command = arguments(data_dir, whole, "--max_steps", 14, "--dropout", 0.1)
+    assert main(command) == 2
+    assert f"error: {copy}: a copy of {newest.name}. Fix: move it out" in capsys.readouterr().err
+    assert newest.is_dir()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_key_that_lays_the_optimizer_out_may_change_between_steps(
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+    raw["zero_optimization"]["sub_group_size"] = 20_000
+    (tmp_path / "ds.json").write_text(json.dumps(raw))
+    for run_dir, changes in ((tmp_path / "same", []), (tmp_path / "changed", ["ds.json"])):
+        command = arguments(data_dir, run_dir, stage=3)
+        assert main([*command, "--max_steps", "5"]) == 0
+        capsys.readouterr()
+        more = [f"--ds_config={tmp_path / name}" for name in changes]
+        assert main([*command, "--max_steps", "7", *more]) == 0
+        said = "read for another layout (partition: " in capsys.readouterr().err
+        assert said == bool(changes)
+    assert losses(tmp_path / "changed") == pytest.approx(losses(tmp_path / "same"), abs=1e-3)
+
+
+def test_a_run_that_ended_without_a_word_is_said(
+    whole: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = {"status": "running", "time": "2001-02-03T04:05:06+0000"}
+    (whole / "run_status.json").write_text(json.dumps(gone))
+    assert main(arguments(data_dir, whole, "--max_steps", 12, "--dropout", 0.1)) == 0
+    assert (
+        f"warning: {whole}: the run that began at 2001-02-03T04:05:06+0000 was killed, it seems; "
+        "going on from step 12" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_ds_config_whose_checkpoints_nobody_can_read_is_refused_before_anything_is_made(
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = {"zero_optimization": {"stage": 2, "elastic_checkpoint": True}}
+    (tmp_path / "ds.json").write_text(json.dumps(raw))
+    command = arguments(data_dir, tmp_path / "run", "--ds_config", tmp_path / "ds.json")
+    assert main(command) == 2
+    assert "zero_optimization.elastic_checkpoint: " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_outlives_its_readers_in_any_locale(data_dir: Path, tmp_path: Path) -> None:
+    """Through a pipe that nobody reads any more, where the locale knows ASCII alone."""
+    run_dir = tmp_path / "run"
+    options = arguments(data_dir, run_dir, "--max_steps", 3, "--micro_batch_size", 4)
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command, environment = [sys.executable, "train.py", *options], os.environ | ascii_only
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)  # fmt: skip
+    assert process.stdout
+    assert process.stderr
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(120) == 0
+    assert status_of(run_dir)["status"] == "finished"
+    assert len(losses(run_dir)) == 3
+    (folder,) = (run_dir / "consolidated").iterdir()
+    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    assert len(vocabulary) == 50257
+    assert vocabulary["Ġthe"] == 262
+
+
 def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(
     whole: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -242,7 +349,7 @@ def test_a_run_of_bad_numbers_changes_no_weight_and_stops(
     err = capsys.readouterr().err
     assert (
         f"error: {run_dir}: 3 steps in a row were not finite. Fix: delete the checkpoints after "
-        "step 6, " in err
+        "step 6 and go on with a lower --lr; " in err
     )
     for step in (6, 7, 8):
         samples = f"(samples {4 * step} to {4 * step + 3})"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from launch.ranks import Ranks
-from launch.stops import StopRequested, Stops
+from launch.stops import SIGNALS, StopRequested, Stops
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -54,13 +54,31 @@ def stops(one_rank: Ranks, tmp_path: Path) -> Iterator[Stops]:
         yield stops
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.fixture(autouse=True)
+def terminal() -> Iterator[None]:
+    """SIGHUP as in a terminal, also where nohup started pytest."""
+    old = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, old)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_a_signal_stops_at_the_next_check(stops: Stops, name: str) -> None:
     os.kill(os.getpid(), signal.Signals[name])
     time.sleep(0.2)
     for _ in range(2):  # a request is not forgotten
         with pytest.raises(StopRequested, match=name):
             stops.check(CPU)
+
+
+def test_a_hangup_that_is_ignored_stays_ignored(one_rank: Ranks, tmp_path: Path) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup and setsid leave it
+    with Stops(tmp_path, pytest.fail, pytest.fail) as stops:
+        stops.wait_for_check = True
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.2)
+        stops.check(CPU)
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_a_file_stops(stops: Stops) -> None:
@@ -78,10 +96,10 @@ def test_before_the_first_check_a_stop_is_told_at_once(tmp_path: Path) -> None:
 
 
 def test_old_handlers_come_back(one_rank: Ranks, tmp_path: Path) -> None:
-    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    before = [signal.getsignal(s) for s in SIGNALS]
     with Stops(tmp_path, pytest.fail, pytest.fail):
         pass
-    after = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    after = [signal.getsignal(s) for s in SIGNALS]
     assert before == after
 
 
