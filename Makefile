@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
 
-.PHONY: quickstart test debian slurm check parity bench hellaswag kills faults launches plan clean
+.PHONY: quickstart test debian slurm check parity keys bench hellaswag kills faults launches plan clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -66,6 +66,10 @@ check: $(VENV)/installed
 
 parity: $(VENV)/installed
 	$(BIN)/python bench/parity.py --out runs/parity.json
+
+# A quarter of an hour: every key of zero_optimization that ds_configs/README.md calls verified.
+keys: $(VENV)/installed
+	$(BIN)/python bench/keys.py --folder runs/keys --out docs/keys.json
 
 kills: $(VENV)/installed
 	$(BIN)/python bench/prepare_kills.py --kills 50 --out runs/prepare_kills.json

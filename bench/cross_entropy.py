@@ -119,7 +119,9 @@ def main() -> None:
         command = [sys.executable, __file__, "--candidate", name]
         for flag in ("batch", "seq_len", "n_embd", "repeats"):
             command += [f"--{flag}", str(getattr(args, flag))]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, encoding="utf-8"
+        )
         if done.returncode:
             print(f"{name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
             continue

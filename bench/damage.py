@@ -93,11 +93,15 @@ def cut_shard(folder: Path, run_dir: Path) -> Result:
     os.truncate(shard, 4096)
     ended_s = run.wait(END_S)
     result = judge(run_dir, ended_s, run.statuses)
-    if -signal.SIGBUS not in run.statuses.values() or "Fatal Python error" not in log.read_text():
+    if -signal.SIGBUS not in run.statuses.values() or "Fatal Python error" not in log.read_text(
+        encoding="utf-8"
+    ):
         result |= {"ok": False, "problem": "no rank died of SIGBUS with its stack"}
     log.unlink()
     again = Run(command, 2, log)
     again.wait(START_S)
-    if set(again.statuses.values()) != {2} or f"error: {shard}: " not in log.read_text():
+    if set(again.statuses.values()) != {2} or f"error: {shard}: " not in log.read_text(
+        encoding="utf-8"
+    ):
         result |= {"ok": False, "problem": "the next start did not name the shard"}
     return result

@@ -50,7 +50,7 @@ def arguments(folder: Path, run_dir: Path, stage: int, max_steps: int) -> list[s
 def losses(run_dir: Path) -> dict[int, float]:
     """Return the loss of every step that the run has logged."""
     found, path = {}, run_dir / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         if line.endswith("}") and "train/loss" in line:
             row = json.loads(line)
             found[row["step"]] = row["train/loss"]
@@ -79,8 +79,8 @@ def judge(run_dir: Path, ended_s: float | None, statuses: dict[int, int]) -> Res
     except ValueError as error:
         problem = str(error)
     latest = run_dir / "checkpoints" / "latest"
-    if latest.exists() and latest.read_text() not in [p.name for p in steps]:
-        problem = f"latest names {latest.read_text()!r}"
+    if latest.exists() and latest.read_text(encoding="utf-8") not in [p.name for p in steps]:
+        problem = f"latest names {latest.read_text(encoding='utf-8')!r}"
     lost = max(losses(run_dir), default=-1) + 1 - newest_step(run_dir)
     if lost > INTERVAL:
         problem = f"{lost} steps lost"
@@ -199,7 +199,7 @@ def open_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
         (folder / "data").mkdir(parents=True)
         write_tokens(folder / "data")
     out = folder / "faults.json"
-    return out, json.loads(out.read_text()) if out.exists() else {}
+    return out, json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
 
 
 def tries_of(

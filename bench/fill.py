@@ -26,7 +26,11 @@ def fill(text: str) -> str:
 
 def _output(command: str) -> str:
     done = subprocess.run(
-        [sys.executable, *shlex.split(command)], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, *shlex.split(command)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
     )
     printed = (done.stdout or done.stderr).strip("\n")
     if printed.startswith("|"):
@@ -40,4 +44,4 @@ if __name__ == "__main__":
     )
     parser.add_argument("document", type=Path, help="Markdown file, changed in place")
     document = parser.parse_args().document
-    document.write_text(fill(document.read_text()))
+    document.write_text(fill(document.read_text(encoding="utf-8")), encoding="utf-8")

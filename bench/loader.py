@@ -98,7 +98,7 @@ def measure_side(side: str, folder: Path) -> dict[str, float]:
 
 def memory_mib(key: str) -> float:
     """Return one figure of Linux's account of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:"))
 
 
@@ -108,7 +108,9 @@ def compare(folder: Path, blocks: int) -> dict[str, list[dict[str, float]]]:
     for order in in_turns(SIDES, blocks):
         for side in order:
             command = [sys.executable, __file__, "--side", side, "--folder", str(folder)]
-            done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+            done = subprocess.run(
+                command, check=True, capture_output=True, text=True, timeout=300, encoding="utf-8"
+            )
             values[side].append(json.loads(done.stdout))
     return values
 

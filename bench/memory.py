@@ -78,12 +78,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file; goes on where it was")
     parser.add_argument("--table", action="store_true", help="print what it holds, measure nothing")
     args = parser.parse_args()
-    cells = json.loads(args.out.read_text()) if args.out.exists() else {}
+    cells = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
     for model, n_ranks, side in itertools.product(SHAPES, (1, 2), SIDES):
         case = f"{model} {side} {n_ranks}"
         if case not in cells and not args.table:
             cells[case] = measure(model, side, n_ranks) | stamp()
-            args.out.write_text(json.dumps(cells, indent=1) + "\n")
+            args.out.write_text(json.dumps(cells, indent=1) + "\n", encoding="utf-8")
             print(row(case, cells[case]), file=sys.stderr, flush=True)
     print(markdown([row(case, measured) for case, measured in cells.items()]))
 

@@ -130,7 +130,10 @@ def meet(folder: Path, run_dir: Path, case: str) -> Result:
         if status not in (allowed if rank in mortal else {KILLED}):
             result |= {"ok": False, "problem": f"rank {rank} ended with {status}"}
     # Where the logs find no room, what the process prints finds none either.
-    if not re.search(said, log.read_text() + (run_dir / "run_status.json").read_text()):
+    if not re.search(
+        said,
+        log.read_text(encoding="utf-8") + (run_dir / "run_status.json").read_text(encoding="utf-8"),
+    ):
         result |= {"ok": False, "problem": f"the log does not say {said!r}"}
     return result
 
@@ -145,7 +148,11 @@ def miss(folder: Path, run_dir: Path, present: int) -> Result:
     run = Run(command, 2, log, lambda rank: None if rank == present else os._exit(0))
     ended_s = run.wait(40)
     said = "rank 1 never came" if present == 0 else "did not gather all ranks"
-    ok = ended_s is not None and run.statuses[present] == 1 and said in log.read_text()
+    ok = (
+        ended_s is not None
+        and run.statuses[present] == 1
+        and said in log.read_text(encoding="utf-8")
+    )
     return {"ended_s": ended_s, "statuses": run.statuses, "ok": ok}
 
 

@@ -33,11 +33,11 @@ def main() -> None:
     args = parser.parse_args()
     sections = [HEAD]
     for path in args.results:
-        for title, entry in json.loads(path.read_text()).items():
+        for title, entry in json.loads(path.read_text(encoding="utf-8")).items():
             where = f"{entry['machine']}; {entry['versions']}; commit {entry['commit']}."
             command = f"`{entry['command']}`"
             sections.append(f"## {title}\n{command}\n\n{where}\n\n{markdown(entry['table'])}")
-    args.out.write_text("\n".join(sections))
+    args.out.write_text("\n".join(sections), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -29,12 +29,12 @@ LAUNCH_TIMEOUT_S = 280  # less than pytest allows a test
 
 def write_ds_config(folder: Path, stage: int, precision: str) -> Path:
     """Write the shipped ds_config of a stage, in fp32 if that is asked for."""
-    ds_config = json.loads((ROOT / "ds_configs" / f"zero{stage}.json").read_text())
+    ds_config = json.loads((ROOT / "ds_configs" / f"zero{stage}.json").read_text(encoding="utf-8"))
     if precision == "fp32":
         ds_config.pop("bf16", None)
         ds_config.pop("torch_autocast", None)
     path = folder / f"zero{stage}_{precision}.json"
-    path.write_text(json.dumps(ds_config))
+    path.write_text(json.dumps(ds_config), encoding="utf-8")
     return path
 
 
@@ -50,7 +50,7 @@ def run_with_children(command: list[str], timeout_s: int) -> subprocess.Complete
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True,
         start_new_session=True,
-    )  # fmt: skip
+    encoding="utf-8")  # fmt: skip
     try:
         out, err = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
@@ -93,7 +93,10 @@ def engine_losses(
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"zero{stage}, {n_ranks} ranks:\n{done.stdout}{done.stderr}")
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     return [row["train/loss"] for row in rows if "train/loss" in row]
 
 
@@ -131,7 +134,7 @@ def main() -> int:
     from bench.reference import N_SEQUENCES, SEQ_LEN, reference_losses, write_inputs
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    cells = json.loads(args.out.read_text())["cells"] if args.out.exists() else {}
+    cells = json.loads(args.out.read_text(encoding="utf-8"))["cells"] if args.out.exists() else {}
     result = {"torch": torch.__version__, "machine": platform.machine(), "cells": cells}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -149,7 +152,7 @@ def main() -> int:
             difference = largest_difference(losses, expected)
             ok = difference <= TOLERANCE[precision]
             cells[name] = {"difference": difference, "ok": ok}
-            args.out.write_text(json.dumps(result, indent=1))
+            args.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
             print(name, f"{difference:.2e}", file=sys.stderr, flush=True)
     print_table(cells)
     return 0 if all(cell["ok"] for cell in cells.values()) else 1

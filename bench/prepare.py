@@ -41,7 +41,7 @@ def write_sources(corpus: Path, folder: Path, copies: int) -> list[Path]:
     opened = lzma.open if corpus.suffix == ".xz" else open
     with opened(corpus, "rt", encoding="utf-8") as lines:
         texts = [json.loads(line)["text"] for line in lines] * copies
-    with (folder / "corpus.jsonl").open("w") as file:
+    with (folder / "corpus.jsonl").open("w", encoding="utf-8") as file:
         for text in texts:
             file.write(json.dumps({"text": text}) + "\n")
     table = pyarrow.table({"text": pyarrow.array(texts, pyarrow.large_string())})

@@ -50,7 +50,7 @@ def make_source(folder: Path) -> Path:
     rng = random.Random(0)
     words = [load_tokenizer().decode([i]) for i in rng.sample(range(1000, 50000), 5000)]
     path = folder / "words.jsonl"
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for _ in range(N_DOCUMENTS):
             text = "".join(rng.choices(words, k=rng.randint(0, 2 * DOCUMENT_WORDS)))
             file.write(json.dumps({"text": text}) + "\n")
@@ -125,7 +125,9 @@ def kill_and_start_again(
     hit = kill(source, out_dir, way, after_s)
     whole = {p.name: p.stat().st_mtime_ns for p in out_dir.glob("*.npy")} if hit else {}
     manifest = out_dir / "shards.json"
-    finished = len(json.loads(manifest.read_text())["shards"]) if manifest.exists() else 0
+    finished = (
+        len(json.loads(manifest.read_text(encoding="utf-8"))["shards"]) if manifest.exists() else 0
+    )
     run(source, out_dir, way)
     rewritten = sum((out_dir / name).stat().st_mtime_ns != when for name, when in whole.items())
     return Kill(way, round(after_s, 3), hit, finished, rewritten, digests(out_dir) == expected)
@@ -133,7 +135,11 @@ def kill_and_start_again(
 
 def campaign(n_kills: int, out: Path, ways: tuple[str, ...], seed: int = 0) -> list[Kill]:
     """Kill until `out` holds `n_kills` results; each kill has its own random moment."""
-    done = [Kill(**kill) for kill in json.loads(out.read_text())] if out.exists() else []
+    done = (
+        [Kill(**kill) for kill in json.loads(out.read_text(encoding="utf-8"))]
+        if out.exists()
+        else []
+    )
     with tempfile.TemporaryDirectory(prefix="nanospeed_") as name:
         folder = Path(name)
         source = make_source(folder)
@@ -148,7 +154,9 @@ def campaign(n_kills: int, out: Path, ways: tuple[str, ...], seed: int = 0) -> l
             shutil.rmtree(folder / "out")
             print(result, file=sys.stderr)
             done.append(result)
-            out.write_text(json.dumps([asdict(kill) for kill in done], indent=1) + "\n")
+            out.write_text(
+                json.dumps([asdict(kill) for kill in done], indent=1) + "\n", encoding="utf-8"
+            )
     return done
 
 

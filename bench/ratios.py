@@ -40,7 +40,7 @@ def in_turns(names: list[str], blocks: int) -> list[list[str]]:
 def describe_machine() -> str:
     """Return processor, cores and Python for people."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     name = models[0] if models else platform.processor()
     return f"{len(models)} x {name}, Python {platform.python_version()}"

@@ -26,7 +26,7 @@ def record(out: Path, title: str, rows: Rows, values: Any, *, quiet: bool = Fals
         values: All that was measured, for programs.
         quiet: Do not print the table.
     """
-    results = json.loads(out.read_text()) if out.exists() else {}
+    results = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     results[title] = {
         "command": f"python {shlex.join(sys.argv)}",
         **stamp(),
@@ -34,7 +34,7 @@ def record(out: Path, title: str, rows: Rows, values: Any, *, quiet: bool = Fals
         "values": values,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if not quiet:
         print(f"{title}\n\n{markdown(rows)}", flush=True)
 
@@ -56,5 +56,7 @@ def markdown(rows: Rows) -> str:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, encoding="utf-8"
+    )
     return done.stdout.strip() or "no commit"

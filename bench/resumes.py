@@ -81,7 +81,7 @@ def train_with_stops(
 
 def hash_weights(run_dir: Path) -> str:
     """Return the SHA-256 of the fp32 weights of the newest checkpoint."""
-    from checkpoint.consolidate import step_weights
+    from checkpoint.layouts import step_weights
     from checkpoint.manifest import newest_step
 
     digest = hashlib.sha256()

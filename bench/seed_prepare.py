@@ -36,7 +36,7 @@ def read_rows(source: str) -> Iterator[str]:
         for batch in parquet.ParquetFile(source).iter_batches():
             yield from (row["text"] for row in batch.to_pylist())
     else:
-        with open(source) as lines:
+        with open(source, encoding="utf-8") as lines:
             yield from (json.loads(line)["text"] for line in lines)
 
 

@@ -92,13 +92,13 @@ def build_run(args: argparse.Namespace, run_dir: Path, ranks: Ranks) -> Run:
     raw = load_ds_config(ds_config)
     if how == "checkpointing":
         raw["activation_checkpointing"] = {}
-    return Run(config, batch, resolve_ds_config(raw, config, batch), ranks)
+    return Run(config, batch, resolve_ds_config(raw, config, batch).ds_config, ranks)
 
 
 def run_engine(run: Run, losses: list[float]) -> None:
     """Train through the engine, step by step as train.py does."""
     from data.loader import split_windows
-    from launch.engine import init_process_group, sum_over_ranks
+    from launch.engine import init_process_group, sum_tensor
     from launch.inputs import open_inputs
     from launch.step import take_step
     from launch.watchdog import group_timeout_s
@@ -112,7 +112,8 @@ def run_engine(run: Run, losses: list[float]) -> None:
     n_micro = run.batch.grad_accum_steps
     for step, _ in enumerate(turns(device, losses)):
         loss_sum, *_ = take_step(engine, run.config, step, n_micro, batches)
-        losses.append(sum_over_ranks([loss_sum], device)[0] / n_micro / run.ranks.world_size)
+        total = float(sum_tensor(loss_sum.double(), device))  # all ranks
+        losses.append(total / n_micro / run.ranks.world_size)
 
 
 def open_loader(run: Run) -> Loader:

@@ -31,7 +31,7 @@ def seconds_to(marker: str, command: list[str], environment: dict[str, str]) -> 
     process = subprocess.Popen(
         [sys.executable, *command], cwd=ROOT, env=os.environ | environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    encoding="utf-8")  # fmt: skip
     assert process.stdout
     for line in process.stdout:
         if line.startswith(marker):

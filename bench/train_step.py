@@ -50,11 +50,12 @@ class Side:
         environment |= {"WORLD_SIZE": str(n_ranks), "LOCAL_WORLD_SIZE": str(n_ranks)}
         command = [sys.executable, str(ROOT / "bench" / "side.py"), *flags]
         command += ["--side", name.replace("seed_tuned", "seed")]
-        pipe, self.said = subprocess.PIPE, tempfile.TemporaryFile("w+")  # noqa: SIM115
+        pipe = subprocess.PIPE
+        self.said = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
         self.ranks = [
             subprocess.Popen(
                 command, cwd=ROOT, env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)},
-                stdin=pipe, stdout=pipe, stderr=self.said, text=True,
+                stdin=pipe, stdout=pipe, stderr=self.said, encoding="utf-8",
             )
             for r in range(n_ranks)
         ]  # fmt: skip

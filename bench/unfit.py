@@ -100,7 +100,7 @@ def start(folder: Path, kind: str) -> dict[str, Any]:
     while not run.poll() and 0 not in run.statuses and time.monotonic() - began < LIMIT_S:
         time.sleep(0.05)
     run.wait(0 if kind == HANG else 2)  # launchers end whoever is left
-    lines = log.read_text().splitlines()
+    lines = log.read_text(encoding="utf-8").splitlines()
     result = next((json.loads(line) for line in lines if line.startswith("{")), {"findings": []})
     found = [(finding["check"], finding["ranks"]) for finding in result["findings"]]
     return {

@@ -21,6 +21,9 @@ from launch.estimate import (
 # Keys of zero_optimization that change memory or traffic, which the plan does not count.
 NOT_COUNTED = ("zero_hpz_partition_size", "mics_shard_size", "zero_quantized_weights",
                "zero_quantized_gradients")  # fmt: skip
+FIGURES = ("fits", "spare_bytes", "lacking_bytes", "peak_bytes", "host_bytes", "checkpoint_bytes",
+           "checkpoint_every", "save_s", "sent_bytes", "seconds", "step_s", "tokens_per_s", "mfu",
+           "days", "device_hours")  # fmt: skip
 COLUMNS = ["model", "devices", "batch, tokens", "ds_config", "micro-batch", "GiB a device",
            "tokens/s", "MFU", "days", "device-hours"]  # fmt: skip
 
@@ -151,23 +154,8 @@ def to_json(chosen: Estimate, price: float | None) -> dict[str, Any]:
         "nodes": cluster.nodes,
         "devices": cluster.world_size,
         "ds_config": chosen.name,
-        "fits": chosen.fits,
-        "spare_bytes": chosen.spare_bytes,
-        "lacking_bytes": chosen.lacking_bytes,
-        "peak_bytes": chosen.peak_bytes,
         "parts_bytes": chosen.all_parts,
-        "host_bytes": chosen.host_bytes,
-        "checkpoint_bytes": chosen.checkpoint_bytes,
-        "checkpoint_every": chosen.checkpoint_every,
-        "save_s": chosen.save_s,
-        "sent_bytes": chosen.sent_bytes,
         "batch": dataclasses.asdict(chosen.batch),
-        "seconds": chosen.seconds,
-        "step_s": chosen.step_s,
         "max_steps": chosen.config.max_steps,
-        "tokens_per_s": chosen.tokens_per_s,
-        "mfu": chosen.mfu,
-        "days": chosen.days,
-        "device_hours": chosen.device_hours,
         "cost": price * chosen.device_hours if price else None,
-    }
+    } | {name: getattr(chosen, name) for name in FIGURES}

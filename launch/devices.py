@@ -96,7 +96,7 @@ def machine_bytes(
         root: Where they are mounted.
     """
     found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for line in groups.read_text().splitlines() if groups.exists() else []:
+    for line in groups.read_text(encoding="utf-8").splitlines() if groups.exists() else []:
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
@@ -104,5 +104,5 @@ def machine_bytes(
         group = root / ("memory" if controllers else "") / path.lstrip("/")
         for folder in (group, *group.parents):
             with contextlib.suppress(OSError, ValueError):  # no limit there; or "max"
-                found = min(found, int((folder / limit).read_text()))
+                found = min(found, int((folder / limit).read_text(encoding="utf-8")))
     return found

@@ -58,7 +58,7 @@ def other_lines(path: Path, names: Iterable[str]) -> dict[str, str]:
     if not path.exists():
         return {}
     check_environment_file(path)
-    lines = path.read_text(errors="surrogateescape").splitlines()
+    lines = os.fsdecode(path.read_bytes()).splitlines()
     found = {line.partition("=")[0]: f"{line}\n" for line in lines}
     return {name: line for name, line in found.items() if name not in names}
 
@@ -82,7 +82,7 @@ def check_environment_file(path: Path) -> None:
     check_not_open_to_all(path)
     if path.stat().st_uid not in (0, os.getuid()):
         raise ValueError(f"{path}: belongs to another user. Fix: delete it, or cp it to your own")
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+    for number, line in enumerate(os.fsdecode(path.read_bytes()).splitlines(), 1):
         name, equals, value = line.partition("=")
         if not equals or not NAME.fullmatch(name) or ACTIVE.search(value):
             raise ValueError(f"{path}:{number}: {line[:60]!r}. Fix: a line like NAME=value")
@@ -99,7 +99,8 @@ def main() -> int:
         found = needed_variables()
         lines = [f"{name}={value}\n" for name, value in found.items()]
         others = other_lines(args.out, found)
-        args.out.write_text("".join([*others.values(), *lines]), errors="surrogateescape")
+        # In the encoding of the environment, in which DeepSpeed reads it.
+        args.out.write_bytes(os.fsencode("".join([*others.values(), *lines])))
         args.out.chmod(0o600)
     except OSError as error:
         print(f"error: --out {args.out}: {error.strerror}. Fix: give another", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from launch.config import (
     resolve_batch,
 )
 from launch.devices import DEVICES, GIB, Device, machine_bytes
-from launch.ds_config import load_ds_config, precision, resolve_ds_config, uses_offload, zero_stage
+from launch.ds_config import load_ds_config, offloads, precision, resolve_ds_config, zero_stage
 
 if TYPE_CHECKING:
     import torch
@@ -162,7 +163,7 @@ def estimate(config: TrainConfig, raw: dict[str, Any], name: str, cluster: Clust
     """
     batch = resolve_batch(config, cluster.world_size)
     config = dataclasses.replace(config, micro_batch_size=batch.micro_batch_size)
-    ds_config = resolve_ds_config(raw, config, batch)
+    ds_config = resolve_ds_config(raw, config, batch).ds_config
     device = cluster.device
     shard = memory.shard_of(config, batch, ds_config, device.on_gpu)
     seconds = throughput.step_seconds(shard, batch, config.seq_len, device, cluster.nodes)
@@ -207,20 +208,15 @@ def rank_candidates(config: TrainConfig, cluster: Cluster) -> list[Estimate]:
     Of those that are hardly slower than the fastest stage 1 comes first, then the lowest. Offload
     comes behind: how fast a machine's processors update is the least certain.
     """
-    limit = config.micro_batch_size or MAX_DERIVED_MICRO_BATCH
-    fixed = config.micro_batch_size is not None
-    found = [
-        estimate(config, raw, name, cluster)
-        if fixed
-        else largest_fitting(config, raw, name, cluster, limit)
-        for name, raw in candidates().items()
-    ]
-    first = [(e.lacking_bytes, uses_offload(e.ds_config), e.step_s) for e in found]
+    size = functools.partial(largest_fitting, limit=MAX_DERIVED_MICRO_BATCH)
+    plan = size if config.micro_batch_size is None else estimate
+    found = [plan(config, raw, name, cluster) for name, raw in candidates().items()]
+    first = [(e.lacking_bytes, offloads(e.ds_config, "optimizer"), e.step_s) for e in found]
     hardly_slower = min(first)[2] * (1 + HARDLY)
 
     def order(e: Estimate) -> tuple[float, ...]:
         place = PREFERRED.index(zero_stage(e.ds_config))
-        return (e.lacking_bytes, uses_offload(e.ds_config),
+        return (e.lacking_bytes, offloads(e.ds_config, "optimizer"),
                 place if e.step_s <= hardly_slower else math.inf, e.step_s)  # fmt: skip
 
     return sorted(found, key=order)

@@ -77,13 +77,13 @@ def unreached(addresses: list[list[object]]) -> list[int]:
 def leave_token(folder: Path, token: str) -> None:
     """Write what tells this folder from every other; rank 0 does."""
     with contextlib.suppress(OSError):  # that it cannot be written to is said elsewhere
-        (folder / TOKEN).write_text(token)
+        (folder / TOKEN).write_text(token, encoding="utf-8")
 
 
 def find_token(folder: Path, token: str) -> bool:
     """Return whether this is the folder in which rank 0 wrote."""
     try:
-        return (folder / TOKEN).read_text() == token
+        return (folder / TOKEN).read_text(encoding="utf-8") == token
     except OSError:
         return False
 

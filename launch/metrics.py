@@ -50,11 +50,7 @@ class Metrics:
     """
 
     def __init__(
-        self,
-        config: TrainConfig,
-        resume_step: int | None,
-        world_size: int,
-        device: torch.device,
+        self, config: TrainConfig, resume_step: int | None, world_size: int, device: torch.device
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
@@ -66,8 +62,8 @@ class Metrics:
             _rewrite(run_dir / "metrics.jsonl", lambda row: json.loads(row)["step"] < resume_step)
             _rewrite(run_dir / "log.txt", lambda line: int(line.split()[0]) < resume_step)
         mode = "w" if resume_step is None else "a"  # without a checkpoint a run starts over
-        self.log = (run_dir / "log.txt").open(mode)
-        self.jsonl = (run_dir / "metrics.jsonl").open(mode)
+        self.log = (run_dir / "log.txt").open(mode, encoding="utf-8")
+        self.jsonl = (run_dir / "metrics.jsonl").open(mode, encoding="utf-8")
         self.board = SummaryWriter(str(run_dir), purge_step=resume_step or 0)
         values = {k: v for k, v in to_json(config).items() if v is not None}
         for summary in hparams(values, {"val/loss": 0.0}):
@@ -154,14 +150,14 @@ def _rewrite(path: Path, keep: Callable[[str], bool]) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(errors="replace").splitlines(keepends=True):
+    for line in path.read_text(errors="replace", encoding="utf-8").splitlines(keepends=True):
         with contextlib.suppress(
             ValueError, KeyError, TypeError, IndexError
         ):  # torn by a kill: it goes
             if line.endswith("\n") and keep(line):
                 kept.append(line)
     partial = path.with_name(path.name + ".tmp")
-    with partial.open("w") as file:
+    with partial.open("w", encoding="utf-8") as file:
         file.writelines(kept)
         file.flush()
         os.fsync(file.fileno())

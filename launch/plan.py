@@ -19,12 +19,7 @@ from pathlib import Path
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.config import (
-    MAX_DERIVED_MICRO_BATCH,
-    OneLineParser,
-    TrainConfig,
-    resolve_train_config,
-)
+from launch.config import MAX_DERIVED_MICRO_BATCH, OneLineParser, TrainConfig, resolve_train_config
 from launch.describe import describe, table, to_json
 from launch.devices import DEVICES, get_device
 from launch.ds_config import load_ds_config
@@ -47,7 +42,7 @@ def main(argv: list[str]) -> int:
             said = [to_json(row, price) for row in rows]
             print(json.dumps(said) if args.json else table(rows, price))
             return 0 if any(row.fits for row in rows) else 1
-        chosen, *others = plan(resolve(shape(args), args), cluster, args)
+        chosen, *others = plan(resolve(shape(args), args, args.batch_tokens), cluster, args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -122,14 +117,11 @@ def shape(args: argparse.Namespace) -> str:
     return name
 
 
-def resolve(model: str, args: argparse.Namespace) -> TrainConfig:
+def resolve(model: str, args: argparse.Namespace, batch_tokens: int | None) -> TrainConfig:
     """Return the resolved run of the command line."""
-    names = ("micro_batch_size", "seq_len", "batch_tokens", "max_steps")
-    return resolve_train_config(
-        TrainConfig(
-            model=model, ds_config=args.ds_config or Path(), **{n: getattr(args, n) for n in names}
-        )
-    )
+    given = {name: getattr(args, name) for name in ("micro_batch_size", "seq_len", "max_steps")}
+    given |= {"batch_tokens": batch_tokens, "ds_config": args.ds_config or Path()}
+    return resolve_train_config(TrainConfig(model=model, **given))
 
 
 def plan(config: TrainConfig, cluster: Cluster, args: argparse.Namespace) -> list[Estimate]:
@@ -189,11 +181,11 @@ def plan_table(cluster: Cluster, args: argparse.Namespace) -> list[Estimate]:
     found = []
     for model in [n for n in PRESETS if n.startswith("gpt")] if is_all else [shape(args)]:
         for n_devices in numbers:
-            there, args_here = split(n_devices, cluster), argparse.Namespace(**vars(args))
-            if args.batch_tokens is None:
-                args_here.batch_tokens = next_batch(resolve(model, args), n_devices)
+            there, batch_tokens = split(n_devices, cluster), args.batch_tokens
+            if batch_tokens is None:
+                batch_tokens = next_batch(resolve(model, args, None), n_devices)
             try:
-                found.append(plan(resolve(model, args_here), there, args)[0])
+                found.append(plan(resolve(model, args, batch_tokens), there, args)[0])
             except ValueError as error:
                 what, _, remedy = str(error).partition(". Fix: ")
                 raise ValueError(f"{model} on {n_devices}: {what}. Fix: {remedy}") from error

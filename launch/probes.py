@@ -84,10 +84,7 @@ def read_versions(_: Run) -> dict[str, str]:
     if torch.cuda.is_available():
         from torch.cuda import nccl
 
-        versions |= {
-            "CUDA": str(torch.version.cuda),
-            "NCCL": ".".join(map(str, nccl.version())),
-        }
+        versions |= {"CUDA": str(torch.version.cuda), "NCCL": ".".join(map(str, nccl.version()))}
     return versions
 
 
@@ -104,7 +101,7 @@ def read_commit() -> str:
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
     if not shutil.which("git"):
         return "none"
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "none"
+    return subprocess.run(command, capture_output=True, encoding="utf-8").stdout.strip() or "none"
 
 
 def hash_code() -> str:

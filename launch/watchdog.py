@@ -88,7 +88,7 @@ class Watchdog:
         )
         try:
             self.stacks.parent.mkdir(parents=True, exist_ok=True)
-            with self.stacks.open("a") as file:
+            with self.stacks.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)

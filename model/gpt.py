@@ -95,8 +95,9 @@ class GPT(nn.Module):
         self._initialise(seed)
 
     def _initialise(self, seed: int) -> None:
-        # Through Module.apply, the one path on which zero.Init gathers the weights, and in
-        # float32 from a generator of our own: the same values at every ZeRO stage and dtype.
+        # Through Module.apply, the one path on which zero.Init gathers the weights, and in float32
+        # from a generator of our own: the same values at every ZeRO stage and dtype. By
+        # torch.normal, because zero.Init has torch.empty and its like make bf16 tensors.
         device = self.ln_f.weight.device
         if device.type == "meta":  # a shape without values
             return
@@ -107,9 +108,10 @@ class GPT(nn.Module):
         def init(module: nn.Module) -> None:
             if isinstance(module, nn.Linear | nn.Embedding):
                 std = residual_std if module in residual else INIT_STD
-                values = torch.empty(module.weight.shape, device=device)
+                shape = module.weight.shape
+                values = torch.normal(0.0, std, shape, generator=generator, device=device)
                 with torch.no_grad():
-                    module.weight.copy_(values.normal_(0.0, std, generator=generator))
+                    module.weight.copy_(values)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 

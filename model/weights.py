@@ -66,7 +66,7 @@ def load_hf_config(folder: Path) -> GPTConfig:
     """
     path = folder / "config.json"
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text(encoding="utf-8-sig"))
         for key, ours in FIXED.items():
             if raw.get(key, ours) != ours:
                 raise ValueError(
@@ -115,18 +115,23 @@ def weight_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _files_by_key(folder: Path) -> dict[str, Path]:
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("[!.]*.safetensors"))
     if not files:
         raise ValueError(f"{folder}: no .safetensors file. Fix: give a Hugging Face GPT-2 folder")
-    keys = {}
+    keys: dict[str, Path] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
-                keys |= dict.fromkeys(tensors.keys(), file)
+                found = dict.fromkeys(tensors.keys(), file)
         except Exception as error:  # safetensors raises its own type for every kind of damage
             raise ValueError(
                 f"{file}: not a readable safetensors file ({error}). Fix: copy it again"
             ) from error
+        twice = sorted(keys.keys() & found.keys())
+        if twice:
+            other = keys[twice[0]].name
+            raise ValueError(f"{file}: {twice[0]} is in {other} too. Fix: move one of them away")
+        keys |= found
     return {k: f for k, f in keys.items() if not k.endswith(MASKS)}
 
 
@@ -240,7 +245,9 @@ def save_hf_folder(
     partial = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    (partial / "config.json").write_text(json.dumps(hf_config(config), indent=2) + "\n")
+    (partial / "config.json").write_text(
+        json.dumps(hf_config(config), indent=2) + "\n", encoding="utf-8"
+    )
     shards: list[list[str]] = []
     held: dict[str, Tensor] = {}
     n_bytes = total_bytes = 0
@@ -276,4 +283,6 @@ def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> Non
         (folder / f"{i}.safetensors").rename(folder / file)
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps(index, indent=2) + "\n", encoding="utf-8"
+    )

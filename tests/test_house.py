@@ -1,6 +1,7 @@
 """The rooms, their doors and their sizes (CONTRIBUTING.md)."""
 
 import ast
+import re
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ ALLOWED = {
     "data": {"data"},
     "checkpoint": {"checkpoint", "model"},
     "eval": {"eval", "model", "data", "checkpoint.reader"},
-    "launch": {"launch", "model"},
+    "launch": {"launch", "model", "data.mpi"},  # which knows every launcher's variables
 }
 # A Hugging Face folder is weights and tokenizer: whoever writes one needs both.
 # An evaluation command runs on one rank or on many.
@@ -42,7 +43,7 @@ ENTRY_POINTS = ["train.py", "data/prepare.py", "data/fineweb.py", "data/show.py"
                 "bench/attention.py", "bench/faults.py",
                 "bench/orphans.py", "bench/mishaps.py", "bench/resumes.py",
                 "bench/saving.py", "bench/memory.py", "bench/fill.py",
-                "bench/published.py", "bench/launches.py"]  # fmt: skip
+                "bench/published.py", "bench/launches.py", "bench/keys.py"]  # fmt: skip
 
 
 def imports(path: Path) -> set[str]:
@@ -100,6 +101,52 @@ def test_nothing_is_unpickled_or_passed_to_a_shell(path: Path) -> None:
             assert any(
                 k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords
             )
+
+
+TEXT_FILES = {"open", "read_text", "write_text", "NamedTemporaryFile", "TemporaryFile"}
+NO_TEXT = {"os.open", "self.opener.open"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_text_is_utf_8_by_name(path: Path) -> None:
+    """Else it is what the locale says, and a run fails where it writes its vocabulary."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            assert is_utf_8_or_bytes(node), f"line {node.lineno}: {ast.unparse(node)}"
+
+
+def is_utf_8_or_bytes(call: ast.Call) -> bool:
+    keywords = {k.arg: ast.unparse(k.value) for k in call.keywords}
+    if keywords.get("encoding", "").startswith("'utf-8"):
+        return True
+    if {"text", "universal_newlines"} & set(keywords):  # of subprocess
+        return False
+    function = ast.unparse(call.func)
+    modes = [ast.unparse(arg) for arg in call.args] + [keywords.get("mode", "")]
+    is_bytes = any(re.fullmatch("'[rwax+]*b[rwax+]*'", mode) for mode in modes)
+    return is_bytes or function in NO_TEXT or function.rpartition(".")[2] not in TEXT_FILES
+
+
+@pytest.mark.parametrize(
+    ("line", "fits"),
+    [
+        ("open(path)", False),
+        ("path.open('w')", False),
+        ("path.read_text()", False),
+        ("path.write_text(text, encoding='latin-1')", False),
+        ("subprocess.run(command, text=True)", False),
+        ("path.open('a', encoding='utf-8')", True),
+        ("path.read_text(encoding='utf-8-sig')", True),
+        ("path.open('r+b')", True),
+        ("open(path, mode='rb')", True),
+        ("subprocess.run(command, encoding='utf-8')", True),
+    ],
+)
+def test_that_would_find_one_that_is_not(line: str, fits: bool) -> None:
+    call = ast.parse(line).body[0]
+    assert isinstance(call, ast.Expr)
+    assert isinstance(call.value, ast.Call)
+    assert is_utf_8_or_bytes(call.value) == fits
 
 
 # Said of a part: whoever knows the file or flag puts it before, and the remedy behind.

@@ -151,8 +151,8 @@ CHECKS: dict[str, Any] = {
     "make": check_make, "pip": check_pip, "sbatch": check_sbatch, "kubectl": check_kubectl,
     "tensorboard": check_tensorboard,
     "mpirun": functools.partial(check_ranks_of_python, {"-n", "-hostfile"}),
-    "srun": functools.partial(check_ranks_of_python, {"--mpi", "-N", "--ntasks-per-node",
-                                                      "--cpus-per-task"}),
+    "srun": functools.partial(check_ranks_of_python, {"--mpi", "-N", "--nodes", "--ntasks-per-node",
+                                                      "--gpus-per-node", "--cpus-per-task"}),
 }  # fmt: skip
 NO_SCRIPT = ("make", "pip", "sbatch", "kubectl", "tensorboard")
 LINES = [(document, line) for document in DOCUMENTS

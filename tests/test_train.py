@@ -130,7 +130,7 @@ def test_a_consolidated_folder_scores_as_the_run_and_as_hugging_face(
         cwd=ROOT, check=True, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert out.stdout.strip() == str(tmp_path / "x")
-    with pytest.raises(ValueError, match="exists and is not an empty folder"):
+    with pytest.raises(ValueError, match="is not an empty folder"):
         check_empty(tmp_path / "x")
     files = ("model.safetensors", "config.json", "vocab.json")
     same_predictions_as_hugging_face(live)

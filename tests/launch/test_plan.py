@@ -224,7 +224,9 @@ def test_advice_names_the_nearest_that_fits(gib: float, remedy: str | None) -> N
     config = resolve_train_config(TrainConfig(**fields))
     cluster = Cluster(replace(DEVICES["h100"], memory_bytes=int(gib * GIB)), 1, 8)
     raw = load_ds_config(ROOT / "ds_configs" / "zero1.json")
-    line = advice(config, resolve_ds_config(raw, config, resolve_batch(config, 8)), cluster)
+    line = advice(
+        config, resolve_ds_config(raw, config, resolve_batch(config, 8)).ds_config, cluster
+    )
     assert (line is None) == estimate(config, raw, "zero1", cluster).fits
     assert (line or "").partition("Fix: ")[2] == (remedy or "")
 
@@ -249,7 +251,7 @@ def test_train_warns_in_one_line_when_the_run_cannot_fit(
 def test_advice_counts_the_memory_of_the_machine_too() -> None:
     config = resolve_train_config(TrainConfig(model="gpt3-6.7b", micro_batch_size=1))
     raw = load_ds_config(ROOT / "ds_configs" / "zero3_offload.json")
-    ds_config = resolve_ds_config(raw, config, resolve_batch(config, 1))
+    ds_config = resolve_ds_config(raw, config, resolve_batch(config, 1)).ds_config
     small = replace(DEVICES["4090"], host_bytes=64 * GIB)
     line = advice(config, ds_config, Cluster(small, 1, 1)) or ""
     assert "GiB of the machine's memory for each device, which has 64.0 " in line

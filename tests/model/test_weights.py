@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,25 @@ def test_import_pads_the_vocabulary_almost_for_free(hf_folder: Path) -> None:
     unpadded = ours.eval()(tokens, tokens)
     padded = ours.train()(tokens, tokens)
     assert unpadded < padded < unpadded + 1e-3
+
+
+def test_a_weight_in_two_files_is_refused_and_hidden_files_are_none(hf_folder: Path) -> None:
+    expected = load_hf_folder(hf_folder).state_dict()
+    shutil.copy(hf_folder / "model.safetensors", hf_folder / "._model.safetensors")
+    (hf_folder / ".DS_Store").write_bytes(b"\0")
+    assert all(
+        torch.equal(w, expected[k]) for k, w in load_hf_folder(hf_folder).state_dict().items()
+    )
+    shutil.copy(hf_folder / "model.safetensors", hf_folder / "model (1).safetensors")
+    with pytest.raises(ValueError, match=r"is in model.* too. Fix: move one of them away"):
+        load_hf_folder(hf_folder)
+
+
+def test_a_configuration_may_begin_with_a_byte_order_mark(hf_folder: Path) -> None:
+    path = hf_folder / "config.json"
+    expected = load_hf_config(hf_folder)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_hf_config(hf_folder) == expected
 
 
 def test_a_folder_that_is_not_the_model_is_refused(hf_folder: Path) -> None:
