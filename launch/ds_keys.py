@@ -128,7 +128,9 @@ def _without_switch(raw: dict[str, Any]) -> list[str]:
     blocks = {name: raw.get(name) for name in ("bf16", "torch_autocast", "flops_profiler")}
     for name in ("offload_optimizer", "offload_param"):
         blocks[f"zero_optimization.{name}"] = raw.get("zero_optimization", {}).get(name)
-    return [k for k, block in blocks.items() if block is not None and not block.keys() & SWITCHES]
+    return [
+        k for k, block in blocks.items() if isinstance(block, dict) and not SWITCHES & set(block)
+    ]
 
 
 def _take_out(block: dict[str, Any], path: tuple[str, ...]) -> None:
@@ -156,5 +158,5 @@ def refuse_fp16(raw: dict[str, Any], name: str) -> None:
     if asked:
         raise ValueError(
             f"{name}: {asked[0]}: fp16 is not supported. Fix: use bf16 (ds_configs/zero1.json); on "
-            "GPUs without bf16 remove both blocks, which is fp32"
+            "GPUs without bf16 remove the fp16 and bf16 blocks: fp32"
         )

@@ -198,6 +198,7 @@ def test_activation_checkpointing_is_on_unless_all_of_it_is_off(
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "pin": True}}},
          "zero_optimization.offload_param.pin_memory"),
         ({"bf16": {"enabled": True, "imediate_grad_update": True}}, "bf16.immediate_grad_update"),
+        ({"flops_profiler": True}, "flops_profiler.enabled"),
         ({"timers": {"thruput": {"enabled": True}}}, "timers.throughput"),
     ],
 )  # fmt: skip
