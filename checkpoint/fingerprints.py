@@ -131,9 +131,9 @@ def compare(
         line = f"warning: {where}: has no fingerprints: its weights are not verified"
         print(line, file=sys.stderr)
     elif expected and wrong:
-        keys = f"; unverified keys: {', '.join(unverified)}" if unverified else ""
+        keys = f"; train without unverified {', '.join(unverified)}" if unverified else ""
         raise ValueError(
             f"{where}: {wrong[0]} is not the weight that was trained: {len(wrong)} of {len(names)} "
-            f"fingerprints differ{keys}. Fix: resume with the ranks and the ds_config of the save, "
-            "or from an older checkpoint; train without unverified keys"
+            "fingerprints differ. Fix: at another layout take the ranks and the ds_config of the "
+            f"save; else move the checkpoint away, to go on from the one before{keys}"
         )

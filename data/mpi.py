@@ -72,7 +72,7 @@ def read_number(name: str) -> int:
     Raises:
         ValueError: It is not; names it.
     """
-    value = os.environ.get(name, "")
+    value = os.environ.get(name, "not set")
     if not re.fullmatch(r"[0-9]+", value):
         raise ValueError(f"{name}: is {value!r}, not a number. Fix: give one, or unset it")
     return int(value)

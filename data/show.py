@@ -59,8 +59,8 @@ def _describe(manifest: "Manifest | None") -> str:
     files = manifest.recipe["files"]
     n_bytes = sum(file["n_bytes"] for file in files)
     source = manifest.recipe.get("dataset") or ""
-    left_out = f", left out: {manifest.bad}" if manifest.bad else ""
-    return f"{source} {len(files)} files of {n_bytes:,} bytes{left_out}".strip()
+    remarks = "".join(f", {remark}" for remark in manifest.remarks())
+    return f"{source} {len(files)} files of {n_bytes:,} bytes{remarks}".strip()
 
 
 def _compare_hashes(data_dir: Path, manifest: "Manifest", quiet: bool) -> set[str]:

@@ -158,12 +158,12 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _describe(kinds: dict[Path, str]) -> str:
-    """Say how many files these are, how large, of which kinds, and name the first."""
-    paths = sorted(kinds)
-    n_bytes = sum(p.stat().st_size for p in paths if p.is_file())
+    """Say how many files these are, how large, of which kinds, and name the largest."""
+    sizes = {path: path.stat().st_size if path.is_file() else 0 for path in kinds}
+    paths = sorted(sizes, key=lambda path: (-sizes[path], path))
     named = ", ".join(map(str, paths[:MAX_NAMED])) + ", …" * (len(paths) > MAX_NAMED)
     counts = ", ".join(f"{n} {kind}" for kind, n in Counter(kinds.values()).most_common())
-    return f"{len(paths)} files, {n_bytes / 1e6:.3g} MB ({counts}): {named}"
+    return f"{len(paths)} files, {sum(sizes.values()) / 1e6:.3g} MB ({counts}): {named}"
 
 
 def find_dataset(

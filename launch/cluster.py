@@ -60,6 +60,8 @@ def main(argv: list[str]) -> int:
         hosts = {}
         if args.hostfile != runner.DLTS_HOSTFILE or Path(args.hostfile).is_file():
             hosts = read_hostfile(Path(args.hostfile))
+        elif args.launcher != runner.PDSH_LAUNCHER:  # DeepSpeed would start here, without it
+            raise ValueError(f"--launcher {args.launcher}: no hosts. Fix: give a --hostfile")
         # The operator's own options of ssh, pdsh or mpirun: no shell sees them.
         own = (args.launcher_args, f"--launcher_args={args.launcher_args}")
         check_arguments([given for given in argv if given not in own])

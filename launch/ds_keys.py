@@ -158,5 +158,5 @@ def refuse_fp16(raw: dict[str, Any], name: str) -> None:
     if asked:
         raise ValueError(
             f"{name}: {asked[0]}: fp16 is not supported. Fix: use bf16 (ds_configs/zero1.json); on "
-            "GPUs without bf16 remove the fp16 and bf16 blocks: fp32"
+            "GPUs without bf16 leave it out: fp32"
         )

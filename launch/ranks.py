@@ -41,21 +41,21 @@ def read_ranks() -> Ranks:
     tasks = find_tasks() if "RANK" not in os.environ else None
     if tasks:
         os.environ |= dict(zip(NAMES, map(str, tasks[1:]), strict=True))
-    given = [name for name in NAMES if name in os.environ]
-    if not given or (given == ["LOCAL_RANK"] and os.environ["LOCAL_RANK"] == "0"):
+    given = {name: read_number(name) for name in NAMES if name in os.environ}
+    if not given or given == {"LOCAL_RANK": 0}:
         return Ranks(rank=0, local_rank=0, world_size=1, local_world_size=1)
-    needed = NAMES[:3] if os.environ.get("WORLD_SIZE") != "1" else ("RANK", "WORLD_SIZE")
-    missing = [name for name in needed if name not in os.environ]
+    needed = NAMES[:3] if given.get("WORLD_SIZE") != 1 else ("RANK", "WORLD_SIZE")
+    missing = [name for name in needed if name not in given]
     if missing:
         raise ValueError(
             f"{', '.join(given)}: set without {', '.join(missing)}. Fix: {BY_HAND}, or unset all"
         )
     local_sizes = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")  # the second is deepspeed's
     local_size = next(name for name in local_sizes if name in os.environ)
-    local_rank = read_number("LOCAL_RANK") if "LOCAL_RANK" in os.environ else 0
-    rank, world_size, n_local = map(read_number, ("RANK", "WORLD_SIZE", local_size))
+    rank, local_rank, world_size = given["RANK"], given.get("LOCAL_RANK", 0), given["WORLD_SIZE"]
+    n_local = read_number(local_size)
     if rank >= world_size or local_rank >= n_local or n_local > world_size:
-        said = ", ".join(f"{name} {os.environ[name]}" for name in given)
+        said = ", ".join(f"{name} {value}" for name, value in given.items())
         raise ValueError(f"{said}: contradict each other. Fix: {BY_HAND}, or unset them")
     if "MASTER_PORT" in os.environ and read_number("MASTER_PORT") > LAST_PORT:
         port = os.environ["MASTER_PORT"]

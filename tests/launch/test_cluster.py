@@ -103,6 +103,13 @@ def test_a_hostfile_that_is_not_there_is_no_single_machine(
     assert "error: --hostfile hostfile: no such file. Fix: " in capsys.readouterr().err
 
 
+def test_a_launcher_of_many_machines_without_any_is_no_run_on_this_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["--launcher", "slurm", "train.py", "--model", "debug"]) == 2
+    assert "error: --launcher slurm: no hosts. Fix: give a --hostfile" in capsys.readouterr().err
+
+
 def test_a_host_that_ssh_does_not_reach_is_named(shells: Path) -> None:
     (shells / "bin" / "ssh").write_text("#!/bin/sh\nexit 255\n")
     done = start("train.py")

@@ -122,7 +122,7 @@ def test_what_mpich_says_counts_within_a_slurm_step(bare: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"RANK": ""}, "RANK: set without LOCAL_RANK, WORLD_SIZE"),
+        ({"RANK": ""}, "RANK: is '', not a number"),
         ({"RANK": "1"}, "RANK: set without LOCAL_RANK, WORLD_SIZE"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE: set without RANK, LOCAL_RANK"),
         ({"RANK": "1", "WORLD_SIZE": "2"}, "RANK, WORLD_SIZE: set without LOCAL_RANK"),
@@ -173,7 +173,7 @@ def test_a_list_of_tasks_that_lacks_this_machine_is_named(
 ) -> None:
     give(bare, LAUNCHERS["Slurm"], (1, 0, 2, text))
     give(bare, ("SLURM_STEP_ID", "SLURM_NODEID"), (0, 7))
-    with pytest.raises(ValueError, match=r"SLURM_STEP_TASKS_PER_NODE: is .* Fix: "):
+    with pytest.raises(ValueError, match=r"SLURM_STEP_TASKS_PER_NODE: .* has no node \d. Fix: "):
         read_ranks()
 
 
