@@ -361,13 +361,13 @@ def test_mistakes_cost_one_line_and_status_2(
 
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("stage", [1, 3])
-def test_a_nested_key_that_deepspeed_does_not_know_is_named(
+def test_a_value_that_deepspeed_does_not_take_is_named(
     data_dir: Path, tmp_path: Path, stage: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "ds.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": stage, "reduce_buckt_size": 5}}))
+    path.write_text(json.dumps({"zero_optimization": {"stage": stage, "overlap_comm": "perhaps"}}))
     command = arguments(data_dir, tmp_path / "run", 1, "--ds_config", str(path))
     assert main(command) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith(f"error: rank 0: --ds_config {path}: reduce_buckt_size: Extra inputs")
+    assert said.startswith(f"error: rank 0: --ds_config {path}: overlap_comm: Input should be ")
     assert ". Fix: " in said

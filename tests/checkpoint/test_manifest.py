@@ -119,7 +119,7 @@ def test_auto_starts_anew_only_where_there_is_no_checkpoint(tmp_path: Path) -> N
     assert find_checkpoints(tmp_path, "auto") == []  # a first save that was killed
     with pytest.raises(ValueError, match=r"is not empty\. Fix: give another --run_dir"):
         check_unused(tmp_path)
-    with pytest.raises(ValueError, match=r"--resume must: .* no complete checkpoint"):
+    with pytest.raises(ValueError, match=r"--resume must: no checkpoint in "):
         find_checkpoints(tmp_path, "must")
     (tmp_path / "checkpoints" / "step_000005").mkdir()
     with pytest.raises(ValueError, match=r"step_000005: no manifest\.json"):

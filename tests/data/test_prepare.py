@@ -206,7 +206,7 @@ def test_a_split_that_would_be_empty_is_refused_and_leaves_nothing(
         (["--val_every", 1], "--val_every 1: out of range"),
         (["--val_every", 2, "--val_tokens", 5], "give one of them"),
         (["--streaming"], "--streaming: is for the hub only"),
-        (["--dataset", "x/y"], "either files and folders, or --dataset"),
+        (["--dataset", "x/y"], "give files and folders, or --dataset"),
         (["no/such/place"], "no/such/place: no such file or folder"),
         (["README.md"], r"README\.md: not one of \.txt"),
         (["tests/data"], r"tests/data: no file that ends in \.txt"),
