@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import sys
 import time
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from launch.config import TrainConfig, describe_run, parse_train_config, profile
 from launch.ds_config import precision, zero_stage
 from launch.estimate import advice, found_cluster
 from launch.inputs import Inputs, Run, open_inputs, resolve_run, take_run_dir
-from launch.ranks import ranks_or_exit, say_once
+from launch.ranks import leave, ranks_or_exit, say_once
 from launch.streams import outlive_readers
 from launch.supervision import BAD_INPUT, FAILED, FINISHED, error_line, report, supervise
 from launch.watchdog import Watchdog, group_timeout_s
@@ -255,6 +254,4 @@ def train(run: Run, inputs: Inputs, watchdog: Watchdog, stops: Stops) -> tuple[s
 
 if __name__ == "__main__":
     outlive_readers()
-    exit_status = main(sys.argv[1:])
-    gc.freeze()  # else the interpreter searches all that was imported for garbage: over a second
-    sys.exit(exit_status)
+    leave(main(sys.argv[1:]))

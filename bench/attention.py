@@ -72,7 +72,10 @@ def measure(B: int, T: int, C: int, n_head: int, repeats: int) -> Rows:
     import torch
     from torch.nn.attention import SDPBackend
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    from launch.meeting import choose_device
+    from launch.ranks import Ranks
+
+    device = choose_device(Ranks()).type
     generator = torch.Generator(device).manual_seed(1)
     qkv = torch.randn(B, T, 3 * C, device=device, generator=generator).bfloat16()
     exact = attend(qkv[:1].double(), n_head, SDPBackend.MATH)

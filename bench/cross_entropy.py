@@ -68,8 +68,11 @@ def measure(name: str, batch: int, seq_len: int, n_embd: int, repeats: int) -> d
     """Time forward and backward of one candidate; return the medians and the equality proof."""
     import torch
 
+    from launch.meeting import choose_device
+    from launch.ranks import Ranks
+
     loss_of = candidate(name)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(Ranks()).type
     torch.manual_seed(0)
     x = torch.randn(batch * seq_len, n_embd, device=device)
     w = torch.randn(50304, n_embd, device=device) * 0.02

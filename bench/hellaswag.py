@@ -42,11 +42,13 @@ def build_models(args: argparse.Namespace) -> tuple[GPT, Logits]:
 
     from bench.plain_train import hf_twin
     from bench.side import PRESETS
+    from launch.meeting import choose_device
+    from launch.ranks import Ranks
     from model import GPT
 
     config = PRESETS[args.model].config
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    model = GPT(config).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    model = GPT(config).eval().to(choose_device(Ranks()))
     if args.reference == "own":
         return model.to(dtype), lambda tokens: model(tokens)
     theirs = hf_twin(model).eval().to(dtype=dtype)
@@ -81,13 +83,16 @@ def reference_row(model: Logits, context: list[int], endings: list[list[int]]) -
     import torch
     import torch.nn.functional as F
 
+    from launch.meeting import choose_device
+    from launch.ranks import Ranks
+
     T = len(context) + max(map(len, endings))
     tokens = torch.zeros(4, T, dtype=torch.long)
     counts = torch.zeros(4, T)
     for i, ending in enumerate(endings):
         tokens[i, : len(context) + len(ending)] = torch.tensor(context + ending)
         counts[i, len(context) : len(context) + len(ending)] = 1
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(Ranks()).type
     tokens, counts = tokens.to(device), counts.to(device)
     with torch.no_grad():
         logits = model(tokens)[:, :-1].flatten(0, 1)  # (4 · (T - 1), V)

@@ -136,13 +136,14 @@ def run_plain(run: Run, side: str, losses: list[float]) -> None:
 
     from bench import plain_train as plain
     from launch.engine import compile_blocks, init_process_group
+    from launch.meeting import choose_device
     from launch.watchdog import group_timeout_s
     from model import GPT
 
     name, _, compiled = side.partition("+")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(run.ranks)
     if name == "ddp":
-        device = init_process_group(run.ranks, group_timeout_s(run.config.timeouts))
+        init_process_group(run.ranks, group_timeout_s(run.config.timeouts))
     torch.set_float32_matmul_precision("high")  # as the seed does
     config = run.config.gpt_config
     loop = (open_loader(run), turns(device, losses), losses, run.batch.grad_accum_steps)

@@ -125,14 +125,14 @@ def compare(args: argparse.Namespace, names: list[str], n_ranks: int = 1) -> dic
 
 def table(result: dict[str, Any]) -> Rows:
     """Return a row for each side; a column "over a" says how much faster it is than a."""
-    import torch
-
+    from launch.meeting import choose_device
     from launch.metrics import peak_flops
+    from launch.ranks import Ranks
 
     shape, seconds = result["shape"], result["seconds_per_step"]
     tokens = shape["micro_batch_size"] * shape["seq_len"] * shape["grad_accum"]
     flops = PRESETS[shape["model"]].config.flops_per_token(shape["seq_len"])
-    peak = peak_flops(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    peak = peak_flops(choose_device(Ranks()))
     rows = []
     for name, times in seconds.items():
         rate = tokens / statistics.median(times)  # tokens/s

@@ -21,7 +21,7 @@ if not __package__:  # run as a file: import from the repository root, exactly a
 
 from eval.packing import FORWARD_TOKENS, N_ENDINGS, Example, crop_contexts, evaluate
 from eval.session import add_model_flags, check_gpt2_tokens, run_command, say, start_session
-from launch.ranks import Ranks
+from launch.ranks import Ranks, leave
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -194,4 +194,4 @@ def describe(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(build_parser(), run))
+    leave(run_command(build_parser(), run))

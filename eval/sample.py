@@ -18,7 +18,7 @@ if not __package__:  # run as a file: import from the repository root, exactly a
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from eval.session import add_model_flags, check_gpt2_tokens, run_command, start_session
-from launch.ranks import Ranks
+from launch.ranks import Ranks, leave
 from model import GPTConfig
 
 if TYPE_CHECKING:
@@ -201,4 +201,4 @@ def run(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(build_parser(), run))
+    leave(run_command(build_parser(), run))

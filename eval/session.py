@@ -90,12 +90,13 @@ def start_session(model: GPT, precision: str, ranks: Ranks) -> Session:
     """Join the other ranks, if there are any (all ranks), and send the model to the device."""
     import torch
 
+    from launch.meeting import choose_device
+
+    device = choose_device(ranks)
     if ranks.world_size > 1:
         from launch.engine import init_process_group
 
-        device = init_process_group(ranks, TIMEOUT_S)
-    else:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        init_process_group(ranks, TIMEOUT_S)
     model = model.to(device, torch.bfloat16 if precision == "bf16" else torch.float32)
     return Session(model.eval(), device, ranks, precision)
 

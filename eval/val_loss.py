@@ -17,7 +17,7 @@ if not __package__:  # run as a file: import from the repository root, exactly a
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from eval.session import add_model_flags, run_command, say, start_session
-from launch.ranks import Ranks
+from launch.ranks import Ranks, leave
 
 if TYPE_CHECKING:
     import torch
@@ -179,4 +179,4 @@ def run(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(build_parser(), run))
+    leave(run_command(build_parser(), run))

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import datetime
 import gc
 import os
 import sys
@@ -100,6 +101,16 @@ def link_in_round_robin_order(optimizer: Any) -> None:
     optimizer._link_all_hp_params = link_all  # DeepSpeed calls it again after a load
     link_all()
     optimizer._param_slice_mappings = optimizer._create_param_mapping()
+
+
+def give_timeout_to_clone(timeout: datetime.timedelta) -> None:
+    """Give the run's time limit to the clone of the world that ZeRO talks through (all ranks).
+
+    DeepSpeed makes it with NCCL's default of 10 minutes, after which NCCL ends the process.
+    """
+    from deepspeed.utils import groups
+
+    dist.distributed_c10d._set_pg_timeout(timeout, groups._clone_world_group())
 
 
 def build_cpu_adam(ranks: Ranks) -> None:

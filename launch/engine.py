@@ -41,8 +41,6 @@ def init_process_group(
         ValueError: The GPU of this rank does not exist, or the accelerator is Apple's MPS.
     """
     device = choose_device(ranks)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32, as in the recipe
     import deepspeed
     import deepspeed.ops
     from deepspeed.utils import logger
@@ -51,13 +49,16 @@ def init_process_group(
     # It calls PyTorch's collectives by their old names, at stage 3 many times in each step.
     old_names = ".*(all_gather_into|reduce_scatter)_tensor. is deprecated"
     warnings.filterwarnings("ignore", old_names, FutureWarning)
-    # DeepSpeed's shared-memory all-reduce serves inference only; compiling it takes a minute.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device.type == "cpu":
+        # DeepSpeed's shared-memory all-reduce serves inference only; compiling it takes a minute.
+        # Not on a GPU: there the question alone has DeepSpeed look for every operator, on stdout.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         timeout = datetime.timedelta(seconds=timeout_s)
         store = meet(ranks, start_timeout_s or timeout_s)  # all ranks
         backend = join(store, ranks, device, timeout)  # all ranks
         deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
+        fixes.give_timeout_to_clone(timeout)  # all ranks
     return device
 
 

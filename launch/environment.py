@@ -25,7 +25,9 @@ from launch.hostfile import check_not_open_to_all
 # Libraries, threads, networks and caches; a name that ends in _ stands for all that begin so.
 NEEDED = ("LD_LIBRARY_PATH", "CUDA_HOME", "OMP_NUM_THREADS", "MALLOC_", "DS_ACCELERATOR",
           "TORCH_EXTENSIONS_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TORCH_NCCL_",
-          "NCCL_", "FI_", "GLOO_SOCKET_IFNAME", "HF_", "XDG_CACHE_HOME")  # fmt: skip
+          "NCCL_", "FI_", "GLOO_SOCKET_IFNAME", "HF_", "XDG_CACHE_HOME", "CUBLAS_WORKSPACE_CONFIG",
+          "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_CUDNN_SDPA_",
+          "CUDA_DEVICE_MAX_CONNECTIONS")  # fmt: skip
 NAME = re.compile(r"[A-Za-z_]\w*")
 ACTIVE = re.compile(r"[$`\"\\\n]")  # what a shell acts upon between double quotes
 

@@ -24,7 +24,7 @@ if not __package__:  # run as a file: import from the repository root, exactly a
 from launch.config import parse_train_config
 from launch.findings import Facts, Verdict, judge
 from launch.inputs import resolve_run
-from launch.ranks import ranks_or_exit, say_once
+from launch.ranks import leave, ranks_or_exit, say_once
 from launch.supervision import BAD_INPUT, FAILED, FINISHED, error_line
 from launch.watchdog import parse_timeouts
 
@@ -77,4 +77,4 @@ def to_json(verdicts: list[Verdict], facts: list[Facts]) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

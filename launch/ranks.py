@@ -1,12 +1,14 @@
 """Where this process stands among all, and what it shares with the others of its machine."""
 
 import contextlib
+import gc
 import glob
 import os
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from data.mpi import BY_HAND, find_tasks, read_number
 
@@ -17,12 +19,12 @@ NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # torchrun's
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands among all processes."""
+    """Where this process stands among all processes; by default it is alone."""
 
-    rank: int
-    local_rank: int
-    world_size: int
-    local_world_size: int
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -43,7 +45,7 @@ def read_ranks() -> Ranks:
         os.environ |= dict(zip(NAMES, map(str, tasks[1:]), strict=True))
     given = {name: read_number(name) for name in NAMES if name in os.environ}
     if not given or given == {"LOCAL_RANK": 0}:
-        return Ranks(rank=0, local_rank=0, world_size=1, local_world_size=1)
+        return Ranks()
     needed = NAMES[:3] if given.get("WORLD_SIZE") != 1 else ("RANK", "WORLD_SIZE")
     missing = [name for name in needed if name not in given]
     if missing:
@@ -70,6 +72,23 @@ def ranks_or_exit() -> Ranks:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def leave(exit_status: int) -> NoReturn:
+    """End this process; after a failure (1) or bad input (2) at once.
+
+    The end of NCCL's group waits for the other ranks of the machine, and these may wait for this
+    one in a collective.
+    """
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
+    if exit_status in (1, 2):
+        os._exit(exit_status)
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_initialized():
+        distributed.destroy_process_group()
+    gc.freeze()  # else the interpreter searches all that was imported for garbage: over a second
+    sys.exit(exit_status)
 
 
 def say_once(ranks: Ranks, line: str) -> None:

@@ -99,7 +99,7 @@ class Stops:
         # host from running ahead.
         if dist.get_world_size() == 1:
             return self._asked
-        code = torch.tensor(self._asked, device=device)
+        code = torch.full((), self._asked, device=device)  # torch.tensor would wait for the GPU
         dist.all_reduce(code, dist.ReduceOp.MAX)  # all ranks
         if device.type == "cpu":
             return int(code)

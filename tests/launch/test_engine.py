@@ -1,5 +1,6 @@
 """The engine at every stage, on one rank; several ranks are in tests/test_train.py."""
 
+import datetime
 import itertools
 import sys
 from dataclasses import replace
@@ -8,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from deepspeed.runtime import compiler
+from deepspeed.utils import groups
 
 from bench.train_step import Side, write_tokens
 from launch.config import TrainConfig, resolve_batch, resolve_train_config
@@ -220,3 +223,11 @@ def test_a_step_takes_no_new_pages_from_the_kernel(tmp_path: Path, stage: int) -
 def minor_faults(stat: Path) -> int:
     """Return proc(5)'s minflt: pages taken without reading a disk."""
     return int(stat.read_text().rpartition(")")[2].split()[7])
+
+
+def test_the_groups_of_zero_have_the_time_limit_of_the_run(one_rank: Ranks) -> None:
+    limits = [
+        group._get_backend(torch.device("cpu")).options._timeout
+        for group in (dist.group.WORLD, groups._clone_world_group())
+    ]
+    assert limits == [datetime.timedelta(seconds=60)] * 2  # of tests/conftest.py

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,6 +10,8 @@ import pytest
 from data.mpi import LAUNCHERS, connect
 from launch.ranks import NAMES, Ranks, check_extension_locks, read_ranks
 from train import main
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -195,3 +199,30 @@ def test_a_port_that_is_none_is_named(bare: pytest.MonkeyPatch, port: str) -> No
     give(bare, (*NAMES, "MASTER_PORT"), (0, 0, 2, 2, port))
     with pytest.raises(ValueError, match=r"MASTER_PORT.*(is|out of range).* Fix: give"):
         read_ranks()
+
+
+LEAVING = """
+import time
+import torch.distributed as dist
+from launch.ranks import leave
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+def destroy():
+    print("destroyed", flush=True)
+    time.sleep({seconds})
+dist.destroy_process_group = destroy
+print("left", end="")
+leave({status})
+"""
+
+
+@pytest.mark.parametrize("status", [0, 75, 1, 2])
+def test_a_rank_that_fails_does_not_wait_for_the_group(status: int) -> None:
+    """NCCL's end would wait for ranks that wait for this one: a sleep stands in for it."""
+    failed = status in (1, 2)
+    program = LEAVING.format(status=status, seconds=1000 if failed else 0)
+    command = [sys.executable, "-c", program]
+    began = time.monotonic()
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=60)
+    assert ended.returncode == status, ended.stderr
+    assert ended.stdout == ("left" if failed else "leftdestroyed\n")
+    assert time.monotonic() - began < 30
