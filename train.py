@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -137,6 +136,12 @@ def is_due(config: TrainConfig, step: int, every: int) -> bool:
     return step == config.max_steps or step % every == 0
 
 
+def is_pause_due(config: TrainConfig, step: int) -> bool:
+    """Return whether a checkpoint or an evaluation happens after `step`."""
+    intervals = (config.checkpoint_every, config.eval_every, config.hellaswag_every)
+    return any(is_due(config, step, every) for every in intervals if every)
+
+
 def save(
     run: Run, inputs: Inputs, engine: Any, progress: Progress, health: Health, watchdog: Watchdog
 ) -> None:
@@ -187,7 +192,7 @@ def train(run: Run, inputs: Inputs, watchdog: Watchdog, stops: Stops) -> tuple[s
     from launch.engine import init_process_group
     from launch.health import Health
     from launch.metrics import Metrics
-    from launch.step import take_step
+    from launch.step import StepClock, take_step
     from launch.stops import StopRequested
     from launch.tracing import Trace
 
@@ -209,15 +214,15 @@ def train(run: Run, inputs: Inputs, watchdog: Watchdog, stops: Stops) -> tuple[s
     session = open_session(run, engine, stops, device)
     health = Health(config.max_bad_steps)
     trace = Trace(*profiled_steps(config), config.run_dir / "profile", ranks.rank)
-    stops.wait_for_check = True
+    stops.wait_for_check, clock = True, StepClock()
     try:
         while True:
             step = progress.step
             stops.check(device)
-            if is_due(config, step, config.checkpoint_every):
-                save(
-                    run, inputs, engine, progress, health, watchdog
-                )  # first: evaluation may be stopped
+            if is_pause_due(config, step):
+                clock.pause(device)
+            if is_due(config, step, config.checkpoint_every):  # first: evaluation may be stopped
+                save(run, inputs, engine, progress, health, watchdog)
             watchdog.phase("eval")
             engine.eval()
             evaluate(run, inputs, session, step, metrics)
@@ -226,14 +231,14 @@ def train(run: Run, inputs: Inputs, watchdog: Watchdog, stops: Stops) -> tuple[s
                 break
             watchdog.phase("step")
             trace.before(step)
-            started = time.perf_counter()
+            clock.resume()
             loss_sum, norm, lr = take_step(engine, config, step, batch.grad_accum_steps, batches)
             health.add(step, loss_sum, norm)
             if step % config.log_every == 0:
                 with torch.profiler.record_function("log"):
                     verdicts = health.judge(batch.grad_accum_steps * ranks.world_size)
                 if metrics:
-                    metrics.train(verdicts, lr, time.perf_counter() - started)
+                    metrics.train(verdicts, lr, clock.lap() / len(verdicts))
             trace.after(step)
             progress.step += 1
             progress.samples += batch.batch_sequences

@@ -1,5 +1,6 @@
 """One optimizer step through the engine."""
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,6 +10,35 @@ from torch.profiler import record_function
 
 from launch.config import TrainConfig
 from launch.schedule import lr_at
+
+
+class StepClock:
+    """Wall time of the optimizer steps since the last log, without evaluation and saving."""
+
+    def __init__(self) -> None:
+        self.spent_s = 0.0
+        self.started_s: float | None = None
+
+    def pause(self, device: torch.device) -> None:
+        """Stop, once the device has done what is queued: it is part of the steps."""
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.spent_s += self._running_s()
+        self.started_s = None
+
+    def resume(self) -> None:
+        """Go on, if it has stopped."""
+        if self.started_s is None:
+            self.started_s = time.perf_counter()
+
+    def lap(self) -> float:
+        """Return the seconds since the last lap, in which the host has waited for the device."""
+        lap_s = self.spent_s + self._running_s()
+        self.spent_s, self.started_s = 0.0, time.perf_counter()
+        return lap_s
+
+    def _running_s(self) -> float:
+        return 0.0 if self.started_s is None else time.perf_counter() - self.started_s
 
 
 def take_step(

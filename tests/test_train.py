@@ -8,6 +8,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 import eval.hellaswag as hellaswag
+import eval.val_loss
+import launch.step
 from bench import parity, reference
 from bench.hellaswag import reference_row
 from checkpoint.consolidate import check_empty
@@ -371,3 +375,34 @@ def test_a_value_that_deepspeed_does_not_take_is_named(
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith(f"error: rank 0: --ds_config {path}: overlap_comm: Input should be ")
     assert ". Fix: " in said
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("log_every", [1, 3])
+def test_the_speed_is_that_of_the_steps_for_every_log_every(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_every: int
+) -> None:
+    take_step, mean_loss = launch.step.take_step, eval.val_loss.mean_loss
+
+    now = [0.0]
+    monkeypatch.setattr(launch.step, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def slow_step(*args: Any) -> Any:
+        now[0] += 0.5
+        return take_step(*args)
+
+    def slow_loss(*args: Any, **options: Any) -> float:
+        now[0] += 100
+        return mean_loss(*args, **options)
+
+    monkeypatch.setattr(launch.step, "take_step", slow_step)
+    monkeypatch.setattr(eval.val_loss, "mean_loss", slow_loss)
+    run_dir = tmp_path / "run"
+    options = ("--max_steps", 8, "--eval_every", 4, "--log_every", log_every, "--sample_tokens", 1)
+    assert main(arguments(data_dir, run_dir, 1, *options)) == 0
+    config = json.loads((run_dir / "config.json").read_text())
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    rates = {row["step"]: row["perf/tokens_per_s"] for row in rows if "perf/tokens_per_s" in row}
+    seconds = [config["batch_tokens"] / rate for step, rate in rates.items() if step > 0]
+    assert len(seconds) == 7 // log_every
+    assert seconds == pytest.approx([0.5] * len(seconds))
