@@ -38,6 +38,14 @@ def peak_memory_gib(device: torch.device) -> float:
     return rss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
+def memory_line(device: torch.device) -> str:
+    """Return the most memory held so far; of a GPU also what the allocator has reserved."""
+    held = f"{peak_memory_gib(device):.2f}GiB"
+    if device.type != "cuda":
+        return held
+    return f"{held} (reserved {torch.cuda.max_memory_reserved(device) / 2**30:.2f}GiB)"
+
+
 class Metrics:
     """Writes the numbers of a run; one object, on rank 0.
 
@@ -81,7 +89,7 @@ class Metrics:
             f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {grad_norm:.4f} | "
             f"dt: {dt_s * 1000:.2f}ms | tok/sec: {tokens_per_s:.2f} | "
             f"mfu: {'n/a' if mfu is None else f'{mfu:.1%}'} | "
-            f"mem: {peak_memory_gib(self.device):.2f}GiB | left: {left}"
+            f"mem: {memory_line(self.device)} | left: {left}"
         )
         row = {"step": step, "train/loss": loss, "train/lr": lr, "train/grad_norm": grad_norm}
         row |= {"perf/tokens_per_s": tokens_per_s, "perf/mfu": mfu}

@@ -90,7 +90,7 @@ def error_line(error: Exception) -> str:
 
 def report(run: Run, error: Exception) -> int:
     """Say in one line what ended the run; return the exit status."""
-    line = error_line(error)
+    line = _out_of_memory_line(run) if _is_out_of_memory(error) else error_line(error)
     exit_status = BAD_INPUT if isinstance(error, ValueError) else FAILED
     if run.ranks.is_main:
         # To be mended by hand: no start that counts among the restarts.
@@ -102,3 +102,22 @@ def report(run: Run, error: Exception) -> int:
             traceback.print_exc()
         print(f"error: rank {run.ranks.rank}: {line}", file=sys.stderr, flush=True)
     return exit_status
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    name, said = type(error).__name__, str(error)
+    return name == "OutOfMemoryError" or "can't allocate memory" in said  # of a GPU, of the CPU
+
+
+def _out_of_memory_line(run: Run) -> str:
+    from launch.devices import GIB
+    from launch.estimate import estimate, found_cluster
+    from launch.meeting import choose_device
+
+    cluster = found_cluster(choose_device(run.ranks), run.ranks)
+    planned = estimate(run.config, run.ds_config, "", cluster)
+    return (
+        f"out of memory at --micro_batch_size {run.batch.micro_batch_size}: the plan says "
+        f"{planned.peak_bytes / GIB:.1f} GiB of {cluster.device.memory_bytes / GIB:.1f}. "
+        "Fix: give a smaller one, or another ds_config (launch/plan.py)"
+    )

@@ -1,15 +1,20 @@
 """GPT-2 (Radford et al. 2019), weight for weight: names, shapes and initial values."""
 
+import contextlib
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.config import GPTConfig
 from model.generate import KVCache, LayerCache
 from model.linear import Linear, linear
 from model.loss import linear_cross_entropy, token_losses
 
+# Evaluation and sampling have many shapes, and cuDNN would plan each anew, for up to a second.
+PLANLESS_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 INIT_STD = 0.02  # GPT-2's N(0, 0.02) for Linear and Embedding weights
 
 
@@ -39,9 +44,11 @@ class CausalSelfAttention(nn.Module):
         ):  # new tokens after cached ones: token t sees the first S - T + t + 1 keys
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal
-        )
+        training = torch.is_grad_enabled()
+        with contextlib.nullcontext() if training else sdpa_kernel(PLANLESS_KERNELS):
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal
+            )
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 

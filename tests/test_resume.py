@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -521,3 +522,24 @@ def test_torchrun_restarts_a_run_that_lost_a_rank_not_one_that_was_stopped(
 
 def children_of(pid: int) -> list[int]:
     return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("can't allocate memory")]
+)
+def test_out_of_memory_names_the_flag_and_the_plan(
+    data_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+) -> None:
+    def fail(*args: object, **options: object) -> torch.Tensor:
+        raise error
+
+    monkeypatch.setattr(model.gpt, "linear_cross_entropy", fail)
+    assert main(arguments(data_dir, tmp_path / "run", "--eval_every", 100)) == 1
+    err = capsys.readouterr().err
+    assert re.search(r"error: rank 0: out of memory at --micro_batch_size \d+: the plan says "
+                     r"\d+\.\d GiB of \d+\.\d. Fix: give a smaller one", err)  # fmt: skip

@@ -1,7 +1,9 @@
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from model import GPT, GPTConfig
@@ -172,3 +174,21 @@ def test_products_without_a_gradient_are_pytorchs(gelu: str) -> None:
         torch.testing.assert_close(layer(x, after=gelu), expected, rtol=1e-4, atol=1e-4)
         plain = nn.functional.linear(x, layer.weight)
         torch.testing.assert_close(linear(x, layer.weight), plain, rtol=1e-5, atol=1e-5)
+
+
+def test_no_kernel_with_a_plan_for_each_shape_where_no_gradient_is_wanted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked, attention = [], F.scaled_dot_product_attention
+
+    def watched(*args: Any, **options: Any) -> torch.Tensor:
+        asked.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attention(*args, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    config = TINY
+    model, tokens = GPT(config), torch.zeros(1, 8, dtype=torch.long)
+    model(tokens, tokens)
+    with torch.no_grad():
+        model(tokens)
+    assert asked == [True] * config.n_layer + [False] * config.n_layer
