@@ -22,6 +22,7 @@ if not __package__:  # run as a file: import from the repository root, exactly a
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 HEALTHY, FAULTS, HANG = "healthy", "a fault on each rank", "a rank hangs"
+DEAD_LINK = "a collective never returns"
 N_RANKS = 4
 LIMIT_S = 60
 HANG_S = 4  # to wait for the one that hangs
@@ -62,6 +63,14 @@ def hang() -> None:
     probes.read_memory = lambda device: time.sleep(1000) or 0
 
 
+def hang_in_collectives() -> None:
+    """Wait for ever in the first all-reduce, as behind a link of NCCL's that is dead."""
+    from launch import links, survey
+
+    survey.ATTEMPT_S = 2
+    links.add_up = lambda *args: time.sleep(1000)
+
+
 def starts(argv: list[str], elsewhere: Path) -> dict[str, tuple[Found, Acts]]:
     """Return for each kind of start what should be found, and what is done to which rank.
 
@@ -81,7 +90,9 @@ def starts(argv: list[str], elsewhere: Path) -> dict[str, tuple[Found, Acts]]:
         3: move,
     }
     found = [("versions", [0]), ("run folder", [1]), ("run folder shared", [3]), ("matmul", [2])]
-    return {HEALTHY: ([], {}), FAULTS: (found, four), HANG: ([("answers", [2])], {2: hang})}
+    dead = dict.fromkeys(range(N_RANKS), hang_in_collectives)
+    return {HEALTHY: ([], {}), FAULTS: (found, four), HANG: ([("answers", [2])], {2: hang}),
+            DEAD_LINK: ([("pairs in a machine", [0, 1, 2, 3])], dead)}  # fmt: skip
 
 
 def start(folder: Path, kind: str) -> dict[str, Any]:
@@ -129,12 +140,12 @@ def main() -> int:
         (args.folder / "data").mkdir(parents=True)
         write_tokens(args.folder / "data")
     done = []
-    for kind in [HEALTHY] * args.healthy + [FAULTS, HANG]:
+    for kind in [HEALTHY] * args.healthy + [FAULTS, HANG, DEAD_LINK]:
         done.append({"kind": kind} | start(args.folder, kind))
         print({k: v for k, v in done[-1].items() if k != "result"}, file=sys.stderr, flush=True)
     rows = [{"start": kind, "tries": str(sum(d["kind"] == kind for d in done)),
              "as it should be": str(sum(d["ok"] for d in done if d["kind"] == kind))}
-            for kind in (HEALTHY, FAULTS, HANG)]  # fmt: skip
+            for kind in (HEALTHY, FAULTS, HANG, DEAD_LINK)]  # fmt: skip
     record(args.folder / "unfit.json", "Preflight on 4 ranks", rows, done)
     return 0 if all(d["ok"] for d in done) else 1
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import sys
 from dataclasses import asdict
@@ -39,6 +40,7 @@ def main(argv: list[str]) -> int:
     except ValueError as error:  # every rank of a machine finds the same
         say_once(ranks, f"error: {error_line(error)}")
         return BAD_INPUT
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # else NCCL's time limit kills the rank
     from launch.meeting import meet, part
     from launch.survey import Survey, survey_all
 

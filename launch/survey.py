@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ from launch.inputs import Run
 from launch.meeting import choose_device, exchange, join
 from launch.ranks import Ranks
 
+ATTEMPT_S = 60  # until a measurement is given up
 TRIES = 5  # of what is slow: something else may have run there for a moment
 
 
@@ -154,9 +156,24 @@ def keep_better(check: str, found: Facts, survey: Survey, better: Callable[..., 
 
 
 def attempt(check: str, work: Callable[..., Any], *args: Any) -> Facts:
-    """Return what a measurement gives, if anything, as a fact of this rank, or why it fails."""
-    try:
-        value = work(*args)
-        return {} if value is None else {check: value}
-    except (RuntimeError, OSError) as error:
-        return {"errors": {check: (str(error) or type(error).__name__).splitlines()[0]}}
+    """Return what a measurement gives, if anything, as a fact of this rank, or why it fails.
+
+    It has a thread and a clock of its own: a link that does not answer can hold a collective of
+    NCCL for ever.
+    """
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    found: list[Facts] = []
+
+    def measure() -> None:
+        if device is not None:  # each thread has its own
+            torch.cuda.set_device(device)
+        try:
+            value = work(*args)
+            found.append({} if value is None else {check: value})
+        except (RuntimeError, OSError) as error:
+            found.append({"errors": {check: (str(error) or type(error).__name__).splitlines()[0]}})
+
+    thread = threading.Thread(target=measure, name=check, daemon=True)
+    thread.start()
+    thread.join(ATTEMPT_S)
+    return found[0] if found else {"errors": {check: f"no end within {ATTEMPT_S} s"}}
