@@ -44,8 +44,15 @@ def linear(
     if takes_onednn:
         after = ("none", [], "") if gelu is None else ("gelu", [], gelu)
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *after)
-    y = _Linear.apply(x, weight, bias, None) if is_widened(x) else F.linear(x, weight, bias)
+    y = _Linear.apply(x, weight, bias, None) if is_widened(x) else _fused(x, weight, bias)
     return y if gelu is None else F.gelu(y, approximate=gelu)
+
+
+def _fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # In two dimensions on a GPU: ZeRO-3 replaces F.linear, and adds the bias by itself in three.
+    if x.device.type == "cpu":
+        return F.linear(x, weight, bias)
+    return F.linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
 
 
 class _Linear(torch.autograd.Function):
@@ -58,7 +65,7 @@ class _Linear(torch.autograd.Function):
         ctx.gelu, ctx.has_bias = gelu, bias is not None
         activation = _activation(x, gelu)
         if not is_widened(x):
-            return F.linear(activation, weight, bias)
+            return _fused(activation, weight, bias)
         dtype = matmul_dtype(x)
         operands: list[Any] = [activation, weight, bias]
         operands = [t if t is None else t.to(dtype).float() for t in operands]
