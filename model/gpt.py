@@ -116,7 +116,9 @@ class GPT(nn.Module):
             if isinstance(module, nn.Linear | nn.Embedding):
                 std = residual_std if module in residual else INIT_STD
                 shape = module.weight.shape
-                values = torch.normal(0.0, std, shape, generator=generator, device=device)
+                values = torch.normal(
+                    0.0, std, shape, generator=generator, device=device, dtype=torch.float32
+                )
                 with torch.no_grad():
                     module.weight.copy_(values)
             if isinstance(module, nn.Linear):
@@ -167,10 +169,10 @@ class GPT(nn.Module):
         x = self.ln_f(x).flatten(0, 1)  # (B·T, C)
         if targets is not None and self.training:
             return linear_cross_entropy(x, self.wte.weight, targets.flatten())
-        head = self.wte.weight[: self.config.vocab_size]  # (V, C)
+        head, V = self.wte.weight, self.config.vocab_size
         if predict_at is not None:
             x = x[predict_at]  # (N, C)
-            return linear(x, head) if targets is None else token_losses(x, head, targets)
+            return linear(x, head[:V]) if targets is None else token_losses(x, head, targets, V)
         if targets is not None:
-            return linear_cross_entropy(x, head, targets.flatten())
-        return linear(x, head).view(B, T, -1)  # (B, T, V)
+            return linear_cross_entropy(x, head, targets.flatten(), V)
+        return linear(x, head[:V]).view(B, T, -1)  # (B, T, V)

@@ -84,34 +84,40 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if is_widened(x) else matmul_dtype(x)
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, n_tokens: int | None = None
+) -> Tensor:
     """Return the mean cross-entropy of `x @ weight.T` against `targets`, in nats (fp32 scalar).
 
     Args:
         x: (N, C) final hidden states.
         weight: (V, C) head.
         targets: (N,) token ids; -100 does not count. With no target at all the loss is 0.
+        n_tokens: Of the head's rows these first ones count; default: all.
     """
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         dtype = _product_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
-            return _ChunkedCrossEntropy.apply(x, weight, targets, dtype)
+            head = weight if n_tokens is None else weight[:n_tokens]
+            return _ChunkedCrossEntropy.apply(x, head, targets, dtype)
     counted = (targets != IGNORE_INDEX).sum().clamp(min=1)
-    return token_losses(x, weight, targets).sum() / counted
+    return token_losses(x, weight, targets, n_tokens).sum() / counted
 
 
 @torch.no_grad()
-def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def token_losses(x: Tensor, weight: Tensor, targets: Tensor, n_tokens: int | None = None) -> Tensor:
     """Return the cross-entropy of each row in nats, (N,) fp32, 0 where the target is -100.
 
     Args as in `linear_cross_entropy`; no gradient.
     """
     dtype = _product_dtype(x)
+    if x.device.type == "cpu":  # a GPU's product is faster with all rows: a multiple of 128
+        weight = weight[:n_tokens]
     x, head = x.to(dtype), weight.to(dtype)
     rows = max(1, EVAL_CHUNK_LOGITS // len(weight))
     with torch.autocast(x.device.type, enabled=False):
         losses = [
-            F.cross_entropy(linear(x_part, head).float(), target, reduction="none")
+            F.cross_entropy(linear(x_part, head)[:, :n_tokens].float(), target, reduction="none")
             for x_part, target in zip(x.split(rows), targets.split(rows), strict=True)
         ]
     return torch.cat(losses)
