@@ -68,7 +68,13 @@ def main(argv: list[str]) -> int:
 def start_engine(run: Run, inputs: Inputs, device: torch.device) -> tuple[Any, Manifest | None]:
     """Build the engine, with fresh, given or resumed weights (all ranks)."""
     from checkpoint.resuming import load_checkpoint, newest_intact
-    from launch.engine import build_engine, build_model, load_weights, set_clipping
+    from launch.engine import (
+        ask_for_determinism,
+        build_engine,
+        build_model,
+        load_weights,
+        set_clipping,
+    )
     from model.weights import load_hf_weights
 
     config, stage = run.config, zero_stage(run.ds_config)
@@ -76,6 +82,8 @@ def start_engine(run: Run, inputs: Inputs, device: torch.device) -> tuple[Any, M
     if warning and run.ranks.is_main:
         print(f"warning: {warning}", file=sys.stderr)
     checkpoint = newest_intact(inputs.checkpoints, config.resume)
+    if config.deterministic:
+        ask_for_determinism()
     model = build_model(config, run.ds_config, device)
     if inputs.init_folder:
         load_weights(model, load_hf_weights(inputs.init_folder, config.gpt_config), stage)

@@ -65,6 +65,7 @@ class TrainConfig:
     keep_every: int = _flag(0, "of older ones keep those of a multiple of this step; 0: none")
     log_every: int = _flag(1, "steps between log lines")
     compile: bool = _flag(False, "compile each block's training pass: about 20 s once")
+    deterministic: bool = _flag(False, "deterministic kernels: the same bits on a GPU too, slower")
     profile: str = _flag("", "FIRST:END: trace steps FIRST to END - 1 into RUN_DIR/profile")
     max_bad_steps: int = _flag(10, "steps in a row without a finite loss, then the run stops")
     timeouts: str = _flag("", "seconds after which a phase is hung: start=1800,step=1800,"

@@ -3,6 +3,7 @@
 import datetime
 import functools
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -60,6 +61,13 @@ def init_process_group(
         deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
         fixes.give_timeout_to_clone(timeout)  # all ranks
     return device
+
+
+def ask_for_determinism() -> None:
+    """Have PyTorch take deterministic kernels only, from here on; it raises where it has none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may choose anew
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it finds faults, and takes time
 
 
 def build_model(config: TrainConfig, ds_config: dict[str, Any], device: torch.device) -> GPT:

@@ -406,3 +406,25 @@ def test_the_speed_is_that_of_the_steps_for_every_log_every(
     seconds = [config["batch_tokens"] / rate for step, rate in rates.items() if step > 0]
     assert len(seconds) == 7 // log_every
     assert seconds == pytest.approx([0.5] * len(seconds))
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("asked", [False, True])
+def test_deterministic_kernels_are_asked_for_and_recorded(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    take_step, seen = launch.step.take_step, []
+
+    def watched(*args: Any) -> Any:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return take_step(*args)
+
+    monkeypatch.setattr(launch.step, "take_step", watched)
+    options = ("--max_steps", 1, *["--deterministic"] * asked)
+    try:
+        assert main(arguments(data_dir, tmp_path / "run", 1, *options)) == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == [asked]
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["deterministic"] == asked
