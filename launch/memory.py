@@ -7,6 +7,7 @@ itself takes (RESERVED_BYTES), fragments, dropout's masks on a CPU, and compiled
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +20,12 @@ CHECKPOINT_BYTES = {
     "autocast": 12,
     "bf16": 14,
 }  # a parameter: weights and AdamW's state
-# DeepSpeed 0.19.8: what its copies of gradients hold at stage 0, in elements, and two of its
-# defaults for stage 3: weights that are used again within so many elements stay gathered.
+# DeepSpeed 0.19.8: what its copies of gradients hold at stage 0, in elements, and three of its
+# defaults for stage 3: weights that are used again within so many elements stay gathered; so many
+# are updated at a time.
 MAX_REDUCED = 500_000_000
 MAX_REUSE_DISTANCE = 1_000_000_000
+SUB_GROUP_SIZE = 1_000_000_000
 RESERVED_BYTES = 3 * 2**29  # CUDA's context, cuBLAS's workspaces and NCCL's buffers; or Python
 
 Parts = dict[str, float]  # bytes by what they are
@@ -122,10 +125,22 @@ def moments(shard: Shard) -> dict[str, Parts]:
 
 def host_bytes(shard: Shard) -> float:
     """Return what the rank keeps in its machine's memory because it is offloaded."""
-    share = shard.n_params / shard.world_size
-    optimizer = 16 * share if offloads(shard.ds_config, "optimizer") else 0
-    params = shard.weight_bytes * share if offloads(shard.ds_config, "param") else 0
+    share, optimizer, params = shard.n_params / shard.world_size, 0.0, 0.0
+    if offloads(shard.ds_config, "optimizer"):
+        optimizer = 16 * share  # weights, moments and gradients in fp32
+        if shard.stage == 3:  # gradients once more in one buffer of all; these two are pinned
+            groups = math.ceil(share / shard.zero_option("sub_group_size", SUB_GROUP_SIZE))
+            pinned = groups * _pinned(shard, "optimizer", 4 * share / groups)
+            optimizer = 12 * share + pinned + _pinned(shard, "optimizer", 4 * share)
+    if offloads(shard.ds_config, "param"):
+        params = _pinned(shard, "param", shard.weight_bytes * share)
     return optimizer + params
+
+
+def _pinned(shard: Shard, what: str, n_bytes: float) -> float:
+    # PyTorch's allocator of pinned memory rounds up to a power of two.
+    pins = shard.on_gpu and shard.zero_option(f"offload_{what}", {}).get("pin_memory", True)
+    return 2.0 ** math.ceil(math.log2(n_bytes)) if pins else n_bytes
 
 
 def _states(shard: Shard) -> Parts:
