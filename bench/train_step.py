@@ -10,6 +10,7 @@ run it; seed_tuned, bare0, bare1 and ddp have the allocator's settings that the 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import socket
@@ -91,29 +92,34 @@ class Side:
 
 
 def compare(args: argparse.Namespace, names: list[str], n_ranks: int = 1) -> dict[str, Any]:
-    """Run the sides in turns: losses first, then what they send, then seconds per step."""
+    """Measure the losses of each side, what it sends, and its seconds per step.
+
+    The sides run in turns, because other programs may take a CPU at any time. On a GPU, whose
+    memory holds one of them, they run one after the other.
+    """
+    from launch.meeting import choose_device
+    from launch.ranks import Ranks
+
     shape = ("model", "seq_len", "micro_batch_size", "grad_accum")
     flags = [f"--{name}={getattr(args, name)}" for name in shape]
-    with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
+    on_gpu = choose_device(Ranks()).type == "cuda"
+    losses, sent, peaks = {}, {}, {}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    with tempfile.TemporaryDirectory() as folder:
         write_tokens(Path(folder))
         flags.append(f"--data_dir={folder}")
-        sides = {name: stack.enter_context(Side(name, flags, n_ranks)) for name in names}
-        losses = {name: side.steps(WARM_UP)["losses"] for name, side in sides.items()}
-        for name, curve in losses.items():
-            apart = max(abs(a - b) for a, b in zip(losses[names[0]], curve, strict=True))
-            print(f"{name}: losses {curve}, {apart:.1e} apart", file=sys.stderr, flush=True)
-            if apart > TOLERANCE:
-                raise SystemExit(f"error: {name} is {apart:.3g} nats from {names[0]}")
-        sent = {name: side.steps(1, count=True)["sent_bytes"] for name, side in sides.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in names}
-        peaks = {}
-        for block in in_turns(names, args.blocks):
-            for name in block:
-                answer = sides[name].steps(args.steps)
-                seconds[name].append(answer["seconds"] / args.steps)
-                peaks[name] = answer["peak_gib"]
-            print({k: round(v[-1], 3) for k, v in seconds.items()}, file=sys.stderr, flush=True)
+        for group in [[name] for name in names] if on_gpu else [names]:
+            with ExitStack() as stack:
+                sides = {name: stack.enter_context(Side(name, flags, n_ranks)) for name in group}
+                losses |= {name: side.steps(WARM_UP)["losses"] for name, side in sides.items()}
+                check_losses(losses)
+                for name, side in sides.items():
+                    sent[name] = side.steps(1, count=True)["sent_bytes"]
+                for name in itertools.chain.from_iterable(in_turns(group, args.blocks)):
+                    answer = sides[name].steps(args.steps)
+                    seconds[name].append(answer["seconds"] / args.steps)
+                    peaks[name] = answer["peak_gib"]
+                    print(f"{name}: {seconds[name][-1]:.3f} s", file=sys.stderr, flush=True)
     return {
         "shape": {name: getattr(args, name) for name in shape} | {"ranks": n_ranks},
         "losses": losses,
@@ -121,6 +127,16 @@ def compare(args: argparse.Namespace, names: list[str], n_ranks: int = 1) -> dic
         "peak_gib": peaks,
         "sent_bytes": sent,
     }
+
+
+def check_losses(losses: dict[str, list[float]]) -> None:
+    """End the program if a side is not near the first one."""
+    first = next(iter(losses))
+    for name, curve in losses.items():
+        apart = max(abs(a - b) for a, b in zip(losses[first], curve, strict=True))
+        print(f"{name}: losses {curve}, {apart:.1e} apart", file=sys.stderr, flush=True)
+        if apart > TOLERANCE:
+            raise SystemExit(f"error: {name} is {apart:.3g} nats from {first}")
 
 
 def table(result: dict[str, Any]) -> Rows:

@@ -138,7 +138,12 @@ def build_engine(
         compile_blocks(model)
     if "activation_checkpointing" in ds_config:
         for block in model.h:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = functools.partial(
+                checkpoint,
+                block.forward,
+                use_reentrant=False,
+                preserve_rng_state=config.dropout > 0,
+            )
     groups = decay_groups(model, config.weight_decay)
     description = describe_groups(groups)
     torch.manual_seed(config.seed + ranks.rank)  # dropout: each rank draws its own
