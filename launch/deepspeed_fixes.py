@@ -110,7 +110,8 @@ def give_timeout_to_clone(timeout: datetime.timedelta) -> None:
     """
     from deepspeed.utils import groups
 
-    dist.distributed_c10d._set_pg_timeout(timeout, groups._clone_world_group())
+    clone: Any = groups._clone_world_group()
+    dist.distributed_c10d._set_pg_timeout(timeout, clone)
 
 
 def build_cpu_adam(ranks: Ranks) -> None:

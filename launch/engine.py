@@ -67,7 +67,8 @@ def ask_for_determinism() -> None:
     """Have PyTorch take deterministic kernels only, from here on; it raises where it has none."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may choose anew
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it finds faults, and takes time
+    # It finds faults in programs, and takes time.
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
 
 
 def build_model(config: TrainConfig, ds_config: dict[str, Any], device: torch.device) -> GPT:

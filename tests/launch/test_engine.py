@@ -226,8 +226,6 @@ def minor_faults(stat: Path) -> int:
 
 
 def test_the_groups_of_zero_have_the_time_limit_of_the_run(one_rank: Ranks) -> None:
-    limits = [
-        group._get_backend(torch.device("cpu")).options._timeout
-        for group in (dist.group.WORLD, groups._clone_world_group())
-    ]
+    world: list[Any] = [dist.group.WORLD, groups._clone_world_group()]
+    limits = [group._get_backend(torch.device("cpu")).options._timeout for group in world]
     assert limits == [datetime.timedelta(seconds=60)] * 2  # of tests/conftest.py
