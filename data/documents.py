@@ -1,6 +1,7 @@
 """Blocks -> documents, each checked; what is wrong is named by file and line."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -11,6 +12,8 @@ from data.blocks import BYTE_ORDER_MARK, SKIP, BadInputError, Block, Reading, sp
 from data.manifest import LITERAL
 from data.sources import LINES, TEXT, SourceFile
 from data.tokenizer import EOT_BYTES
+
+LEADING_MARK = re.compile(rb"\A(\s*)" + BYTE_ORDER_MARK)  # of a file that was joined to others
 
 
 class Documents(NamedTuple):
@@ -40,6 +43,8 @@ def read_documents(
         ValueError: The file could not be read.
     """
     texts, bad, messages = [], Counter[str](), []
+    first = block.position.file + block.position.record
+    goes_on = file.kind == TEXT and block.position.offset > 0  # with the rest of a document
 
     def is_of_split(record: int) -> bool:
         return not val_every or (split == "val") == (record % val_every == 0)
@@ -53,9 +58,9 @@ def read_documents(
             continue
         bad[LITERAL] += EOT_BYTES in text and file.kind != TEXT
         if is_of_split(record):
-            texts.append(text.removeprefix(BYTE_ORDER_MARK))
-    at = block.position
-    continues = file.kind == TEXT and at.offset > 0 and is_of_split(at.file + at.record)
+            is_rest = goes_on and record == first
+            texts.append(text if is_rest else LEADING_MARK.sub(rb"\1", text))
+    continues = goes_on and is_of_split(first)
     return Documents(texts, continues, +bad, messages)
 
 

@@ -20,8 +20,8 @@ if not __package__:  # run as a file: import from the repository root, exactly a
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from eval.packing import FORWARD_TOKENS, N_ENDINGS, Example, crop_contexts, evaluate
-from eval.session import add_model_flags, check_gpt2_tokens, run_command, say, start_session
-from launch.ranks import Ranks, leave
+from eval.session import add_model_flags, check_gpt2_tokens, run_as_program, say, start_session
+from launch.ranks import Ranks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -194,4 +194,4 @@ def describe(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    leave(run_command(build_parser(), run))
+    run_as_program(build_parser(), run)

@@ -8,9 +8,10 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from launch.ranks import Ranks, ranks_or_exit, say_once
+from launch.ranks import Ranks, leave, ranks_or_exit, say_once
+from launch.streams import outlive_readers
 from model import GPTConfig
 
 if TYPE_CHECKING:
@@ -112,6 +113,12 @@ def run_command(parser: argparse.ArgumentParser, command: Command) -> int:
     if ranks.is_main and result is not None:
         print(json.dumps(result), flush=True)
     return 0
+
+
+def run_as_program(parser: argparse.ArgumentParser, command: Command) -> NoReturn:
+    """Run a command as the whole of this process, which ends with its exit status."""
+    outlive_readers()
+    leave(run_command(parser, command))
 
 
 def say(ranks: Ranks, line: str) -> None:

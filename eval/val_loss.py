@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from eval.session import add_model_flags, run_command, say, start_session
-from launch.ranks import Ranks, leave
+from eval.session import add_model_flags, run_as_program, say, start_session
+from launch.ranks import Ranks
 
 if TYPE_CHECKING:
     import torch
@@ -179,4 +179,4 @@ def run(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    leave(run_command(build_parser(), run))
+    run_as_program(build_parser(), run)

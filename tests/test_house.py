@@ -22,7 +22,8 @@ ALLOWED = {
 }
 # A Hugging Face folder is weights and tokenizer: whoever writes one needs both.
 # An evaluation command runs on one rank or on many.
-EXCEPTIONS = {("checkpoint/consolidate.py", "data.tokenizer"), ("eval/session.py", "launch.engine")}
+EXCEPTIONS = {("checkpoint/consolidate.py", "data.tokenizer")}
+EXCEPTIONS |= {("eval/session.py", f"launch.{name}") for name in ("engine", "meeting", "streams")}
 EXCEPTIONS |= {(f"eval/{name}.py", "launch.ranks")
                for name in ("session", "hellaswag", "val_loss", "sample")}  # fmt: skip
 # Everything that a run reads is opened in one place.

@@ -1,6 +1,7 @@
 """`<|endoftext|>` in a .txt parts documents, wherever blocks are cut; elsewhere it is text."""
 
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,13 @@ def stories(seed: int, n: int = 200) -> str:
     for story in rng.choices(STORIES, k=n):
         text += story + rng.choice(["", "\n"])
         text += rng.choice([END_OF_TEXT, END_OF_TEXT, f"{END_OF_TEXT}\n{END_OF_TEXT}"])
-        text += rng.choice(["", "\n", "\ufeff", "\ufeff\n "])  # files that were joined have marks
+        marks = ["\ufeff", "\ufeff\n ", "\r\n\ufeff"]  # of files that were joined
+        text += rng.choice(["", "\n", *marks])
     return text + rng.choice(["", STORIES[0], "\n"])
 
 
 def documents(text: str) -> list[str]:
-    parts = [part.removeprefix("\ufeff") for part in text.split(END_OF_TEXT)]
+    parts = [re.sub(r"\A([ \t\r\n\v\f]*)\ufeff", r"\1", part) for part in text.split(END_OF_TEXT)]
     return [part for part in parts if part.strip(" \t\n\r\x0b\x0c")]
 
 
