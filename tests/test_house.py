@@ -44,7 +44,8 @@ ENTRY_POINTS = ["train.py", "data/prepare.py", "data/fineweb.py", "data/show.py"
                 "bench/attention.py", "bench/faults.py",
                 "bench/orphans.py", "bench/mishaps.py", "bench/resumes.py",
                 "bench/saving.py", "bench/memory.py", "bench/fill.py",
-                "bench/published.py", "bench/launches.py", "bench/keys.py"]  # fmt: skip
+                "bench/published.py", "bench/launches.py", "bench/keys.py",
+                "bench/many_ranks.py"]  # fmt: skip
 
 
 def imports(path: Path) -> set[str]:
