@@ -28,8 +28,10 @@ SEPARATOR = re.escape(EOT_BYTES)
 # The same where the separator parts documents: also before one, but not right after it, where the
 # next block would seem to go on with a document that may be white space alone.
 CUT_AT_SEPARATORS = re.compile(rb"(?<!%b)%b|(?=%b)" % (SEPARATOR, CUT.pattern, SEPARATOR))
-POINTERS = {"Git LFS": re.compile(rb"version https?://(git-lfs|hawser)\.github\.com/spec/"),
-            "git-annex": re.compile(rb"[./]*(\.git)?/annex/objects/")}  # fmt: skip
+POINTERS = {
+    "Git LFS": re.compile(rb"version https?://(git-lfs|hawser)\.github\.com/spec/"),
+    "git-annex": re.compile(rb"[./]*(\.git)?/annex/objects/"),
+}
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BLANK = BYTE_ORDER_MARK + b" \t\n\r\v\f"
 POINTER_BYTES = 100  # more than a pointer's beginning

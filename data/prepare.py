@@ -142,7 +142,8 @@ def _check_splits(args: argparse.Namespace, writer: "ShardWriter") -> None:
         return
     writer.remove()
     where = ", ".join(args.inputs) or args.dataset
-    if remarks := manifest.remarks():
+    remarks = manifest.remarks()
+    if remarks:
         where += f" ({'; '.join(remarks)})"
     if train_tokens + val_tokens < 2:
         raise ValueError(f"{where}: no text in it. Fix: give files that hold some")

@@ -71,5 +71,5 @@ def warn_of_copies(files: list[SourceFile], identities: list[dict[str, Any]]) ->
         copies += [f"{file.name} = {name}" for name in sorted({*originals} - {file.name})[:1]]
     if copies:
         named = ", ".join(copies[:MAX_NAMED]) + ", …" * (len(copies) > MAX_NAMED)
-        print(f"warning: {len(copies)} files look like copies, by size and ends or name: {named}. "
-              "Fix: remove them, or their text counts twice", file=sys.stderr)  # fmt: skip
+        what = f"{len(copies)} files look like copies, by size and ends or name: {named}"
+        print(f"warning: {what}. Fix: remove them: their text counts twice", file=sys.stderr)

@@ -158,10 +158,8 @@ def run(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     check_eval_tokens(stream, args.eval_tokens)
     session = start_session(model, args.dtype or run_precision, ranks)
     with session.context():
-        loss = mean_loss(
-            session, stream, seq_len=seq_len, eval_tokens=args.eval_tokens,
-            batch_size=args.batch_size,
-        )  # fmt: skip
+        sizes = {"eval_tokens": args.eval_tokens, "batch_size": args.batch_size}
+        loss = mean_loss(session, stream, seq_len=seq_len, **sizes)
     if not math.isfinite(loss):
         raise ValueError(
             f"{ckpt}: gives a loss that is no finite number. Fix: evaluate an earlier step"
