@@ -21,7 +21,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q torch  # first: DeepSpeed's build looks for it
-	$(BIN)/pip install -q -e '.[test]'
+	$(BIN)/pip install -q -e '.[test,triton]'
 	touch $@
 
 quickstart: $(VENV)/installed

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from checkpoint.run_folder import write_json
 from launch.config import TrainConfig, describe_run, parse_train_config, profiled_steps, to_json
 from launch.ds_config import precision, zero_stage
-from launch.estimate import advice, found_cluster
+from launch.estimate import advice, plan_here
 from launch.inputs import Inputs, Run, open_inputs, resolve_run, take_run_dir
 from launch.ranks import leave, ranks_or_exit, say_once
 from launch.streams import outlive_readers
@@ -78,13 +78,15 @@ def start_engine(run: Run, inputs: Inputs, device: torch.device) -> tuple[Any, M
     from model.weights import load_hf_weights
 
     config, stage = run.config, zero_stage(run.ds_config)
-    warning = advice(config, run.ds_config, found_cluster(device, run.ranks))
+    planned = plan_here(config, run.ds_config, device, run.ranks)
+    warning = advice(planned)
     if warning and run.ranks.is_main:
         print(f"warning: {warning}", file=sys.stderr)
     checkpoint = newest_intact(inputs.checkpoints, config.resume)
     if config.deterministic:
         ask_for_determinism()
     model = build_model(config, run.ds_config, device)
+    model.use_memory(planned.memory_use)
     if inputs.init_folder:
         load_weights(model, load_hf_weights(inputs.init_folder, config.gpt_config), stage)
     engine, groups = build_engine(model, config, run.ds_config, run.ranks)

@@ -50,13 +50,13 @@ class Device:
 # the nearest, MI300X and B200 less, for want of such runs. On two AVX-512 cores in bf16 (AMD EPYC,
 # docs/BENCHMARKS.md) it is what products reach that stands for the peak.
 _DEVICES = (
-    Device("a100-40", 40 * GIB, 312e12, 1.555e12, 300e9, 25e9, 128 * GIB, 25e9, 0.75, 0.4),
-    Device("a100", 80 * GIB, 312e12, 2.039e12, 300e9, 25e9, 256 * GIB, 25e9, 0.75, 0.4),
-    Device("h100", 80 * GIB, 989e12, 3.35e12, 450e9, 50e9, 256 * GIB, 50e9, 0.56, 0.35),
-    Device("h200", 140 * GIB, 989e12, 4.8e12, 450e9, 50e9, 256 * GIB, 50e9, 0.56, 0.35),
+    Device("a100-40", 40 * GIB, 312e12, 1.555e12, 300e9, 25e9, 128 * GIB, 25e9, 0.73, 0.4),
+    Device("a100", 80 * GIB, 312e12, 2.039e12, 300e9, 25e9, 256 * GIB, 25e9, 0.73, 0.4),
+    Device("h100", 80 * GIB, 989e12, 3.35e12, 450e9, 50e9, 256 * GIB, 50e9, 0.54, 0.35),
+    Device("h200", 140 * GIB, 989e12, 4.8e12, 450e9, 50e9, 256 * GIB, 50e9, 0.54, 0.35),
     Device("b200", 179 * GIB, 2250e12, 8e12, 900e9, 50e9, 512 * GIB, 50e9, 0.5, 0.3),
-    Device("l40s", 45 * GIB, 362e12, 0.864e12, 25e9, 12.5e9, 64 * GIB, 25e9, 0.75, 0.4),
-    Device("4090", 24 * GIB, 165e12, 1.008e12, 25e9, 12.5e9, 64 * GIB, 25e9, 0.75, 0.4),
+    Device("l40s", 45 * GIB, 362e12, 0.864e12, 25e9, 12.5e9, 64 * GIB, 25e9, 0.73, 0.4),
+    Device("4090", 24 * GIB, 165e12, 1.008e12, 25e9, 12.5e9, 64 * GIB, 25e9, 0.73, 0.4),
     Device("mi300x", 192 * GIB, 1307e12, 5.3e12, 448e9, 50e9, 256 * GIB, 50e9, 0.4, 0.3),
     Device("cpu", 24 * GIB, 0.4e12, 20e9, 5e9, 1e9, 24 * GIB, 20e9, 0.75, 0.4, on_gpu=False),
 )

@@ -19,6 +19,7 @@ from launch.config import (
 )
 from launch.devices import DEVICES, GIB, Device, machine_bytes
 from launch.ds_config import load_ds_config, offloads, precision, resolve_ds_config, zero_stage
+from model.config import MEMORY_USES, MemoryUse
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +69,7 @@ class Estimate:
         config: Resolved, and so are `batch` and `ds_config`.
         name: Of the ds_config, for people.
         cluster: It runs on.
+        memory_use: The fastest for which the devices have room.
         parts: Bytes that a rank holds at its fullest moment, by what they are.
         seconds: Of one optimizer step, by what they go to.
         host_bytes: That a rank keeps in its machine's memory.
@@ -79,6 +81,7 @@ class Estimate:
     ds_config: dict[str, Any]
     name: str
     cluster: Cluster
+    memory_use: MemoryUse
     parts: memory.Parts
     seconds: dict[str, float]
     host_bytes: float
@@ -165,10 +168,15 @@ def estimate(config: TrainConfig, raw: dict[str, Any], name: str, cluster: Clust
     config = dataclasses.replace(config, micro_batch_size=batch.micro_batch_size)
     ds_config = resolve_ds_config(raw, config, batch).ds_config
     device = cluster.device
-    shard = memory.shard_of(config, batch, ds_config, device.on_gpu)
-    seconds = throughput.step_seconds(shard, batch, config.seq_len, device, cluster.nodes)
-    return Estimate(config, batch, ds_config, name, cluster, memory.peak(shard), seconds,
-                memory.host_bytes(shard), throughput.sent_bytes(shard, batch))  # fmt: skip
+    found = []
+    for use in MEMORY_USES if device.on_gpu else MEMORY_USES[-1:]:
+        shard = memory.shard_of(config, batch, ds_config, device.on_gpu, use)
+        seconds = throughput.step_seconds(shard, batch, config.seq_len, device, cluster.nodes)
+        found.append(
+            Estimate(config, batch, ds_config, name, cluster, use, memory.peak(shard), seconds,
+                     memory.host_bytes(shard), throughput.sent_bytes(shard, batch))
+        )  # fmt: skip
+    return next((each for each in found if each.spare_bytes >= 0), found[-1])
 
 
 def largest_fitting(
@@ -222,6 +230,17 @@ def rank_candidates(config: TrainConfig, cluster: Cluster) -> list[Estimate]:
     return sorted(found, key=order)
 
 
+def plan_here(
+    config: TrainConfig, ds_config: dict[str, Any], device: torch.device, ranks: Ranks
+) -> Estimate:
+    """Estimate a resolved run on the machines that it has found.
+
+    Raises:
+        ValueError: As `estimate`.
+    """
+    return estimate(config, ds_config, str(config.ds_config), found_cluster(device, ranks))
+
+
 def found_cluster(device: torch.device, ranks: Ranks) -> Cluster:
     """Return the machines that a run has found: rank 0's device, and as many of it as ranks.
 
@@ -240,15 +259,15 @@ def found_cluster(device: torch.device, ranks: Ranks) -> Cluster:
     return Cluster(found, nodes, ranks.local_world_size)
 
 
-def advice(config: TrainConfig, ds_config: dict[str, Any], cluster: Cluster) -> str | None:
-    """Return a line with the nearest setting that fits if the run, resolved, does not; else None.
+def advice(planned: Estimate) -> str | None:
+    """Return a line with the nearest setting that fits if the planned run does not; else None.
 
     Near is, in this order: a smaller micro-batch, activation checkpointing, another ds_config.
     """
-    config = dataclasses.replace(config, compile=False)  # which stage 3 would refuse
-    planned = estimate(config, ds_config, str(config.ds_config), cluster)
     if planned.fits:
         return None
+    ds_config, cluster = planned.ds_config, planned.cluster
+    config = dataclasses.replace(planned.config, compile=False)  # which stage 3 would refuse
     limit = config.micro_batch_size
     near = _with_and_without("", ds_config) | candidates()
     fitting = (

@@ -13,7 +13,7 @@ from typing import Any
 
 from launch.config import BatchArithmetic, TrainConfig
 from launch.ds_config import MAX_REUSE, offloads, precision, zero_stage
-from model.config import CHUNK_LOGITS, GPTConfig
+from model.config import MEMORY_USES, GPTConfig, MemoryUse, chunk_rows
 
 CHECKPOINT_BYTES = {
     "fp32": 12,
@@ -41,6 +41,7 @@ class Shard:
     accumulates: bool
     world_size: int
     on_gpu: bool
+    memory_use: MemoryUse
 
     @property
     def head(self) -> int:
@@ -78,18 +79,29 @@ class Shard:
         """Return whether DeepSpeed takes its BF16_Optimizer."""
         return self.stage == 1 and self.weight_bytes == 2 and self.sums_fp32
 
+    @property
+    def loss_rows(self) -> int:
+        """Return the rows of logits that the loss holds at a time."""
+        vocab_size = self.gpt.padded_vocab_size
+        return chunk_rows(self.tokens, vocab_size, self.on_gpu, self.memory_use.chunk_rows)
+
     def zero_option(self, name: str, default: Any) -> Any:
         """Return a value of the zero_optimization block."""
         return self.ds_config.get("zero_optimization", {}).get(name, default)
 
 
 def shard_of(
-    config: TrainConfig, batch: BatchArithmetic, ds_config: dict[str, Any], on_gpu: bool
+    config: TrainConfig,
+    batch: BatchArithmetic,
+    ds_config: dict[str, Any],
+    on_gpu: bool,
+    use: MemoryUse = MEMORY_USES[-1],
 ) -> Shard:
     """Return what one rank of a resolved run trains."""
     tokens = batch.micro_batch_size * config.seq_len
     accumulates = batch.grad_accum_steps > 1
-    return Shard(config.gpt_config, ds_config, tokens, accumulates, batch.world_size, on_gpu)
+    return Shard(config.gpt_config, ds_config, tokens, accumulates, batch.world_size, on_gpu,
+                 use)  # fmt: skip
 
 
 def peak(shard: Shard) -> Parts:
@@ -174,6 +186,7 @@ def _activations(shard: Shard) -> tuple[Parts, float]:
     width = shard.tokens * shard.gpt.n_embd
     wide, narrow = activation_bytes(shard)
     one = (2 * wide + 10 * narrow) * width
+    one += 4 * narrow * width * shard.memory_use.keeps_gelu
     backward = (wide + 13 * narrow) * width
     ends = 2 * wide * width
     if shard.gpt.dropout:
@@ -202,13 +215,11 @@ def _casts(shard: Shard, in_backward: bool) -> float:
 
 
 def _loss(shard: Shard) -> float:
-    # model/loss.py: one chunk's logits, their fp32 twins, and the two gradients.
+    # model/loss.py: one chunk's logits, and the two gradients.
     narrow = activation_bytes(shard)[1]
-    V = shard.gpt.padded_vocab_size
-    rows = -(-shard.tokens // -(-shard.tokens * V // CHUNK_LOGITS))
-    twins = 4 * rows * V if shard.on_gpu else 0
+    logits = shard.loss_rows * shard.gpt.padded_vocab_size
     hidden = narrow * shard.tokens * shard.gpt.n_embd
-    return narrow * rows * V + twins + 4 * shard.head + 2 * hidden
+    return narrow * logits + 4 * shard.head + 2 * hidden
 
 
 def _head_gradients(shard: Shard) -> float:

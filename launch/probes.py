@@ -24,7 +24,7 @@ from launch.config import to_json
 from launch.credentials import refuse_credentials
 from launch.devices import machine_bytes
 from launch.ds_config import precision
-from launch.estimate import advice, found_cluster
+from launch.estimate import advice, plan_here
 from launch.inputs import Run
 from launch.meeting import choose_device
 from launch.memory import CHECKPOINT_BYTES
@@ -230,8 +230,8 @@ def read_plan(run: Run) -> str:
     Raises:
         ValueError: The plan says that the run does not; names the nearest setting that does.
     """
-    found = found_cluster(choose_device(run.ranks), run.ranks)
-    if warning := advice(run.config, run.ds_config, found):
+    planned = plan_here(run.config, run.ds_config, choose_device(run.ranks), run.ranks)
+    if warning := advice(planned):
         raise ValueError(warning)
     return "fits"
 

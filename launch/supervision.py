@@ -111,13 +111,12 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _out_of_memory_line(run: Run) -> str:
     from launch.devices import GIB
-    from launch.estimate import estimate, found_cluster
+    from launch.estimate import plan_here
     from launch.meeting import choose_device
 
-    cluster = found_cluster(choose_device(run.ranks), run.ranks)
-    planned = estimate(run.config, run.ds_config, "", cluster)
+    planned = plan_here(run.config, run.ds_config, choose_device(run.ranks), run.ranks)
     return (
         f"out of memory at --micro_batch_size {run.batch.micro_batch_size}: the plan says "
-        f"{planned.peak_bytes / GIB:.1f} GiB of {cluster.device.memory_bytes / GIB:.1f}. "
+        f"{planned.peak_bytes / GIB:.1f} GiB of {planned.cluster.device.memory_bytes / GIB:.1f}. "
         "Fix: give a smaller one, or another ds_config (launch/plan.py)"
     )

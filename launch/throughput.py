@@ -19,7 +19,11 @@ from launch.memory import MAX_REDUCED, Shard, activation_bytes, comm_bytes, elem
 # returns (2 and 4), GELU over 4C (8; again 8, and 12), the biases' gradients (9).
 WIDE_FORWARD, WIDE_BACKWARD = 8, 10
 NARROW_FORWARD, NARROW_BACKWARD = 10, 33
-LOSS_BYTES = 26  # a logit: written, read, in fp32 twice, its gradient, and read by two products
+GELU_AGAIN = 8  # of those in the backward pass
+# Passes over the logits: written, read twice, replaced by their gradient, and read by two products;
+# and for each chunk of them over the head's gradient: two in the products' dtype, two in fp32.
+LOGIT_PASSES = 6
+HEAD_PASSES = 2
 UPDATE_BYTES = 30  # a parameter: gradient, master, two moments; all but the first written; weight
 LINK_SHARE = 0.8  # of a link's bandwidth that NCCL's large collectives get
 HOP_S = 3.5e-6  # of a ring for each rank: fitted to llm-foundry's 1B on 8, 64 and 512 H100
@@ -62,21 +66,24 @@ def step_seconds(
     attention = again * 6 * gpt.n_layer * gpt.n_embd * seq_len  # the causal half
     forwards = 2 if again > 1 else 1
     wide, narrow = activation_bytes(shard)
+    narrow_backward = NARROW_BACKWARD - GELU_AGAIN * shard.memory_use.keeps_gelu
     streamed = (
         gpt.n_layer
         * gpt.n_embd
         * (
             wide * (forwards * WIDE_FORWARD + WIDE_BACKWARD)
-            + narrow * (forwards * NARROW_FORWARD + NARROW_BACKWARD)
+            + narrow * (forwards * NARROW_FORWARD + narrow_backward)
         )
     )
     updated = shard.n_params / (shard.world_size if shard.stage else 1)
+    head_gradient = HEAD_PASSES * (narrow + 4) * gpt.n_embd / shard.loss_rows  # for each logit
+    logit_bytes = LOGIT_PASSES * narrow + head_gradient
     flops = device.flops * (2 / narrow)  # TF32 has half the peak of bf16
     seconds = {
         "matrix products": tokens * products / (flops * device.matmul_share),
         "attention": tokens * attention / (flops * device.attention_share),
         "elementwise": tokens * streamed / device.memory_bytes_s,
-        "loss": tokens * LOSS_BYTES * gpt.padded_vocab_size / device.memory_bytes_s,
+        "loss": tokens * logit_bytes * gpt.padded_vocab_size / device.memory_bytes_s,
         "optimizer": UPDATE_BYTES * updated / device.memory_bytes_s,
     }
     launches = LAUNCH_S * gpt.n_layer * batch.grad_accum_steps * again if device.on_gpu else 0

@@ -3,7 +3,31 @@
 from dataclasses import dataclass
 
 VOCAB_ALIGNMENT = 128  # rows of wte: whole tiles of every matrix unit
-CHUNK_LOGITS = 2**25  # that the loss holds at a time, in the dtype of the products: 64 MiB in bf16
+CHUNK_LOGITS = 2**25  # that the loss holds at a time on a CPU: 64 MiB in bf16
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """What a training pass on a GPU holds to be faster; a CPU has other limits.
+
+    Attributes:
+        keeps_gelu: Until the backward pass; else it is computed again.
+        chunk_rows: Of logits that the loss holds at a time: whole tiles of the matrix units, and
+            the more there are, the less often the head's gradient is added up. 16,384 rows of
+            GPT-2's vocabulary are 1.6 GB in bf16.
+    """
+
+    keeps_gelu: bool
+    chunk_rows: int
+
+
+# The fastest first: a run takes the first for which there is room.
+MEMORY_USES = (
+    MemoryUse(keeps_gelu=True, chunk_rows=16_384),
+    MemoryUse(keeps_gelu=False, chunk_rows=16_384),
+    MemoryUse(keeps_gelu=False, chunk_rows=8192),
+    MemoryUse(keeps_gelu=False, chunk_rows=4096),
+)
 
 
 @dataclass(frozen=True)
@@ -52,3 +76,11 @@ class GPTConfig:
     def flops_per_token(self, seq_len: int) -> int:
         """Count training FLOPs per token, forward and backward: 6N + 12·L·d·T (PaLM, App. B)."""
         return 6 * self.n_params() + 12 * self.n_layer * self.n_embd * seq_len
+
+
+def chunk_rows(n_rows: int, n_tokens: int, on_gpu: bool, gpu_rows: int) -> int:
+    """Return how many of so many rows of logits the loss holds at a time."""
+    if on_gpu:
+        return min(n_rows, gpu_rows)
+    n_chunks = -(-n_rows * n_tokens // CHUNK_LOGITS)
+    return -(-n_rows // n_chunks)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model.config import GPTConfig
+from model.config import MEMORY_USES, GPTConfig, MemoryUse
 from model.generate import KVCache, LayerCache
 from model.linear import Linear, linear
 from model.loss import linear_cross_entropy, token_losses
@@ -60,9 +60,10 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
         self.gelu = config.gelu
         self.dropout = config.dropout
+        self.keeps_gelu = False  # for the backward pass
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not self.keeps_gelu:
             x = self.c_proj(self.c_fc(x), before=self.gelu)
         else:
             x = self.c_proj(self.c_fc(x, after=self.gelu))
@@ -95,6 +96,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, seed: int = 1337) -> None:
         super().__init__()
         self.config = config
+        self.gpu_chunk_rows = MEMORY_USES[0].chunk_rows  # of logits in the training loss
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -125,6 +127,13 @@ class GPT(nn.Module):
                 nn.init.zeros_(module.bias)
 
         self.apply(init)
+
+    def use_memory(self, use: MemoryUse) -> None:
+        """Have training passes on a GPU hold this."""
+        self.gpu_chunk_rows = use.chunk_rows
+        for module in self.modules():
+            if isinstance(module, MLP):
+                module.keeps_gelu = use.keeps_gelu
 
     def forward(
         self,
@@ -168,7 +177,8 @@ class GPT(nn.Module):
             x = block(x, None if cache is None else cache.layers[i], attn_mask)
         x = self.ln_f(x).flatten(0, 1)  # (B·T, C)
         if targets is not None and self.training:
-            return linear_cross_entropy(x, self.wte.weight, targets.flatten())
+            rows = self.gpu_chunk_rows
+            return linear_cross_entropy(x, self.wte.weight, targets.flatten(), gpu_rows=rows)
         head, V = self.wte.weight, self.config.vocab_size
         if predict_at is not None:
             x = x[predict_at]  # (N, C)

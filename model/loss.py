@@ -3,8 +3,14 @@
 The rows go through the head in chunks: matrix products in the dtype of the activations,
 log-softmax in fp32, gradients formed at once in the forward pass, so that a chunk's logits are
 computed once and freed. docs/LOG.md holds the measurements against the alternatives.
+
+On a CPU a chunk is small enough for the caches; on a GPU it is large enough for the products, and
+one kernel turns its logits into losses and gradients (model/loss_kernel.py).
 """
 
+import functools
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,34 +18,35 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.config import CHUNK_LOGITS
+from model.config import MEMORY_USES, chunk_rows
 from model.linear import is_widened, linear, matmul_dtype
 
 IGNORE_INDEX = -100  # PyTorch's convention for targets that do not count
 CACHED_ROWS = 16  # of fp32 logits: 3 MiB
+ROWS_WITHOUT_KERNEL = 1024  # of fp32 logits on a GPU: 200 MB
 CACHED_PRODUCT_ROWS = 4096  # of the head's gradient
 EVAL_CHUNK_LOGITS = 2**24  # without a gradient: 64 MiB, and as fast
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, rows: int
+    ) -> Tensor:
         N, V = x.shape[0], weight.shape[0]
         head = weight.to(dtype)  # (V, C)
         counts = targets != IGNORE_INDEX  # (N,)
         scale = counts / counts.sum().clamp(min=1)  # (N,) weight of each row in the mean
-        n_chunks = -(-N * V // CHUNK_LOGITS)
-        rows = -(-N // n_chunks)
         buffer = torch.empty(rows, V, device=x.device, dtype=dtype)  # one for all chunks
         losses = torch.empty(N, device=x.device)
         dx = torch.empty_like(x)
         dw = [torch.zeros(part.shape, device=x.device) for part in _product_parts(weight)]
+        classes = targets.clamp(min=0)  # an ignored row weighs 0
         for start in range(0, N, rows):
             part = slice(start, start + rows)
             x_part = x[part].to(dtype)  # (n, C)
             logits = torch.mm(x_part, head.T, out=buffer[: len(x_part)])  # (n, V)
-            target = targets[part].clamp(min=0)[:, None]  # (n, 1); an ignored row weighs 0
-            losses[part] = _to_gradient_(logits, target)
+            losses[part] = _to_gradient_(logits, classes[part])
             dx[part] = (logits @ head * scale[part, None]).to(x.dtype)
             x_scaled = (x_part * scale[part, None]).to(dtype)
             for dw_part, dlogits in zip(dw, _product_parts(logits.T), strict=True):
@@ -53,31 +60,56 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides names
         ctx: Any, *grad_outputs: Any
-    ) -> tuple[Tensor, Tensor, None, None]:
+    ) -> tuple[Tensor, Tensor, None, None, None]:
         (grad,) = grad_outputs
         dx, *dw = ctx.saved_tensors
         dweight = torch.empty(ctx.shape, dtype=ctx.dtype, device=dx.device)
         for dweight_part, part in zip(_product_parts(dweight), dw, strict=True):
             torch.mul(part, grad, out=dweight_part)
-        return dx * grad, dweight, None, None
+        return dx * grad, dweight, None, None, None
 
 
-def _to_gradient_(logits: Tensor, target: Tensor) -> Tensor:
-    # (n, V) and (n, 1): returns each row's loss, (n,), and leaves its gradient in `logits`.
+def _to_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
+    # (n, V) and (n,): returns each row's loss, (n,), and leaves its gradient in `logits`.
+    if _is_on_gpu(logits) and (kernel := _kernel(logits.device)):
+        return kernel(logits, targets)
     losses = []
-    rows = CACHED_ROWS if logits.device.type == "cpu" else len(logits)
-    for some, its_target in zip(logits.split(rows), target.split(rows), strict=True):
+    rows = ROWS_WITHOUT_KERNEL if _is_on_gpu(logits) else CACHED_ROWS
+    for some, target in zip(logits.split(rows), targets[:, None].split(rows), strict=True):
         log_probs = some.log_softmax(1, dtype=torch.float32)
-        losses.append(-log_probs.gather(1, its_target)[:, 0])
+        losses.append(-log_probs.gather(1, target)[:, 0])
         gradient = log_probs.exp_()  # probabilities, less 1 at the target
-        some.copy_(gradient.scatter_add_(1, its_target, -torch.ones_like(its_target).float()))
+        some.copy_(gradient.scatter_add_(1, target, -torch.ones_like(target).float()))
     return torch.cat(losses)
+
+
+@functools.cache
+def _kernel(device: torch.device) -> Callable[[Tensor, Tensor], Tensor] | None:
+    # Tried out first: it is compiled for this GPU, which takes a compiler and Python's headers.
+    try:
+        from model.loss_kernel import to_gradient_
+
+        target = torch.zeros(1, dtype=torch.int64, device=device)
+        to_gradient_(torch.zeros(1, 1, device=device), target)
+    except Exception as error:  # of any of the tools on its way
+        said = str(error) or type(error).__name__
+        warnings.warn(
+            f"the loss goes without its Triton kernel, and a step takes a third longer: {said}. "
+            "Fix: install Triton, a C compiler and Python's headers",
+            stacklevel=1,
+        )
+        return None
+    return to_gradient_
 
 
 def _product_parts(rows: Tensor) -> tuple[Tensor, ...]:
     # On a CPU so few rows of the head that their product is cached when it is added, and that
     # glibc finds room for their gradient between the activations.
-    return rows.split(CACHED_PRODUCT_ROWS if rows.device.type == "cpu" else len(rows))
+    return rows.split(len(rows) if _is_on_gpu(rows) else CACHED_PRODUCT_ROWS)
+
+
+def _is_on_gpu(x: Tensor) -> bool:
+    return x.device.type != "cpu"
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
@@ -85,7 +117,11 @@ def _product_dtype(x: Tensor) -> torch.dtype:
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, n_tokens: int | None = None
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    n_tokens: int | None = None,
+    gpu_rows: int = MEMORY_USES[0].chunk_rows,
 ) -> Tensor:
     """Return the mean cross-entropy of `x @ weight.T` against `targets`, in nats (fp32 scalar).
 
@@ -94,12 +130,14 @@ def linear_cross_entropy(
         weight: (V, C) head.
         targets: (N,) token ids; -100 does not count. With no target at all the loss is 0.
         n_tokens: Of the head's rows these first ones count; default: all.
+        gpu_rows: Whose logits a GPU holds at a time; less memory, slower with fewer.
     """
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         dtype = _product_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             head = weight if n_tokens is None else weight[:n_tokens]
-            return _ChunkedCrossEntropy.apply(x, head, targets, dtype)
+            rows = chunk_rows(len(x), len(head), _is_on_gpu(x), gpu_rows)
+            return _ChunkedCrossEntropy.apply(x, head, targets, dtype, rows)
     counted = (targets != IGNORE_INDEX).sum().clamp(min=1)
     return token_losses(x, weight, targets, n_tokens).sum() / counted
 
@@ -111,13 +149,21 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor, n_tokens: int | Non
     Args as in `linear_cross_entropy`; no gradient.
     """
     dtype = _product_dtype(x)
-    if x.device.type == "cpu":  # a GPU's product is faster with all rows: a multiple of 128
+    on_gpu = _is_on_gpu(x)
+    if not on_gpu:  # a GPU's product is faster with all rows: a multiple of 128
         weight = weight[:n_tokens]
     x, head = x.to(dtype), weight.to(dtype)
-    rows = max(1, EVAL_CHUNK_LOGITS // len(weight))
+    rows = MEMORY_USES[-1].chunk_rows if on_gpu else max(1, EVAL_CHUNK_LOGITS // len(weight))
     with torch.autocast(x.device.type, enabled=False):
         losses = [
-            F.cross_entropy(linear(x_part, head)[:, :n_tokens].float(), target, reduction="none")
+            _losses(linear(x_part, head)[:, :n_tokens], target)
             for x_part, target in zip(x.split(rows), targets.split(rows), strict=True)
         ]
     return torch.cat(losses)
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    if not _is_on_gpu(logits):
+        return F.cross_entropy(logits.float(), targets, reduction="none")
+    losses = _to_gradient_(logits, targets.clamp(min=0))  # the gradient is of no use here
+    return losses.where(targets != IGNORE_INDEX, 0)

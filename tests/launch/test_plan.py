@@ -16,7 +16,7 @@ from bench.fill import fill
 from launch import throughput
 from launch.config import TrainConfig, parse_train_config, resolve_batch, resolve_train_config
 from launch.devices import DEVICES, GIB, flops_of, get_device, machine_bytes
-from launch.ds_config import load_ds_config, resolve_ds_config
+from launch.ds_config import load_ds_config
 from launch.estimate import HARDLY, Cluster, advice, estimate, found_cluster, rank_candidates
 from launch.inputs import resolve_run
 from launch.plan import main, next_batch
@@ -224,9 +224,7 @@ def test_advice_names_the_nearest_that_fits(gib: float, remedy: str | None) -> N
     config = resolve_train_config(TrainConfig(**fields))
     cluster = Cluster(replace(DEVICES["h100"], memory_bytes=int(gib * GIB)), 1, 8)
     raw = load_ds_config(ROOT / "ds_configs" / "zero1.json")
-    line = advice(
-        config, resolve_ds_config(raw, config, resolve_batch(config, 8)).ds_config, cluster
-    )
+    line = advice(estimate(config, raw, "zero1.json", cluster))
     assert (line is None) == estimate(config, raw, "zero1", cluster).fits
     assert (line or "").partition("Fix: ")[2] == (remedy or "")
 
@@ -251,11 +249,11 @@ def test_train_warns_in_one_line_when_the_run_cannot_fit(
 def test_advice_counts_the_memory_of_the_machine_too() -> None:
     config = resolve_train_config(TrainConfig(model="gpt3-6.7b", micro_batch_size=1))
     raw = load_ds_config(ROOT / "ds_configs" / "zero3_offload.json")
-    ds_config = resolve_ds_config(raw, config, resolve_batch(config, 1)).ds_config
     small = replace(DEVICES["4090"], host_bytes=64 * GIB)
-    line = advice(config, ds_config, Cluster(small, 1, 1)) or ""
+    line = advice(estimate(config, raw, "", Cluster(small, 1, 1))) or ""
     assert "GiB of the machine's memory for each device, which has 64.0 " in line
-    assert advice(config, ds_config, Cluster(replace(small, host_bytes=256 * GIB), 1, 1)) is None
+    large = replace(small, host_bytes=256 * GIB)
+    assert advice(estimate(config, raw, "", Cluster(large, 1, 1))) is None
 
 
 def test_found_machines_are_those_of_the_ranks() -> None:

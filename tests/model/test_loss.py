@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import model.loss
+import model.config
 from model.loss import linear_cross_entropy
 
 
@@ -18,7 +18,7 @@ def inputs(n: int, c: int, v: int) -> tuple[Tensor, Tensor, Tensor]:
 def test_loss_and_gradients_equal_full_cross_entropy(
     chunk_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model.loss, "CHUNK_LOGITS", chunk_rows * 97)
+    monkeypatch.setattr(model.config, "CHUNK_LOGITS", chunk_rows * 97)
     x, w, y = inputs(50, 24, 97)
     y[::5] = -100
     loss = linear_cross_entropy(x, w, y)
@@ -62,7 +62,7 @@ def test_bf16_is_as_close_to_fp32_as_full_bf16_cross_entropy(autocast: bool) -> 
 def test_no_fp32_tensor_holds_the_logits_of_the_whole_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(model.loss, "CHUNK_LOGITS", 10 * 512)
+    monkeypatch.setattr(model.config, "CHUNK_LOGITS", 10 * 512)
     sizes: list[int] = []
 
     class Recorder(TorchDispatchMode):

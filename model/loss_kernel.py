@@ -1,0 +1,69 @@
+"""A chunk of logits becomes its gradient in one pass on a GPU: the loss's kernel, in Triton.
+
+PyTorch's own operations would read and write the logits some ten times. Triton comes with PyTorch
+for CUDA; its interpreter runs the kernel on a CPU for the tests (TRITON_INTERPRET=1).
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor, float32
+from torch.library import custom_op
+
+READS, WRITES = 2, 1  # of each logit by one launch
+COLUMNS = 4096  # that a program holds at a time
+
+
+@triton.jit
+def to_gradient(
+    logits,  # (n, V): replaced by the gradient of each row's own loss
+    targets,  # (n,)
+    losses,  # (n,) fp32: written
+    row_stride,  # of logits, in elements
+    V: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)  # one program each
+    logits += row * row_stride
+    target = tl.load(targets + row)
+    # The log of the sum of exponentials, in one pass: what was summed is rescaled whenever a
+    # larger logit comes.
+    largest = tl.full((), float("-inf"), tl.float32)
+    total = tl.zeros((), tl.float32)
+    for start in range(0, V, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        values = tl.load(logits + columns, columns < V, float("-inf")).to(tl.float32)
+        larger = tl.maximum(largest, tl.max(values, 0))
+        total = total * tl.exp(largest - larger) + tl.sum(tl.exp(values - larger), 0)
+        largest = larger
+    # A target that is none makes the loss no number: it must not read another row in silence.
+    is_column = (target >= 0) & (target < V)
+    at_target = tl.load(logits + target, is_column, float("nan")).to(tl.float32)
+    tl.store(losses + row, largest + tl.log(total) - at_target)
+    for start in range(0, V, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        values = tl.load(logits + columns, columns < V).to(tl.float32)
+        gradient = tl.exp(values - largest) / total  # probabilities, less 1 at the target
+        gradient = tl.where(columns == target, gradient - 1, gradient)
+        tl.store(logits + columns, gradient, columns < V)
+
+
+@custom_op("nanospeed::to_gradient_", mutates_args=("logits",))
+def to_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the loss of each row of `logits`, (n,) fp32, and leave its gradient in their place.
+
+    Args:
+        logits: (n, V), each row contiguous.
+        targets: (n,) token ids; for one outside [0, V) the loss is NaN.
+    """
+    n, V = logits.shape
+    losses = logits.new_empty(n, dtype=float32)
+    launch: Any = to_gradient[(n,)]
+    launch(logits, targets, losses, logits.stride(0), V, COLUMNS, num_warps=8)
+    return losses
+
+
+@to_gradient_.register_fake
+def _(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.new_empty(len(logits), dtype=float32)
