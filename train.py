@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from checkpoint.run_folder import write_json
 from launch.config import TrainConfig, describe_run, parse_train_config, profiled_steps, to_json
 from launch.ds_config import precision, zero_stage
-from launch.estimate import advice, plan_here
+from launch.fitting import advice, plan_here, settle_micro_batch
 from launch.inputs import Inputs, Run, open_inputs, resolve_run, take_run_dir
 from launch.ranks import leave, ranks_or_exit, say_once
 from launch.streams import outlive_readers
@@ -52,6 +52,8 @@ def main(argv: list[str]) -> int:
             print(f"warning: {remark}", file=sys.stderr)
         if run.config.dry_run:
             print(describe_run(run.config, run.batch, run.ds_config))
+            if not run.has_own_micro_batch:
+                print(f"micro-batch {run.batch.micro_batch_size}, or more where the GPU holds it")
             return FINISHED
         inputs = open_inputs(run)
         folder = take_run_dir(run, inputs) if ranks.is_main else contextlib.nullcontext()
@@ -77,6 +79,7 @@ def start_engine(run: Run, inputs: Inputs, device: torch.device) -> tuple[Any, M
     )
     from model.weights import load_hf_weights
 
+    settle_micro_batch(run, device, resumes=bool(inputs.checkpoints))
     config, stage = run.config, zero_stage(run.ds_config)
     planned = plan_here(config, run.ds_config, device, run.ranks)
     warning = advice(planned)
@@ -206,12 +209,12 @@ def train(run: Run, inputs: Inputs, watchdog: Watchdog, stops: Stops) -> tuple[s
     from launch.stops import StopRequested
     from launch.tracing import Trace
 
-    config, batch, ranks = run.config, run.batch, run.ranks
-    start_s = watchdog.timeouts_s["start"]
+    start_s, limit_s = watchdog.timeouts_s["start"], group_timeout_s(run.config.timeouts)
     watchdog.phase("start", times=3)  # whoever does not come is named before this clock runs out
-    device = init_process_group(ranks, group_timeout_s(config.timeouts), start_s)
+    device = init_process_group(run.ranks, limit_s, start_s)
     watchdog.phase("start")
     engine, manifest = start_engine(run, inputs, device)
+    config, batch, ranks = run.config, run.batch, run.ranks
     resumed = manifest.step if manifest else None
     progress = Progress(resumed or 0, manifest.samples if manifest else 0, resumed or 0)
     metrics = None

@@ -85,7 +85,7 @@ def build_run(args: argparse.Namespace, run_dir: Path, ranks: Ranks) -> Run:
             model=args.model, data_dir=args.data_dir, run_dir=run_dir, ds_config=ds_config,
             batch_tokens=tokens, micro_batch_size=args.micro_batch_size, seq_len=args.seq_len,
             lr=LR, warmup_steps=0, min_lr_ratio=1.0, eval_tokens=args.seq_len, hellaswag_every=0,
-            compile=how == "compile",
+            compile="true" if how == "compile" else "false",
         )
     )  # fmt: skip
     batch = resolve_batch(config, ranks.world_size)

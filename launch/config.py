@@ -15,7 +15,8 @@ from launch.watchdog import parse_timeouts
 from model import GPTConfig
 from model.presets import Preset, get_preset
 
-MAX_DERIVED_MICRO_BATCH = 16  # sequences: fits 124M on a 16 GiB card without being asked
+MAX_SEQUENCES = 16  # of a micro-batch that nobody asked for
+MAX_GPU_TOKENS = 65_536  # the same where a GPU has room: larger products, fewer sums of gradients
 
 
 def _flag(default: object, text: str) -> Any:
@@ -39,7 +40,9 @@ class TrainConfig:
     resume: str = _flag("auto", "auto: if there is a checkpoint; must; none: start anew")
     init_from: str = _flag("", "start from these weights: Hugging Face folder or hub name")
     batch_tokens: int = _flag(None, "tokens per optimizer step, over all ranks (preset's)")
-    micro_batch_size: int = _flag(None, "sequences per forward and rank (at most 16)")
+    micro_batch_size: int = _flag(
+        None, "sequences per forward and rank (what the GPU holds, up to 65,536 tokens; CPU: 16)"
+    )
     seq_len: int = _flag(None, "tokens per sequence (the model's block_size)")
     max_steps: int = _flag(None, "optimizer steps (preset's tokens / batch_tokens)")
     lr: float = _flag(None, "peak learning rate (preset's)")
@@ -64,7 +67,9 @@ class TrainConfig:
     keep_checkpoints: int = _flag(0, "checkpoints to keep, the newest; 0: all")
     keep_every: int = _flag(0, "of older ones keep those of a multiple of this step; 0: none")
     log_every: int = _flag(1, "steps between log lines")
-    compile: bool = _flag(False, "compile each block's training pass: about 20 s once")
+    compile: str = _flag(
+        "false", "compile each block's training pass, 20 s once; auto: on a GPU, stages 0 to 2"
+    )
     deterministic: bool = _flag(False, "deterministic kernels: the same bits on a GPU too, slower")
     profile: str = _flag("", "FIRST:END: trace steps FIRST to END - 1 into RUN_DIR/profile")
     max_bad_steps: int = _flag(10, "steps in a row without a finite loss, then the run stops")
@@ -122,6 +127,7 @@ def resolve_train_config(config: TrainConfig) -> TrainConfig:
     return config
 
 
+CHOICES = {"resume": ("auto", "must", "none"), "compile": ("auto", "true", "false")}
 # Fields, what must hold of their values unless they are None, and how to say it.
 RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (("batch_tokens", "micro_batch_size", "seq_len", "max_steps", "lr", "eps", "eval_every",
@@ -144,8 +150,9 @@ def _check_ranges(config: TrainConfig) -> None:
             value = getattr(config, name)
             if value is not None and not is_within(value):
                 raise ValueError(f"--{name} {value}: out of range. Fix: give one {words}")
-    if config.resume not in ("auto", "must", "none"):
-        raise ValueError(f"--resume {config.resume}: unknown. Fix: give auto, must or none")
+    for name, values in CHOICES.items():
+        if (value := getattr(config, name)) not in values:
+            raise ValueError(f"--{name} {value}: unknown. Fix: give {', '.join(values)}")
     name = str(config.run_dir)
     if name == "." or not name.isprintable() or set(name) & set("*?["):  # DeepSpeed globs it
         raise ValueError(f"--run_dir {name!r}: not a name without *?[ in it. Fix: as in runs/x")
@@ -198,7 +205,7 @@ def resolve_batch(config: TrainConfig, world_size: int) -> BatchArithmetic:
             f"{world_size} ranks. Fix: --batch_tokens {nearest}"
         )
     sizes = divisors(per_rank)
-    micro = config.micro_batch_size or max(m for m in sizes if m <= MAX_DERIVED_MICRO_BATCH)
+    micro = config.micro_batch_size or max(m for m in sizes if m <= MAX_SEQUENCES)
     if micro not in sizes:
         fitting = max(m for m in sizes if m <= micro)
         raise ValueError(
@@ -242,6 +249,9 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         options: dict[str, Any] = {"default": f.default, "help": text, "type": hint}
         if hint is bool:
             options |= {"type": _parse_bool, "nargs": "?", "const": True, "metavar": "true|false"}
+        if f.name == "compile":  # alone it means true
+            options |= {"type": str.lower, "nargs": "?", "const": "true"}
+            options["metavar"] = "|".join(CHOICES["compile"])
         parser.add_argument(f"--{f.name}", **options)
     # The deepspeed launcher appends --local_rank; the environment's LOCAL_RANK is what counts.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -259,6 +269,11 @@ def to_json(config: TrainConfig) -> dict[str, object]:
     """Return the fields as JSON values."""
     values = dataclasses.asdict(config)
     return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+
+
+def largest_micro_batch(seq_len: int, on_gpu: bool) -> int:
+    """Return the most sequences of a micro-batch that nobody asked for."""
+    return max(1, MAX_GPU_TOKENS // seq_len) if on_gpu else MAX_SEQUENCES
 
 
 def describe_run(config: TrainConfig, batch: BatchArithmetic, ds_config: dict[str, Any]) -> str:

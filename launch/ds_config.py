@@ -163,7 +163,7 @@ def resolve_ds_config(raw: dict[str, Any], config: TrainConfig, batch: BatchArit
             f"{name}: ZeRO stage 0 with bf16 takes a step on zero gradients at its start and "
             "trains a wrong curve. Fix: use torch_autocast (ds_configs/zero0.json) or stage 1"
         )
-    if config.compile and zero_stage(raw) == 3:
+    if config.compile == "true" and zero_stage(raw) == 3:
         raise ValueError(
             f"--compile: the compiler cannot trace ZeRO-3's hooks ({name}). "
             "Fix: use stage 0, 1 or 2"

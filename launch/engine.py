@@ -135,7 +135,8 @@ def build_engine(
 
     if offloads(ds_config, "optimizer"):
         fixes.build_cpu_adam(ranks)
-    if config.compile:
+    can_compile = model.ln_f.weight.is_cuda and zero_stage(ds_config) < 3
+    if config.compile == "true" or (config.compile == "auto" and can_compile):
         compile_blocks(model)
     if "activation_checkpointing" in ds_config:
         for block in model.h:

@@ -11,20 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from launch import memory, throughput
 from launch.config import (
-    MAX_DERIVED_MICRO_BATCH,
     BatchArithmetic,
     TrainConfig,
     divisors,
+    largest_micro_batch,
     resolve_batch,
 )
-from launch.devices import DEVICES, GIB, Device, machine_bytes
+from launch.devices import Device
 from launch.ds_config import load_ds_config, offloads, precision, resolve_ds_config, zero_stage
 from model.config import MEMORY_USES, MemoryUse
 
 if TYPE_CHECKING:
-    import torch
-
-    from launch.ranks import Ranks
+    pass
 
 DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"
 CHECKPOINTING, WITH = "activation_checkpointing", " with "
@@ -202,11 +200,12 @@ def candidates() -> dict[str, dict[str, Any]]:
     """Return the shipped ds_configs by name, each also with activation checkpointing."""
     found = {}
     for path in sorted(DS_CONFIGS.glob("*.json")):
-        found |= _with_and_without(path.name, load_ds_config(path))
+        found |= with_and_without_checkpointing(path.name, load_ds_config(path))
     return found
 
 
-def _with_and_without(name: str, raw: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def with_and_without_checkpointing(name: str, raw: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return a ds_config by its name, and by another one with activation checkpointing."""
     return {name: raw, f'{name}{WITH}"{CHECKPOINTING}": {{}}': raw | {CHECKPOINTING: {}}}
 
 
@@ -216,7 +215,8 @@ def rank_candidates(config: TrainConfig, cluster: Cluster) -> list[Estimate]:
     Of those that are hardly slower than the fastest stage 1 comes first, then the lowest. Offload
     comes behind: how fast a machine's processors update is the least certain.
     """
-    size = functools.partial(largest_fitting, limit=MAX_DERIVED_MICRO_BATCH)
+    limit = largest_micro_batch(config.seq_len, cluster.device.on_gpu)
+    size = functools.partial(largest_fitting, limit=limit)
     plan = size if config.micro_batch_size is None else estimate
     found = [plan(config, raw, name, cluster) for name, raw in candidates().items()]
     first = [(e.lacking_bytes, offloads(e.ds_config, "optimizer"), e.step_s) for e in found]
@@ -228,67 +228,3 @@ def rank_candidates(config: TrainConfig, cluster: Cluster) -> list[Estimate]:
                 place if e.step_s <= hardly_slower else math.inf, e.step_s)  # fmt: skip
 
     return sorted(found, key=order)
-
-
-def plan_here(
-    config: TrainConfig, ds_config: dict[str, Any], device: torch.device, ranks: Ranks
-) -> Estimate:
-    """Estimate a resolved run on the machines that it has found.
-
-    Raises:
-        ValueError: As `estimate`.
-    """
-    return estimate(config, ds_config, str(config.ds_config), found_cluster(device, ranks))
-
-
-def found_cluster(device: torch.device, ranks: Ranks) -> Cluster:
-    """Return the machines that a run has found: rank 0's device, and as many of it as ranks.
-
-    Their memory is what it is; their speed, which decides on nothing here, is a guess.
-    """
-    import torch
-
-    kind, host_bytes = "cpu", machine_bytes() // ranks.local_world_size
-    memory_bytes = host_bytes
-    if device.type == "cuda":
-        kind, memory_bytes = "h100", torch.cuda.get_device_properties(device).total_memory
-    found = dataclasses.replace(DEVICES[kind], memory_bytes=memory_bytes, host_bytes=host_bytes)
-    nodes, rest = divmod(ranks.world_size, ranks.local_world_size)
-    if rest:  # machines of several sizes
-        return Cluster(found, ranks.world_size, 1)
-    return Cluster(found, nodes, ranks.local_world_size)
-
-
-def advice(planned: Estimate) -> str | None:
-    """Return a line with the nearest setting that fits if the planned run does not; else None.
-
-    Near is, in this order: a smaller micro-batch, activation checkpointing, another ds_config.
-    """
-    if planned.fits:
-        return None
-    ds_config, cluster = planned.ds_config, planned.cluster
-    config = dataclasses.replace(planned.config, compile=False)  # which stage 3 would refuse
-    limit = config.micro_batch_size
-    near = _with_and_without("", ds_config) | candidates()
-    fitting = (
-        (name, found)
-        for name, raw in near.items()
-        if (found := largest_fitting(config, raw, name, cluster, limit)).fits
-    )
-    name, found = next(fitting, (None, None))
-    if name is None or found is None:
-        remedy = "take more devices: no ds_config fits"
-    else:
-        file, _, checkpoints = name.partition(WITH)
-        size = found.batch.micro_batch_size
-        flags = [f"--ds_config ds_configs/{file}"] if file else []
-        flags += [f"--micro_batch_size {size}"] if size != limit else []
-        flags += [f"add {checkpoints} to {file or config.ds_config}"] if checkpoints else []
-        remedy = ", ".join(flags)
-    need, has = planned.peak_bytes, cluster.device.memory_bytes
-    where = "on each device of"
-    if planned.spare_bytes >= 0:
-        need, has = planned.host_bytes, cluster.device.host_bytes
-        where = "of the machine's memory for each device, which has"
-    sizes = f"{need / GIB:.1f} GiB {where} {has / GIB:.1f}"
-    return f"this run needs {sizes} (launch/plan.py). Fix: {remedy}"

@@ -20,16 +20,30 @@ if TYPE_CHECKING:
     from eval.packing import Example
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
-    """One resolved run on these ranks."""
+    """One resolved run on these ranks; of its values only the micro-batch may change.
+
+    Attributes:
+        config: Resolved, and so are `batch` and `ds_config`.
+        remarks: On keys of the ds_config, for the start.
+        unverified: Such keys.
+        has_own_micro_batch: Whether the command line gave it.
+    """
 
     config: TrainConfig
     batch: BatchArithmetic
     ds_config: dict[str, Any]
     ranks: Ranks
-    remarks: list[str] = field(default_factory=list)  # on keys of the ds_config, for the start
-    unverified: list[str] = field(default_factory=list)  # such keys
+    remarks: list[str] = field(default_factory=list)
+    unverified: list[str] = field(default_factory=list)
+    has_own_micro_batch: bool = True
+
+    def take_micro_batch(self, micro_batch_size: int) -> None:
+        """Split the batch anew."""
+        self.config = replace(self.config, micro_batch_size=micro_batch_size)
+        self.batch = resolve_batch(self.config, self.ranks.world_size)
+        self.ds_config = resolve_ds_config(self.ds_config, self.config, self.batch).ds_config
 
 
 @dataclass(frozen=True)
@@ -50,12 +64,13 @@ def resolve_run(config: TrainConfig, ranks: Ranks) -> Run:
     Raises:
         ValueError: A value is out of range, or does not go with another; names the flag or file.
     """
+    is_given = config.micro_batch_size is not None
     config = resolve_train_config(config)
     batch = resolve_batch(config, ranks.world_size)
     config = replace(config, micro_batch_size=batch.micro_batch_size)
     found = resolve_ds_config(load_ds_config(config.ds_config), config, batch)
     remarks = found.remarks(f"--ds_config {config.ds_config}")
-    return Run(config, batch, found.ds_config, ranks, remarks, found.unverified)
+    return Run(config, batch, found.ds_config, ranks, remarks, found.unverified, is_given)
 
 
 def open_inputs(run: Run) -> Inputs:
@@ -107,7 +122,7 @@ def open_inputs(run: Run) -> Inputs:
 
 def _check_compiler(run: Run) -> None:
     offload = offloads(run.ds_config, "optimizer")
-    needs = ["--compile"] * run.config.compile + ["offload"] * offload
+    needs = ["--compile"] * (run.config.compile == "true") + ["offload"] * offload
     compiler = os.environ.get("CXX", "g++")
     if needs and not shutil.which(compiler):
         raise ValueError(

@@ -19,7 +19,7 @@ from pathlib import Path
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.config import MAX_DERIVED_MICRO_BATCH, OneLineParser, TrainConfig, resolve_train_config
+from launch.config import OneLineParser, TrainConfig, largest_micro_batch, resolve_train_config
 from launch.describe import describe, table, to_json
 from launch.devices import DEVICES, get_device
 from launch.ds_config import load_ds_config
@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--nodes", type=int, help="machines (default: 1)")
     add("--gpus_per_node", type=int, default=8, help="devices of each (default: 8)")
     add("--gpus", help="a table for these numbers of devices: 8,64,1024 (with all: these)")
-    add("--micro_batch_size", type=int, help="sequences (the largest that fits, at most 16)")
+    add("--micro_batch_size", type=int, help="sequences (the largest that fits, up to 65,536 tokens)")
     add("--seq_len", type=int, help="tokens (the model's block_size)")
     add("--batch_tokens", type=int, help="tokens per optimizer step (preset's)")
     add("--max_steps", type=int, help="optimizer steps (preset's tokens / batch_tokens)")
@@ -135,7 +135,8 @@ def plan(config: TrainConfig, cluster: Cluster, args: argparse.Namespace) -> lis
     raw, name = load_ds_config(args.ds_config), args.ds_config.name
     if args.micro_batch_size:
         return [estimate(config, raw, name, cluster)]
-    return [largest_fitting(config, raw, name, cluster, MAX_DERIVED_MICRO_BATCH)]
+    limit = largest_micro_batch(config.seq_len, cluster.device.on_gpu)
+    return [largest_fitting(config, raw, name, cluster, limit)]
 
 
 def split(n_devices: int, cluster: Cluster) -> Cluster:

@@ -111,7 +111,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _out_of_memory_line(run: Run) -> str:
     from launch.devices import GIB
-    from launch.estimate import plan_here
+    from launch.fitting import plan_here
     from launch.meeting import choose_device
 
     planned = plan_here(run.config, run.ds_config, choose_device(run.ranks), run.ranks)

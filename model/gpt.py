@@ -96,7 +96,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, seed: int = 1337) -> None:
         super().__init__()
         self.config = config
-        self.gpu_chunk_rows = MEMORY_USES[0].chunk_rows  # of logits in the training loss
+        self.chunk_rows = MEMORY_USES[0].chunk_rows  # of logits in the training loss, on a GPU
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -130,7 +130,7 @@ class GPT(nn.Module):
 
     def use_memory(self, use: MemoryUse) -> None:
         """Have training passes on a GPU hold this."""
-        self.gpu_chunk_rows = use.chunk_rows
+        self.chunk_rows = use.chunk_rows
         for module in self.modules():
             if isinstance(module, MLP):
                 module.keeps_gelu = use.keeps_gelu
@@ -176,10 +176,9 @@ class GPT(nn.Module):
         for i, block in enumerate(self.h):
             x = block(x, None if cache is None else cache.layers[i], attn_mask)
         x = self.ln_f(x).flatten(0, 1)  # (B·T, C)
-        if targets is not None and self.training:
-            rows = self.gpu_chunk_rows
-            return linear_cross_entropy(x, self.wte.weight, targets.flatten(), gpu_rows=rows)
         head, V = self.wte.weight, self.config.vocab_size
+        if targets is not None and self.training:
+            return linear_cross_entropy(x, head, targets.flatten(), gpu_rows=self.chunk_rows)
         if predict_at is not None:
             x = x[predict_at]  # (N, C)
             return linear(x, head[:V]) if targets is None else token_losses(x, head, targets, V)

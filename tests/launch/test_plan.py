@@ -17,7 +17,8 @@ from launch import throughput
 from launch.config import TrainConfig, parse_train_config, resolve_batch, resolve_train_config
 from launch.devices import DEVICES, GIB, flops_of, get_device, machine_bytes
 from launch.ds_config import load_ds_config
-from launch.estimate import HARDLY, Cluster, advice, estimate, found_cluster, rank_candidates
+from launch.estimate import HARDLY, Cluster, estimate, rank_candidates
+from launch.fitting import advice, found_cluster
 from launch.inputs import resolve_run
 from launch.plan import main, next_batch
 from launch.ranks import Ranks

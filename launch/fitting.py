@@ -1,0 +1,148 @@
+"""What fits on the devices that a run has found: its plan, its micro-batch, or advice."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Any
+
+from launch.config import TrainConfig, divisors, largest_micro_batch
+from launch.devices import DEVICES, GIB, machine_bytes
+from launch.estimate import (
+    WITH,
+    Cluster,
+    Estimate,
+    candidates,
+    estimate,
+    largest_fitting,
+    with_and_without_checkpointing,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from launch.inputs import Run
+    from launch.ranks import Ranks
+
+MARGIN = 0.1  # of a GPU's memory stays free: what is chosen for somebody must not fail
+
+
+def device_bytes(device: torch.device, ranks: Ranks) -> int:
+    """Return the memory of a GPU, or a rank's share of the machine's."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return machine_bytes() // ranks.local_world_size
+
+
+def found_cluster(device: torch.device, ranks: Ranks, memory_bytes: int | None = None) -> Cluster:
+    """Return the machines that a run has found: a device, and as many of it as ranks.
+
+    Their speed, which decides on nothing here, is a guess.
+
+    Args:
+        device: Of this rank.
+        ranks: Of the run.
+        memory_bytes: Of the device; default: what it has.
+    """
+    kind = "h100" if device.type == "cuda" else "cpu"
+    host_bytes = machine_bytes() // ranks.local_world_size
+    memory_bytes = memory_bytes or device_bytes(device, ranks)
+    found = dataclasses.replace(DEVICES[kind], memory_bytes=memory_bytes, host_bytes=host_bytes)
+    nodes, rest = divmod(ranks.world_size, ranks.local_world_size)
+    if rest:  # machines of several sizes
+        return Cluster(found, ranks.world_size, 1)
+    return Cluster(found, nodes, ranks.local_world_size)
+
+
+def plan_here(
+    config: TrainConfig, ds_config: dict[str, Any], device: torch.device, ranks: Ranks
+) -> Estimate:
+    """Estimate a resolved run on the machines that it has found.
+
+    Raises:
+        ValueError: As `estimate`.
+    """
+    return estimate(config, ds_config, str(config.ds_config), found_cluster(device, ranks))
+
+
+def advice(planned: Estimate) -> str | None:
+    """Return a line with the nearest setting that fits if the planned run does not; else None.
+
+    Near is, in this order: a smaller micro-batch, activation checkpointing, another ds_config.
+    """
+    if planned.fits:
+        return None
+    ds_config, cluster = planned.ds_config, planned.cluster
+    config = dataclasses.replace(planned.config, compile="false")  # which stage 3 would refuse
+    limit = config.micro_batch_size
+    near = with_and_without_checkpointing("", ds_config) | candidates()
+    fitting = (
+        (name, found)
+        for name, raw in near.items()
+        if (found := largest_fitting(config, raw, name, cluster, limit)).fits
+    )
+    name, found = next(fitting, (None, None))
+    if name is None or found is None:
+        remedy = "take more devices: no ds_config fits"
+    else:
+        file, _, checkpoints = name.partition(WITH)
+        size = found.batch.micro_batch_size
+        flags = [f"--ds_config ds_configs/{file}"] if file else []
+        flags += [f"--micro_batch_size {size}"] if size != limit else []
+        flags += [f"add {checkpoints} to {file or config.ds_config}"] if checkpoints else []
+        remedy = ", ".join(flags)
+    need, has = planned.peak_bytes, cluster.device.memory_bytes
+    where = "on each device of"
+    if planned.spare_bytes >= 0:
+        need, has = planned.host_bytes, cluster.device.host_bytes
+        where = "of the machine's memory for each device, which has"
+    sizes = f"{need / GIB:.1f} GiB {where} {has / GIB:.1f}"
+    return f"this run needs {sizes} (launch/plan.py). Fix: {remedy}"
+
+
+def choose_micro_batch(run: Run, device: torch.device, memory_bytes: int, resumes: bool) -> int:
+    """Return the sequences of a run's micro-batch.
+
+    A run that goes on keeps what it had, if that still divides; on GPUs it is the largest for which
+    the smallest has room, up to 65,536 tokens.
+
+    Args:
+        run: As its command line says.
+        device: Of any rank.
+        memory_bytes: Of the smallest device.
+        resumes: Whether the run goes on from a checkpoint.
+    """
+    config, batch = run.config, run.batch
+    if resumes:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            saved = json.loads((config.run_dir / "config.json").read_text(encoding="utf-8"))
+            if saved["micro_batch_size"] in divisors(batch.batch_sequences // batch.world_size):
+                return saved["micro_batch_size"]
+    if device.type == "cpu":
+        return batch.micro_batch_size
+    cluster = found_cluster(device, run.ranks, round(memory_bytes * (1 - MARGIN)))
+    limit = largest_micro_batch(config.seq_len, on_gpu=True)
+    fitting = largest_fitting(config, run.ds_config, "", cluster, limit)
+    return fitting.batch.micro_batch_size
+
+
+def settle_micro_batch(run: Run, device: torch.device, resumes: bool) -> None:
+    """Take the micro-batch that rank 0 chooses, unless the command line gave one (all ranks).
+
+    Args:
+        run: Its micro-batch changes.
+        device: Of this rank.
+        resumes: Whether the run goes on from a checkpoint.
+    """
+    import torch.distributed as dist
+
+    if run.has_own_micro_batch:
+        return
+    sizes = [0] * run.ranks.world_size
+    dist.all_gather_object(sizes, device_bytes(device, run.ranks))
+    chosen = [choose_micro_batch(run, device, min(sizes), resumes)]
+    dist.broadcast_object_list(chosen)
+    run.take_micro_batch(chosen[0])
