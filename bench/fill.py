@@ -32,6 +32,8 @@ def _output(command: str) -> str:
         text=True,
         encoding="utf-8",
     )
+    if "Traceback" in done.stderr:
+        raise RuntimeError(f"python {command}: {done.stderr}")
     printed = (done.stdout or done.stderr).strip("\n")
     if printed.startswith("|"):
         return f"\n{printed}\n\n"

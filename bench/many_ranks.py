@@ -4,6 +4,7 @@
 
 PyTorch's fake process group takes every collective and returns at once, with whatever is in the
 buffers: the losses mean nothing, but the tensors have their sizes and the collectives their bytes.
+The engine takes those of NCCL, as it does for whatever is not gloo.
 The second optimizer step is counted.
 """
 
@@ -52,7 +53,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     take_step(engine, run.config, 0, args.grad_accum, batches)
     with Traffic() as traffic:
         take_step(engine, run.config, 1, args.grad_accum, batches)
-    shard = shard_of(run.config, run.batch, run.ds_config, on_gpu=False)
+    shard = shard_of(run.config, run.batch, run.ds_config, on_gpu=True)
     state = engine.basic_optimizer.state.values()
     share = args.ranks if shard.stage else 1
     return {

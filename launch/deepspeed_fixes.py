@@ -3,9 +3,13 @@
 import contextlib
 import ctypes
 import datetime
+import functools
 import gc
+import hashlib
+import inspect
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,8 @@ from torch import Tensor, nn
 from launch.config import TrainConfig
 from launch.ranks import Ranks, check_extension_locks
 
+# Of the source of what `update_by_parts` replaces and calls.
+UPDATE_SHA256 = "c4e99d0e9abb31471ba5a3d76d8520d4b37c6dbb7ce1d4d6cda586de2eb02050"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
 
 
@@ -55,16 +61,63 @@ def one_line_key_errors(config: TrainConfig) -> Iterator[None]:
         ) from error
 
 
-def average_in_place(optimizer: Any, world_size: int, **_: Any) -> None:
-    """Average the flat fp32 gradients, a list of (n,) tensors, where they lie (all ranks).
+def update_by_parts(engine: Any) -> None:
+    """Have each rank reduce, measure and clip only its own part of BF16_Optimizer's gradients.
 
-    DeepSpeed's own way copies them into another buffer, reduces that, and copies it back, on one
-    rank as well.
+    DeepSpeed averages all gradients on every rank, in a copy, and takes their norm and clips them
+    in some 150 small kernels, with three values for which the host waits. Reduction and step are
+    replaced together, for after this reduction only a rank's own part is the average.
     """
-    if world_size > 1:
-        for gradients in optimizer.fp32_groups_gradients_flat:
-            gradients /= world_size
-            dist.all_reduce(gradients)
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    replaced = (BF16_Optimizer.step, BF16_Optimizer.update_lp_params, BF16_Optimizer.clear_hp_grads,
+                DeepSpeedEngine.buffered_allreduce_fallback,
+                DeepSpeedEngine.allreduce_gradients)  # fmt: skip
+    sources = "".join(map(inspect.getsource, replaced))
+    if hashlib.sha256(sources.encode()).hexdigest() != UPDATE_SHA256:
+        warnings.warn(
+            "this DeepSpeed updates otherwise than 0.19.8: its own way is taken, which sends more. "
+            "Fix: install deepspeed==0.19.8",
+            stacklevel=1,
+        )
+        return
+    optimizer = engine.optimizer
+    setattr(engine, "buffered_allreduce_fallback", functools.partial(_reduce_parts, optimizer))  # noqa: B010
+    optimizer.step = functools.partial(_step_on_parts, optimizer)
+
+
+def _reduce_parts(optimizer: Any, **_: Any) -> None:
+    # Averages each flat fp32 gradient, (n,), into this rank's part of it (all ranks).
+    group = optimizer.dp_process_group
+    if dist.get_world_size(group) == 1:
+        return
+    flats = optimizer.fp32_groups_gradients_flat
+    for flat, part in zip(flats, optimizer.fp32_groups_gradient_flat_partition, strict=True):
+        if dist.get_backend(group) == "gloo":  # it would scatter by way of an all-reduce of a copy
+            flat /= dist.get_world_size(group)
+            dist.all_reduce(flat, group=group)
+        else:
+            dist.reduce_scatter_tensor(part, flat, dist.ReduceOp.AVG, group)
+
+
+@torch.no_grad()
+def _step_on_parts(optimizer: Any) -> None:
+    # No value leaves the device: AdamW's fused kernel skips a step whose norm is not finite.
+    parts = optimizer.fp32_groups_gradient_flat_partition
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
+    squares = torch.stack(norms).square().sum()
+    dist.all_reduce(squares, group=optimizer.dp_process_group)  # all ranks
+    norm = squares.sqrt().float()
+    scale = (optimizer.clip_grad / (norm + 1e-6)).clamp(max=1) if optimizer.clip_grad else 1
+    for weights, part in zip(optimizer.fp32_groups_flat_partition, parts, strict=True):
+        weights.grad = part.mul_(scale)
+    optimizer.optimizer.found_inf = (~norm.isfinite()).float()
+    optimizer.optimizer.step()
+    optimizer._global_grad_norm = norm
+    optimizer._lazy_init_hp_params_optimizer_state()
+    optimizer.update_lp_params()  # all ranks: gathers
+    optimizer.clear_hp_grads()
 
 
 def gather_by_broadcasts(

@@ -167,8 +167,7 @@ def build_engine(
     if getattr(engine.optimizer, "round_robin_gradients", False):
         fixes.link_in_round_robin_order(engine.optimizer)
     if isinstance(engine.optimizer, bf16_optimizer.BF16_Optimizer):
-        average = functools.partial(fixes.average_in_place, engine.optimizer, ranks.world_size)
-        setattr(engine, "buffered_allreduce_fallback", average)  # noqa: B010  # pyright: a method
+        fixes.update_by_parts(engine)
     named = torch.profiler.record_function("reduce")(engine.allreduce_gradients)
     setattr(engine, "allreduce_gradients", named)  # noqa: B010  # pyright: a method
     if not torch.cuda.is_initialized():

@@ -27,6 +27,7 @@ HEAD_PASSES = 2
 UPDATE_BYTES = 30  # a parameter: gradient, master, two moments; all but the first written; weight
 LINK_SHARE = 0.8  # of a link's bandwidth that NCCL's large collectives get
 HOP_S = 3.5e-6  # of a ring for each rank: fitted to llm-foundry's 1B on 8, 64 and 512 H100
+GROUPS = 2  # of weights, with and without decay: each is one flat tensor at stage 1
 HIDDEN = 0.5  # of ZeRO-3's communication, behind the computation
 LAUNCH_S = 300e-6  # for the 40 kernels of a block, forward and backward, by Python: an assumption
 HOST_MEMORY_BYTES_S = 200e9  # of a machine with two processors, for the optimizer on the CPU
@@ -38,7 +39,10 @@ def sent_bytes(shard: Shard, batch: BatchArithmetic) -> float:
     if shard.stage == 0:
         per_step = 2 * c * shard.n_params
     elif shard.stage == 1:
-        per_step = (2 * (4 if shard.has_flat_gradients else c) + w) * shard.n_params
+        sent = 2 * c
+        if shard.has_flat_gradients:  # NCCL scatters the sums; gloo gives them to all
+            sent = 4 if shard.on_gpu else 2 * 4
+        per_step = (sent + w) * shard.n_params
     elif shard.stage == 2:  # every micro-batch reduces; whole buckets, unless told otherwise
         times = 2 if shard.zero_option("use_multi_rank_bucket_allreduce", True) else 1
         per_step = (micro * times * c + w) * shard.n_params
@@ -114,6 +118,8 @@ def _rings(shard: Shard, batch: BatchArithmetic) -> int:
     micro, P = batch.grad_accum_steps, shard.n_params
     if shard.stage == 3:
         return 3 * shard.gpt.n_layer * micro
+    if shard.has_flat_gradients and shard.on_gpu:
+        return 2 * GROUPS
     reductions = math.ceil(P / MAX_REDUCED)
     if shard.stage and not shard.has_flat_gradients:
         reductions = math.ceil(P / shard.zero_option("reduce_bucket_size", MAX_REDUCED))

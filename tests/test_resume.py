@@ -335,10 +335,10 @@ def test_a_run_of_bad_numbers_changes_no_weight_and_stops(
 ) -> None:
     run_dir, calls, real = tmp_path / "run", [], model.gpt.linear_cross_entropy
 
-    def loss(x: torch.Tensor, *more: Any) -> torch.Tensor:
+    def loss(x: torch.Tensor, *more: Any, **options: Any) -> torch.Tensor:
         if x.requires_grad:
             calls.append(1)
-        return real(x, *more) * (float("nan") if len(calls) > 2 * 6 else 1)
+        return real(x, *more, **options) * (float("nan") if len(calls) > 2 * 6 else 1)
 
     command = arguments(data_dir, run_dir, "--max_steps", 12, "--max_bad_steps", 3, "--log_every",
                         2, "--checkpoint_every", 6, "--keep_checkpoints", 1,

@@ -23,7 +23,7 @@ def write(folder: Path, text: str) -> Path:
 
 def test_compile_is_refused_at_stage_3() -> None:
     with pytest.raises(ValueError, match=r"--compile: .*\. Fix: use stage 0, 1 or 2"):
-        resolve({"zero_optimization": {"stage": 3}}, replace(CONFIG, compile=True))
+        resolve({"zero_optimization": {"stage": 3}}, replace(CONFIG, compile="true"))
 
 
 def test_five_configs_are_shipped_each_short() -> None:
