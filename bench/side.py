@@ -19,7 +19,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -41,12 +41,14 @@ if TYPE_CHECKING:
     from data.loader import Loader
     from launch.inputs import Run
 
+    Turns = Callable[[torch.device, list[float]], Iterator[None]]
+
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = ("seed", "hf", "trainer", "bare0", "bare1", "ddp", "zero0", "zero1", "zero2", "zero3")
 PRESETS["30m"] = replace(PRESETS["gpt2"], config=GPTConfig(6, 6, 384))  # nanoGPT's smallest
 
 
-def turns(device: torch.device, losses: list[float]) -> Iterator[None]:
+def asked_for(device: torch.device, losses: list[float]) -> Iterator[None]:
     """Yield once for every step that stdin asks for, and answer each line."""
     import torch
 
@@ -95,8 +97,8 @@ def build_run(args: argparse.Namespace, run_dir: Path, ranks: Ranks) -> Run:
     return Run(config, batch, resolve_ds_config(raw, config, batch).ds_config, ranks)
 
 
-def run_engine(run: Run, losses: list[float]) -> None:
-    """Train through the engine, step by step as train.py does."""
+def run_engine(run: Run, losses: list[float], turns: Turns = asked_for) -> None:
+    """Train through the engine, a step for each turn, as train.py does."""
     from data.loader import split_windows
     from launch.engine import init_process_group, sum_tensor
     from launch.inputs import open_inputs
@@ -129,7 +131,7 @@ def open_loader(run: Run) -> Loader:
                   run.ranks.rank, run.ranks.world_size)  # fmt: skip
 
 
-def run_plain(run: Run, side: str, losses: list[float]) -> None:
+def run_plain(run: Run, side: str, losses: list[float], turns: Turns = asked_for) -> None:
     """Train with a loop of bench/plain_train.py, from the same weights on the same batches."""
     import torch
     from torch.nn.parallel import DistributedDataParallel

@@ -1,0 +1,177 @@
+"""All that is to be learnt on one GPU, in one command: stages, the most needed first.
+
+    python bench/gpu/run.py --out runs/gpu --data_dir my_tokens --budget 560
+    python bench/gpu/run.py --out runs/gpu --tiny                            on a CPU: do they work?
+
+Each stage adds a line of JSON to OUT/results.jsonl as soon as it is known; one that takes too long
+or dies costs itself only. bench/gpu/page.py makes docs/GPU.md of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if not __package__:  # run as a file: import from the repository root, exactly as train.py does
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+if TYPE_CHECKING:
+    from bench.gpu.device import Row
+
+# Seconds that each may take on an H100: guesses, for none has run on one.
+FIRST = {
+    "setup": 60, "commands": 110, "gradients": 40, "parity": 75, "zero1": 40, "seed": 30,
+    "losses": 40, "attention": 20, "zero1+compile": 70, "zero0": 30, "bare1": 25,
+    "zero1 at 16": 25, "evaluation": 60, "resume": 70, "bare0+whole": 100, "zero0+compile": 60,
+    "zero2": 25, "zero3": 30, "zero1 at 32": 20, "export": 40, "host_waits": 30, "profile": 60,
+}  # fmt: skip
+SECOND = {"curve": 150, "zero1 of gpt2-xl": 60, "offload": 160}
+SECONDS = FIRST | SECOND
+START_S = 120  # until the first stage of a process begins
+LOST = 3  # exit status of a process whose GPU context is lost
+
+
+def run_stage(name: str, args: argparse.Namespace) -> Row:
+    """Run one stage in this process; return what it found."""
+    from bench.gpu import kernels, programs, training
+    from bench.gpu.device import Options
+
+    options = Options(args.data_dir, args.tiny, args.curve_steps)
+    for module in (kernels, programs, training):
+        if stage := getattr(module, name, None):
+            return stage(options)
+    side, _, what = name.partition(" ")
+    if what == "of gpt2-xl":
+        return training.speed(options, side, 3, model="gpt2-xl", micro_batch_size=16)
+    if what.startswith("at "):
+        return training.speed(options, side, 20, micro_batch_size=int(what.removeprefix("at ")))
+    return training.speed(options, side)
+
+
+def run_stages(names: list[str], args: argparse.Namespace) -> None:
+    """Run stages one after the other and write a line for each (the child)."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic kernels
+    for name in names:
+        write(args.out, "begin", {"name": name})
+        started = time.perf_counter()
+        try:
+            row = run_stage(name, args)
+        except Exception as error:  # of any kind: the next stage is worth trying
+            row = {"error": f"{type(error).__name__}: {error}"[:600]}
+        write(args.out, name, row | {"s": round(time.perf_counter() - started, 1)})
+        if "CUDA error" in row.get("error", ""):
+            os._exit(LOST)  # nothing works any more in this process
+
+
+def write(out: Path, stage: str, row: Row) -> None:
+    """Add a line to the results, safe on the disk."""
+    with (out / "results.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"stage": stage} | row, default=str) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    """Return the lines of the results so far."""
+    path = out / "results.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def supervise(names: list[str], args: argparse.Namespace) -> None:
+    """Have children run the stages until all are done or the time is up (the parent)."""
+    deadline = time.monotonic() + args.budget
+    before = len(read(args.out))
+    while (todo := [n for n in names if n not in done_of(args.out, before)]) and (
+        time.monotonic() < deadline - 15
+    ):
+        command = [sys.executable, __file__, *sys.argv[1:], "--child", ",".join(todo)]
+        with (args.out / "log.txt").open("ab") as log:
+            child = subprocess.Popen(command, start_new_session=True, stdout=log, stderr=log)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            watch(child, args, before, deadline)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        status = child.wait()
+        rows = read(args.out)[before:]
+        begun = [row["name"] for row in rows if row["stage"] == "begin"]
+        if not begun:
+            raise SystemExit(f"error: {args.out / 'log.txt'}: no stage began. Fix: read it")
+        if begun[-1] not in done_of(args.out, before):
+            write(args.out, begun[-1], {"error": f"out of time, or dead: status {status}"})
+
+
+def watch(
+    child: subprocess.Popen[bytes], args: argparse.Namespace, before: int, deadline: float
+) -> None:
+    """Wait for a child's end.
+
+    Raises:
+        subprocess.TimeoutExpired: One of its stages, or all of them, take too long.
+    """
+    current, limit = "", time.monotonic() + START_S
+    while time.monotonic() < min(limit, deadline):
+        begun = [row["name"] for row in read(args.out)[before:] if row["stage"] == "begin"]
+        if begun and begun[-1] != current:
+            current = begun[-1]
+            limit = time.monotonic() + SECONDS[current] * args.slack
+            print(current, file=sys.stderr, flush=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(0.25)
+            return
+    raise subprocess.TimeoutExpired(current, args.budget)
+
+
+def done_of(out: Path, before: int) -> set[str]:
+    """Return the stages that have a line, without the first so many lines."""
+    return {row["stage"] for row in read(out)[before:]} - {"begin"}
+
+
+def main() -> int:
+    """Run the command line; return 1 if a stage failed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder for results.jsonl and log.txt")
+    add("--data_dir", type=Path, help="folder of token shards (made-up tokens)")
+    add("--budget", type=float, default=560, help="seconds for all stages (default: 560)")
+    add("--slack", type=float, default=1.0, help="times what each stage may take (default: 1)")
+    add("--stages", default="first", help="first, second, all, or names with commas between")
+    add("--curve_steps", type=int, default=180, help="of the stage curve (default: 180)")
+    add("--tiny", action="store_true", help="sizes for a CPU")
+    add("--child", default="", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.data_dir is None:
+        from bench.train_step import write_tokens
+
+        args.data_dir = args.out / "tokens"
+        if not args.data_dir.exists():
+            args.data_dir.mkdir()
+            write_tokens(args.data_dir)
+    if args.child:
+        run_stages(args.child.split(","), args)
+        return 0
+    groups = {"first": list(FIRST), "second": list(SECOND), "all": list(SECONDS)}
+    names = groups.get(args.stages) or args.stages.split(",")
+    if unknown := [name for name in names if name not in SECONDS]:
+        parser.error(f"--stages {unknown[0]}: unknown. Fix: of {', '.join(SECONDS)}")
+    before = len(read(args.out))
+    supervise(names, args)
+    rows = [row for row in read(args.out)[before:] if row["stage"] != "begin"]
+    print("\n".join(json.dumps(row)[:700] for row in rows))
+    failed = [row for row in rows if "error" in row or row.get("ok") is False]
+    return int(bool(failed) or len(rows) < len(names))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
