@@ -16,7 +16,8 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
 
-.PHONY: quickstart test debian slurm check parity keys bench hellaswag kills faults launches plan clean
+.PHONY: quickstart test debian slurm check parity keys bench hellaswag kills faults launches plan \
+  gpu-tiny other-torch clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -92,6 +93,19 @@ launches: $(VENV)/installed
 plan: $(VENV)/installed
 	$(BIN)/python bench/memory.py --out docs/measured_memory.json
 	$(BIN)/python bench/fill.py docs/SCALING.md
+
+# Two minutes: every stage of bench/gpu/run.py at small sizes, on the CPU.
+gpu-tiny: $(VENV)/installed
+	DS_ACCELERATOR=cpu $(BIN)/python bench/gpu/run.py --out runs/gpu_tiny --tiny --stages all --slack 3
+
+# The tests with another PyTorch, make other-torch TORCH=2.11.0: 3 GB, for it may be a CUDA build.
+OTHER := .venv-torch-$(TORCH)
+other-torch:
+	$(PYTHON) -m venv $(OTHER)
+	grep -v -E '^(torch|triton|setuptools)==' constraints.txt > $(OTHER)/constraints.txt
+	PIP_CONSTRAINT=$(CURDIR)/$(OTHER)/constraints.txt $(OTHER)/bin/pip install -q torch==$(TORCH)
+	PIP_CONSTRAINT=$(CURDIR)/$(OTHER)/constraints.txt $(OTHER)/bin/pip install -q -e '.[test,triton]'
+	$(OTHER)/bin/pytest
 
 hellaswag: $(VENV)/installed
 	$(BIN)/python bench/hellaswag.py --model 30m --every 1 --out runs/hellaswag.json

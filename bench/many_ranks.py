@@ -11,20 +11,26 @@ The second optimizer step is counted.
 from __future__ import annotations
 
 import argparse
+import collections
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+ROOT = Path(__file__).resolve().parents[1]
 RANKS_OF_A_MACHINE = 8
+# What a GPU's host waits for: a value that is read, and one that is sent (torch.tensor).
+READS = ("aten::_local_scalar_dense", "aten::equal", "aten::lift_fresh")
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the bytes of the optimizer's moments on rank 0, and those that it sends."""
+    """Return the bytes of the optimizer's moments on rank 0, what it sends, and what it reads."""
     import deepspeed
     import torch
     import torch.distributed as dist
@@ -51,7 +57,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     tokens = torch.zeros(shape, dtype=torch.long)
     batches = iter([(tokens, tokens)] * (2 * args.grad_accum))
     take_step(engine, run.config, 0, args.grad_accum, batches)
-    with Traffic() as traffic:
+    with Traffic() as traffic, reads_of_values() as reads:
         take_step(engine, run.config, 1, args.grad_accum, batches)
     shard = shard_of(run.config, run.batch, run.ds_config, on_gpu=True)
     state = engine.basic_optimizer.state.values()
@@ -61,7 +67,35 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "planned_moment_bytes": 8 * shard.n_params / share,
         "sent_bytes": traffic.sent_bytes,
         "planned_sent_bytes": sent_bytes(shard, run.batch),
+        "reads": dict(reads),
     }
+
+
+@contextlib.contextmanager
+def reads_of_values() -> Iterator[collections.Counter[str]]:
+    """Count by file and line what reads or sends a tensor's value."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    reads: collections.Counter[str] = collections.Counter()
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func._schema.name in READS:
+                frame: Any = sys._getframe(1)
+                while not frame.f_code.co_filename.startswith((str(ROOT / "launch"), DEEPSPEED)):
+                    frame = frame.f_back
+                path = Path(frame.f_code.co_filename)
+                parent = Path(DEEPSPEED).parent if DEEPSPEED in str(path) else ROOT
+                reads[f"{path.relative_to(parent)}:{frame.f_lineno}"] += 1
+            return func(*args, **(kwargs or {}))
+
+    import deepspeed
+
+    DEEPSPEED = str(Path(deepspeed.__file__).parent)
+    with Reads():
+        yield reads
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("model", "data", "checkpoint", "eval", "launch")
-FILES = sorted(p for room in (*ROOMS, "bench") for p in (ROOT / room).glob("*.py"))
+FILES = sorted(p for room in (*ROOMS, "bench") for p in (ROOT / room).rglob("*.py"))
 FILES.append(ROOT / "train.py")
 ALLOWED = {
     "model": {"model"},
@@ -45,7 +45,8 @@ ENTRY_POINTS = ["train.py", "data/prepare.py", "data/fineweb.py", "data/show.py"
                 "bench/orphans.py", "bench/mishaps.py", "bench/resumes.py",
                 "bench/saving.py", "bench/memory.py", "bench/fill.py",
                 "bench/published.py", "bench/launches.py", "bench/keys.py",
-                "bench/many_ranks.py"]  # fmt: skip
+                "bench/many_ranks.py", "bench/gpu/run.py", "bench/gpu/counts.py",
+                "bench/gpu/page.py"]  # fmt: skip
 
 
 def imports(path: Path) -> set[str]:

@@ -58,8 +58,12 @@ class Work:
 
 
 @contextlib.contextmanager
-def counted() -> Iterator[Work]:
-    """Count the operations on meta tensors, which go a GPU's way, in a context."""
+def counted(with_kernel: bool = True) -> Iterator[Work]:
+    """Count the operations on meta tensors, which go a GPU's way, in a context.
+
+    Args:
+        with_kernel: Whether the loss has its Triton kernel.
+    """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
@@ -91,8 +95,9 @@ def counted() -> Iterator[Work]:
     replaced = [(model.loss, "_product_dtype", lambda x: x.dtype),  # the meta device has no
                 (torch, "autocast", lambda *_, **__: contextlib.nullcontext()),  # autocast
                 (model.gpt.F, "scaled_dot_product_attention", _attention(work))]  # fmt: skip
+    kernel = model.loss._kernel(torch.device("meta"))  # tried out before it is counted
+    replaced.append((model.loss, "_kernel", lambda _: kernel if with_kernel else None))
     kept = [getattr(module, name) for module, name, _ in replaced]
-    model.loss._kernel(torch.device("meta"))  # tried out before it is counted
     try:
         for module, name, ours in replaced:
             setattr(module, name, ours)
@@ -175,6 +180,8 @@ def count_pass(config: GPTConfig, batch: int = BATCH, seq_len: int = SEQ_LEN) ->
         y.backward(torch.empty_like(y))
     with counted() as loss:
         linear_cross_entropy(x.flatten(0, 1), weight, tokens.flatten()).backward()
+    with counted(with_kernel=False) as plain_loss:
+        linear_cross_entropy(x.flatten(0, 1), weight, tokens.flatten()).backward()
     gpt.eval()
     with counted() as validation, torch.no_grad():
         gpt(tokens, tokens)
@@ -183,6 +190,7 @@ def count_pass(config: GPTConfig, batch: int = BATCH, seq_len: int = SEQ_LEN) ->
         "loss": loss,
         "embeddings and final LayerNorm": whole - block * config.n_layer - loss,
         "all": whole,
+        "loss without Triton": plain_loss,
         "validation, forward": validation,
     }
 

@@ -21,3 +21,8 @@ def test_partitions_and_bytes_sent_are_the_plans(side: str, n_ranks: int) -> Non
     found = json.loads(done.stdout.splitlines()[-1])
     for what in ("moment_bytes", "sent_bytes"):
         assert found[what] == pytest.approx(found[f"planned_{what}"], rel=0.01)
+    page = (ROOT / "docs" / "GPU.md").read_text(encoding="utf-8")
+    if side in ("zero0", "zero1"):
+        assert found["reads"] == {}
+    for place, times in found["reads"].items():
+        assert f"| {side[-1]} | `{place}` | {times} |" in page
