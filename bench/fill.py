@@ -40,10 +40,15 @@ def _output(command: str) -> str:
     return f"```\n$ python {command}\n{printed}\n```\n"
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("document", type=Path, help="Markdown file, changed in place")
     document = parser.parse_args().document
     document.write_text(fill(document.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

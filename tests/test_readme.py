@@ -42,7 +42,7 @@ def commands(text: str) -> Iterator[str]:
             lines = [line[2:] for line in lines if line.startswith("$ ")]
         yield from lines if language != "text" else []
     text = fence.sub("", text)
-    yield from re.findall(r"^    (make \w+)", text, re.M)
+    yield from re.findall(r"^    (make [\w-]+)", text, re.M)
     for code in re.findall(r"`([^`\n]+)`", text):
         program = code.split()[0]
         if code != program and program in CHECKS and (".py" in code or program in NO_SCRIPT):
