@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
             print(f"warning: {remark}", file=sys.stderr)
         if run.config.dry_run:
             print(describe_run(run.config, run.batch, run.ds_config))
-            if not run.has_own_micro_batch:
+            if not run.is_settled:
                 print(f"micro-batch {run.batch.micro_batch_size}, or more where the GPU holds it")
             return FINISHED
         inputs = open_inputs(run)
@@ -81,7 +81,7 @@ def start_engine(run: Run, inputs: Inputs, device: torch.device) -> tuple[Any, M
 
     settle_micro_batch(run, device, resumes=bool(inputs.checkpoints))
     config, stage = run.config, zero_stage(run.ds_config)
-    planned = plan_here(config, run.ds_config, device, run.ranks)
+    planned = plan_here(run, device)
     warning = advice(planned)
     if warning and run.ranks.is_main:
         print(f"warning: {warning}", file=sys.stderr)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from launch.config import TrainConfig
 from launch.ranks import Ranks, check_extension_locks
 
-# Of the source of what `update_by_parts` replaces and calls.
-UPDATE_SHA256 = "c4e99d0e9abb31471ba5a3d76d8520d4b37c6dbb7ce1d4d6cda586de2eb02050"
+# Of the source of what `update_by_parts` replaces, calls and is called by.
+UPDATE_SHA256 = "321dd901da378c88b3aa4268a023747a6fd4ddbd8bdde174c789016ad57ea7c1"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
 
 
@@ -71,16 +71,10 @@ def update_by_parts(engine: Any) -> None:
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-    replaced = (BF16_Optimizer.step, BF16_Optimizer.update_lp_params, BF16_Optimizer.clear_hp_grads,
-                DeepSpeedEngine.buffered_allreduce_fallback,
-                DeepSpeedEngine.allreduce_gradients)  # fmt: skip
-    sources = "".join(map(inspect.getsource, replaced))
-    if hashlib.sha256(sources.encode()).hexdigest() != UPDATE_SHA256:
-        warnings.warn(
-            "this DeepSpeed updates otherwise than 0.19.8: its own way is taken, which sends more. "
-            "Fix: install deepspeed==0.19.8",
-            stacklevel=1,
-        )
+    sources = map(inspect.getsource, (BF16_Optimizer, DeepSpeedEngine.allreduce_gradients))
+    if hashlib.sha256("".join(sources).encode()).hexdigest() != UPDATE_SHA256:
+        what = "this DeepSpeed is not 0.19.8: its own update, which sends more, is taken"
+        warnings.warn(f"{what}. Fix: install deepspeed==0.19.8", stacklevel=1)
         return
     optimizer = engine.optimizer
     setattr(engine, "buffered_allreduce_fallback", functools.partial(_reduce_parts, optimizer))  # noqa: B010

@@ -7,7 +7,7 @@ import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from launch import memory, throughput
 from launch.config import (
@@ -20,9 +20,6 @@ from launch.config import (
 from launch.devices import Device
 from launch.ds_config import load_ds_config, offloads, precision, resolve_ds_config, zero_stage
 from model.config import MEMORY_USES, MemoryUse
-
-if TYPE_CHECKING:
-    pass
 
 DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"
 CHECKPOINTING, WITH = "activation_checkpointing", " with "
@@ -196,16 +193,18 @@ def largest_fitting(
     return found
 
 
-def candidates() -> dict[str, dict[str, Any]]:
-    """Return the shipped ds_configs by name, each also with activation checkpointing."""
-    found = {}
+def candidates(own: dict[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+    """Return ds_configs by name, each also with activation checkpointing: `own`, called "", first.
+
+    The others are those of ds_configs/.
+    """
+    found = {} if own is None else _with_and_without("", own)
     for path in sorted(DS_CONFIGS.glob("*.json")):
-        found |= with_and_without_checkpointing(path.name, load_ds_config(path))
+        found |= _with_and_without(path.name, load_ds_config(path))
     return found
 
 
-def with_and_without_checkpointing(name: str, raw: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return a ds_config by its name, and by another one with activation checkpointing."""
+def _with_and_without(name: str, raw: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: raw, f'{name}{WITH}"{CHECKPOINTING}": {{}}': raw | {CHECKPOINTING: {}}}
 
 

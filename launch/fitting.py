@@ -5,19 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from launch.config import TrainConfig, divisors, largest_micro_batch
+from launch.config import divisors, largest_micro_batch
 from launch.devices import DEVICES, GIB, machine_bytes
-from launch.estimate import (
-    WITH,
-    Cluster,
-    Estimate,
-    candidates,
-    estimate,
-    largest_fitting,
-    with_and_without_checkpointing,
-)
+from launch.estimate import WITH, Cluster, Estimate, candidates, estimate, largest_fitting
 
 if TYPE_CHECKING:
     import torch
@@ -37,19 +29,13 @@ def device_bytes(device: torch.device, ranks: Ranks) -> int:
     return machine_bytes() // ranks.local_world_size
 
 
-def found_cluster(device: torch.device, ranks: Ranks, memory_bytes: int | None = None) -> Cluster:
-    """Return the machines that a run has found: a device, and as many of it as ranks.
+def found_cluster(device: torch.device, ranks: Ranks, memory_bytes: int) -> Cluster:
+    """Return the machines that a run has found: a device with such memory, and as many as ranks.
 
     Their speed, which decides on nothing here, is a guess.
-
-    Args:
-        device: Of this rank.
-        ranks: Of the run.
-        memory_bytes: Of the device; default: what it has.
     """
     kind = "h100" if device.type == "cuda" else "cpu"
     host_bytes = machine_bytes() // ranks.local_world_size
-    memory_bytes = memory_bytes or device_bytes(device, ranks)
     found = dataclasses.replace(DEVICES[kind], memory_bytes=memory_bytes, host_bytes=host_bytes)
     nodes, rest = divmod(ranks.world_size, ranks.local_world_size)
     if rest:  # machines of several sizes
@@ -57,15 +43,17 @@ def found_cluster(device: torch.device, ranks: Ranks, memory_bytes: int | None =
     return Cluster(found, nodes, ranks.local_world_size)
 
 
-def plan_here(
-    config: TrainConfig, ds_config: dict[str, Any], device: torch.device, ranks: Ranks
-) -> Estimate:
-    """Estimate a resolved run on the machines that it has found.
+def plan_here(run: Run, device: torch.device) -> Estimate:
+    """Estimate a run on the machines that it has found.
 
     Raises:
         ValueError: As `estimate`.
     """
-    return estimate(config, ds_config, str(config.ds_config), found_cluster(device, ranks))
+    memory_bytes, config = device_bytes(device, run.ranks), run.config
+    if not run.is_settled:
+        size = choose_micro_batch(run, device, memory_bytes, resumes=False)
+        config = dataclasses.replace(config, micro_batch_size=size)
+    return estimate(config, run.ds_config, "", found_cluster(device, run.ranks, memory_bytes))
 
 
 def advice(planned: Estimate) -> str | None:
@@ -78,10 +66,9 @@ def advice(planned: Estimate) -> str | None:
     ds_config, cluster = planned.ds_config, planned.cluster
     config = dataclasses.replace(planned.config, compile="false")  # which stage 3 would refuse
     limit = config.micro_batch_size
-    near = with_and_without_checkpointing("", ds_config) | candidates()
     fitting = (
         (name, found)
-        for name, raw in near.items()
+        for name, raw in candidates(ds_config).items()
         if (found := largest_fitting(config, raw, name, cluster, limit)).fits
     )
     name, found = next(fitting, (None, None))
@@ -125,8 +112,7 @@ def choose_micro_batch(run: Run, device: torch.device, memory_bytes: int, resume
         return batch.micro_batch_size
     cluster = found_cluster(device, run.ranks, round(memory_bytes * (1 - MARGIN)))
     limit = largest_micro_batch(config.seq_len, on_gpu=True)
-    fitting = largest_fitting(config, run.ds_config, "", cluster, limit)
-    return fitting.batch.micro_batch_size
+    return largest_fitting(config, run.ds_config, "", cluster, limit).batch.micro_batch_size
 
 
 def settle_micro_batch(run: Run, device: torch.device, resumes: bool) -> None:
@@ -139,7 +125,7 @@ def settle_micro_batch(run: Run, device: torch.device, resumes: bool) -> None:
     """
     import torch.distributed as dist
 
-    if run.has_own_micro_batch:
+    if run.is_settled:
         return
     sizes = [0] * run.ranks.world_size
     dist.all_gather_object(sizes, device_bytes(device, run.ranks))

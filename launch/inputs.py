@@ -28,7 +28,7 @@ class Run:
         config: Resolved, and so are `batch` and `ds_config`.
         remarks: On keys of the ds_config, for the start.
         unverified: Such keys.
-        has_own_micro_batch: Whether the command line gave it.
+        is_settled: Whether the micro-batch is no longer to be chosen.
     """
 
     config: TrainConfig
@@ -37,10 +37,11 @@ class Run:
     ranks: Ranks
     remarks: list[str] = field(default_factory=list)
     unverified: list[str] = field(default_factory=list)
-    has_own_micro_batch: bool = True
+    is_settled: bool = True
 
     def take_micro_batch(self, micro_batch_size: int) -> None:
-        """Split the batch anew."""
+        """Split the batch anew, for good."""
+        self.is_settled = True
         self.config = replace(self.config, micro_batch_size=micro_batch_size)
         self.batch = resolve_batch(self.config, self.ranks.world_size)
         self.ds_config = resolve_ds_config(self.ds_config, self.config, self.batch).ds_config

@@ -100,8 +100,7 @@ def shard_of(
     """Return what one rank of a resolved run trains."""
     tokens = batch.micro_batch_size * config.seq_len
     accumulates = batch.grad_accum_steps > 1
-    return Shard(config.gpt_config, ds_config, tokens, accumulates, batch.world_size, on_gpu,
-                 use)  # fmt: skip
+    return Shard(config.gpt_config, ds_config, tokens, accumulates, batch.world_size, on_gpu, use)
 
 
 def peak(shard: Shard) -> Parts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import hashlib
 import importlib.metadata
@@ -25,7 +24,7 @@ from launch.config import to_json
 from launch.credentials import refuse_credentials
 from launch.devices import machine_bytes
 from launch.ds_config import precision
-from launch.fitting import advice, choose_micro_batch, device_bytes, plan_here
+from launch.fitting import advice, plan_here
 from launch.inputs import Run
 from launch.meeting import choose_device
 from launch.memory import CHECKPOINT_BYTES
@@ -231,12 +230,7 @@ def read_plan(run: Run) -> str:
     Raises:
         ValueError: The plan says that the run does not; names the nearest setting that does.
     """
-    config, device = run.config, choose_device(run.ranks)
-    if not run.has_own_micro_batch:  # train.py will choose it
-        size = choose_micro_batch(run, device, device_bytes(device, run.ranks), resumes=False)
-        config = dataclasses.replace(config, micro_batch_size=size)
-    planned = plan_here(config, run.ds_config, device, run.ranks)
-    if warning := advice(planned):
+    if warning := advice(plan_here(run, choose_device(run.ranks))):
         raise ValueError(warning)
     return "fits"
 

@@ -114,7 +114,7 @@ def _out_of_memory_line(run: Run) -> str:
     from launch.fitting import plan_here
     from launch.meeting import choose_device
 
-    planned = plan_here(run.config, run.ds_config, choose_device(run.ranks), run.ranks)
+    planned = plan_here(run, choose_device(run.ranks))
     return (
         f"out of memory at --micro_batch_size {run.batch.micro_batch_size}: the plan says "
         f"{planned.peak_bytes / GIB:.1f} GiB of {planned.cluster.device.memory_bytes / GIB:.1f}. "

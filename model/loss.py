@@ -92,12 +92,8 @@ def _kernel(device: torch.device) -> Callable[[Tensor, Tensor], Tensor] | None:
         target = torch.zeros(1, dtype=torch.int64, device=device)
         to_gradient_(torch.zeros(1, 1, device=device), target)
     except Exception as error:  # of any of the tools on its way
-        said = str(error) or type(error).__name__
-        warnings.warn(
-            f"the loss goes without its Triton kernel, and a step takes a third longer: {said}. "
-            "Fix: install Triton, a C compiler and Python's headers",
-            stacklevel=1,
-        )
+        what = f"the loss goes without its Triton kernel, and is slower: {error!r}"
+        warnings.warn(f"{what}. Fix: install Triton, a C compiler, Python's headers", stacklevel=1)
         return None
     return to_gradient_
 

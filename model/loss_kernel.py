@@ -16,14 +16,8 @@ COLUMNS = 4096  # that a program holds at a time
 
 
 @triton.jit
-def to_gradient(
-    logits,  # (n, V): replaced by the gradient of each row's own loss
-    targets,  # (n,)
-    losses,  # (n,) fp32: written
-    row_stride,  # of logits, in elements
-    V: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+def to_gradient(logits, targets, losses, row_stride, V: tl.constexpr, COLUMNS: tl.constexpr):
+    # The arguments of `to_gradient_`, and the losses, (n,) fp32, which are written.
     row = tl.program_id(0).to(tl.int64)  # one program each
     logits += row * row_stride
     target = tl.load(targets + row)

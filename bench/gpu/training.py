@@ -79,7 +79,7 @@ def _against_the_plan(run: Run, side: str, tokens_per_s: int) -> Row:
     flops = run.config.gpt_config.flops_per_token(run.config.seq_len)
     found: Row = {"mfu_palm": round(tokens_per_s * flops / peak, 4) if peak else None}
     if side.startswith("zero"):
-        planned = plan_here(run.config, run.ds_config, device(), run.ranks)
+        planned = plan_here(run, device())
         found |= {"planned_gib": round(sum(planned.parts.values()) / 2**30, 2),
                   "memory_use": str(planned.memory_use)}  # fmt: skip
     return found

@@ -18,7 +18,7 @@ from launch.config import TrainConfig, parse_train_config, resolve_batch, resolv
 from launch.devices import DEVICES, GIB, flops_of, get_device, machine_bytes
 from launch.ds_config import load_ds_config
 from launch.estimate import HARDLY, Cluster, estimate, rank_candidates
-from launch.fitting import advice, found_cluster
+from launch.fitting import advice, device_bytes, found_cluster
 from launch.inputs import resolve_run
 from launch.plan import main, next_batch
 from launch.ranks import Ranks
@@ -258,9 +258,11 @@ def test_advice_counts_the_memory_of_the_machine_too() -> None:
 
 
 def test_found_machines_are_those_of_the_ranks() -> None:
-    cluster = found_cluster(torch.device("cpu"), Ranks(0, 0, 8, 4))
+    cpu, ranks = torch.device("cpu"), Ranks(0, 0, 8, 4)
+    cluster = found_cluster(cpu, ranks, device_bytes(cpu, ranks))
     assert (cluster.nodes, cluster.gpus_per_node) == (2, 4)
-    assert found_cluster(torch.device("cpu"), Ranks(0, 0, 6, 4)).world_size == 6  # 4 and 2
+    uneven = found_cluster(cpu, Ranks(0, 0, 6, 4), 8 * GIB)
+    assert uneven.world_size == 6  # 4 and 2
     assert 4 * cluster.device.memory_bytes <= os.sysconf("SC_PAGE_SIZE") * os.sysconf(
         "SC_PHYS_PAGES"
     )
