@@ -98,9 +98,10 @@ plan: $(VENV)/installed
 gpu-tiny: $(VENV)/installed
 	DS_ACCELERATOR=cpu $(BIN)/python bench/gpu/run.py --out runs/gpu_tiny --tiny --stages all --slack 3
 
-# The tests with another PyTorch, make other-torch TORCH=2.11.0: 3 GB, for it may be a CUDA build.
+# The tests with another PyTorch, make other-torch TORCH=2.11.0; 6 GB where pip takes a CUDA build.
 OTHER := .venv-torch-$(TORCH)
 other-torch:
+	@test -n "$(TORCH)" || { echo "error: no TORCH. Fix: make other-torch TORCH=2.11.0"; exit 2; }
 	$(PYTHON) -m venv $(OTHER)
 	grep -v -E '^(torch|triton|setuptools)==' constraints.txt > $(OTHER)/constraints.txt
 	PIP_CONSTRAINT=$(CURDIR)/$(OTHER)/constraints.txt $(OTHER)/bin/pip install -q torch==$(TORCH)

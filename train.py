@@ -53,7 +53,8 @@ def main(argv: list[str]) -> int:
         if run.config.dry_run:
             print(describe_run(run.config, run.batch, run.ds_config))
             if not run.is_settled:
-                print(f"micro-batch {run.batch.micro_batch_size}, or more where the GPU holds it")
+                n = run.batch.micro_batch_size
+                print(f"micro-batch     {n}, or more where the GPU holds it, or fewer")
             return FINISHED
         inputs = open_inputs(run)
         folder = take_run_dir(run, inputs) if ranks.is_main else contextlib.nullcontext()

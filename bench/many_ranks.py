@@ -4,7 +4,7 @@
 
 PyTorch's fake process group takes every collective and returns at once, with whatever is in the
 buffers: the losses mean nothing, but the tensors have their sizes and the collectives their bytes.
-The engine takes those of NCCL, as it does for whatever is not gloo.
+The engine issues the collectives that it uses with NCCL (every backend but gloo gets these).
 The second optimizer step is counted.
 """
 
@@ -26,11 +26,12 @@ if not __package__:  # run as a file: import from the repository root, exactly a
 ROOT = Path(__file__).resolve().parents[1]
 RANKS_OF_A_MACHINE = 8
 # What a GPU's host waits for: a value that is read, and one that is sent (torch.tensor).
-READS = ("aten::_local_scalar_dense", "aten::equal", "aten::lift_fresh")
+TRANSFERS = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero",
+             "aten::masked_select", "aten::lift_fresh")  # fmt: skip
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the bytes of the optimizer's moments on rank 0, what it sends, and what it reads."""
+    """Return the bytes of the optimizer's moments on rank 0, what it sends and waits for."""
     import deepspeed
     import torch
     import torch.distributed as dist
@@ -57,7 +58,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     tokens = torch.zeros(shape, dtype=torch.long)
     batches = iter([(tokens, tokens)] * (2 * args.grad_accum))
     take_step(engine, run.config, 0, args.grad_accum, batches)
-    with Traffic() as traffic, reads_of_values() as reads:
+    with Traffic() as traffic, host_transfers() as transfers:
         take_step(engine, run.config, 1, args.grad_accum, batches)
     shard = shard_of(run.config, run.batch, run.ds_config, on_gpu=True)
     state = engine.basic_optimizer.state.values()
@@ -67,35 +68,35 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "planned_moment_bytes": 8 * shard.n_params / share,
         "sent_bytes": traffic.sent_bytes,
         "planned_sent_bytes": sent_bytes(shard, run.batch),
-        "reads": dict(reads),
+        "transfers": dict(transfers),
     }
 
 
 @contextlib.contextmanager
-def reads_of_values() -> Iterator[collections.Counter[str]]:
+def host_transfers() -> Iterator[collections.Counter[str]]:
     """Count by file and line what reads or sends a tensor's value."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    reads: collections.Counter[str] = collections.Counter()
+    transfers: collections.Counter[str] = collections.Counter()
 
-    class Reads(TorchDispatchMode):
+    class Transfers(TorchDispatchMode):
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
-            if func._schema.name in READS:
+            if func._schema.name in TRANSFERS:
                 frame: Any = sys._getframe(1)
                 while not frame.f_code.co_filename.startswith((str(ROOT / "launch"), DEEPSPEED)):
                     frame = frame.f_back
                 path = Path(frame.f_code.co_filename)
                 parent = Path(DEEPSPEED).parent if DEEPSPEED in str(path) else ROOT
-                reads[f"{path.relative_to(parent)}:{frame.f_lineno}"] += 1
+                transfers[f"{path.relative_to(parent)}:{frame.f_lineno}"] += 1
             return func(*args, **(kwargs or {}))
 
     import deepspeed
 
     DEEPSPEED = str(Path(deepspeed.__file__).parent)
-    with Reads():
-        yield reads
+    with Transfers():
+        yield transfers
 
 
 def main() -> None:

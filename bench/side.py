@@ -8,8 +8,8 @@ such processes.
 Sides: seed (build-nanogpt's way), hf (GPT2LMHeadModel in the same loop), trainer (Hugging Face's),
 bare0 and bare1 (our model without the engine, in the arithmetic of zero0 and of zero1), ddp (bare0
 on many ranks), zero0 to zero3 (the engine, on one or many). With +compile the blocks are compiled
-(bare0 to zero2), with +whole the model as one (bare0, bare1), with +checkpointing the engine's
-blocks keep no activations.
+(bare0 to zero2), with +whole the model as one (seed, bare0, bare1), with +checkpointing the
+engine's blocks keep no activations.
 """
 
 from __future__ import annotations
@@ -138,6 +138,7 @@ def run_plain(run: Run, side: str, losses: list[float], turns: Turns = asked_for
 
     from bench import plain_train as plain
     from launch.engine import compile_blocks, init_process_group
+    from launch.fitting import plan_here
     from launch.meeting import choose_device
     from launch.watchdog import group_timeout_s
     from model import GPT
@@ -150,6 +151,8 @@ def run_plain(run: Run, side: str, losses: list[float], turns: Turns = asked_for
     config = run.config.gpt_config
     loop = (open_loader(run), turns(device, losses), losses, run.batch.grad_accum_steps)
     ours = GPT(config, run.config.seed).to(device)
+    if device.type == "cuda":
+        ours.use_memory(plan_here(run, device).memory_use)  # as the engine's sides do
     if compiled == "compile":
         compile_blocks(ours)
     elif compiled == "whole":
@@ -157,6 +160,8 @@ def run_plain(run: Run, side: str, losses: list[float], turns: Turns = asked_for
     if name == "seed":
         seed = plain.PlainGPT(config).to(device)
         seed.load_state_dict(ours.state_dict())
+        if compiled == "whole":
+            seed.compile()
         plain.autocast_loop(seed, seed, *loop, fused=device.type == "cuda")
     elif name == "bare0":
         plain.autocast_loop(ours, ours, *loop, fused=True)

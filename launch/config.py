@@ -40,9 +40,7 @@ class TrainConfig:
     resume: str = _flag("auto", "auto: if there is a checkpoint; must; none: start anew")
     init_from: str = _flag("", "start from these weights: Hugging Face folder or hub name")
     batch_tokens: int = _flag(None, "tokens per optimizer step, over all ranks (preset's)")
-    micro_batch_size: int = _flag(
-        None, "sequences per forward and rank (what the GPU holds, up to 65,536 tokens; CPU: 16)"
-    )
+    micro_batch_size: int = _flag(None, "sequences per forward and rank (GPU: what fits; CPU: 16)")
     seq_len: int = _flag(None, "tokens per sequence (the model's block_size)")
     max_steps: int = _flag(None, "optimizer steps (preset's tokens / batch_tokens)")
     lr: float = _flag(None, "peak learning rate (preset's)")
@@ -67,9 +65,7 @@ class TrainConfig:
     keep_checkpoints: int = _flag(0, "checkpoints to keep, the newest; 0: all")
     keep_every: int = _flag(0, "of older ones keep those of a multiple of this step; 0: none")
     log_every: int = _flag(1, "steps between log lines")
-    compile: str = _flag(
-        "false", "compile each block's training pass, 20 s once; auto: on a GPU, stages 0 to 2"
-    )
+    compile: str = _flag("false", "compile each block's training pass; auto: on GPUs, stages 0-2")
     deterministic: bool = _flag(False, "deterministic kernels: the same bits on a GPU too, slower")
     profile: str = _flag("", "FIRST:END: trace steps FIRST to END - 1 into RUN_DIR/profile")
     max_bad_steps: int = _flag(10, "steps in a row without a finite loss, then the run stops")

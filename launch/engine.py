@@ -4,6 +4,7 @@ import datetime
 import functools
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -135,7 +136,7 @@ def build_engine(
 
     if offloads(ds_config, "optimizer"):
         fixes.build_cpu_adam(ranks)
-    can_compile = model.ln_f.weight.is_cuda and zero_stage(ds_config) < 3
+    can_compile = model.ln_f.weight.is_cuda and zero_stage(ds_config) < 3 and shutil.which("gcc")
     if config.compile == "true" or (config.compile == "auto" and can_compile):
         compile_blocks(model)
     if "activation_checkpointing" in ds_config:

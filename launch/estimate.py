@@ -24,6 +24,7 @@ from model.config import MEMORY_USES, MemoryUse
 DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"
 CHECKPOINTING, WITH = "activation_checkpointing", " with "
 FRAGMENTS = 0.04  # of the memory: what the allocator cannot use
+MARGIN = 0.1  # of it stays free too, for what nobody asked for: that must not fail
 HARDLY = 0.05  # slower: estimates are no finer
 PREFERRED = 1, 0, 2, 3  # stages: what train.py takes by itself, then the simpler
 DAY_S = 86_400
@@ -171,7 +172,8 @@ def estimate(config: TrainConfig, raw: dict[str, Any], name: str, cluster: Clust
             Estimate(config, batch, ds_config, name, cluster, use, memory.peak(shard), seconds,
                      memory.host_bytes(shard), throughput.sent_bytes(shard, batch))
         )  # fmt: skip
-    return next((each for each in found if each.spare_bytes >= 0), found[-1])
+    enough = MARGIN * device.memory_bytes
+    return next((each for each in found if each.spare_bytes >= enough), found[-1])
 
 
 def largest_fitting(

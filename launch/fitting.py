@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING
 
 from launch.config import divisors, largest_micro_batch
 from launch.devices import DEVICES, GIB, machine_bytes
-from launch.estimate import WITH, Cluster, Estimate, candidates, estimate, largest_fitting
+from launch.estimate import MARGIN, WITH, Cluster, Estimate, candidates, estimate, largest_fitting
 
 if TYPE_CHECKING:
     import torch
 
     from launch.inputs import Run
     from launch.ranks import Ranks
-
-MARGIN = 0.1  # of a GPU's memory stays free: what is chosen for somebody must not fail
 
 
 def device_bytes(device: torch.device, ranks: Ranks) -> int:
@@ -32,7 +30,7 @@ def device_bytes(device: torch.device, ranks: Ranks) -> int:
 def found_cluster(device: torch.device, ranks: Ranks, memory_bytes: int) -> Cluster:
     """Return the machines that a run has found: a device with such memory, and as many as ranks.
 
-    Their speed, which decides on nothing here, is a guess.
+    Their speed is a guess; nothing here depends on it.
     """
     kind = "h100" if device.type == "cuda" else "cpu"
     host_bytes = machine_bytes() // ranks.local_world_size
@@ -93,8 +91,8 @@ def advice(planned: Estimate) -> str | None:
 def choose_micro_batch(run: Run, device: torch.device, memory_bytes: int, resumes: bool) -> int:
     """Return the sequences of a run's micro-batch.
 
-    A run that goes on keeps what it had, if that still divides; on GPUs it is the largest for which
-    the smallest has room, up to 65,536 tokens.
+    A resumed run keeps its saved size if that still divides. Otherwise GPUs take the largest size,
+    up to 65,536 tokens, that leaves room on the one with the least memory.
 
     Args:
         run: As its command line says.

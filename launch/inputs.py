@@ -28,7 +28,7 @@ class Run:
         config: Resolved, and so are `batch` and `ds_config`.
         remarks: On keys of the ds_config, for the start.
         unverified: Such keys.
-        is_settled: Whether the micro-batch is no longer to be chosen.
+        is_settled: Whether the micro-batch is final; else launch/fitting.py chooses it.
     """
 
     config: TrainConfig

@@ -214,11 +214,11 @@ def _casts(shard: Shard, in_backward: bool) -> float:
 
 
 def _loss(shard: Shard) -> float:
-    # model/loss.py: one chunk's logits, and the two gradients.
+    # model/loss.py: a chunk's logits, both gradients, and on a GPU what is added to the head's.
     narrow = activation_bytes(shard)[1]
     logits = shard.loss_rows * shard.gpt.padded_vocab_size
     hidden = narrow * shard.tokens * shard.gpt.n_embd
-    return narrow * logits + 4 * shard.head + 2 * hidden
+    return narrow * logits + (4 + narrow * shard.on_gpu) * shard.head + 2 * hidden
 
 
 def _head_gradients(shard: Shard) -> float:

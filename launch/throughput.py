@@ -119,7 +119,7 @@ def _rings(shard: Shard, batch: BatchArithmetic) -> int:
     if shard.stage == 3:
         return 3 * shard.gpt.n_layer * micro
     if shard.has_flat_gradients and shard.on_gpu:
-        return 2 * GROUPS
+        return 2 * GROUPS + 2  # and the norm
     reductions = math.ceil(P / MAX_REDUCED)
     if shard.stage and not shard.has_flat_gradients:
         reductions = math.ceil(P / shard.zero_option("reduce_bucket_size", MAX_REDUCED))

@@ -78,9 +78,9 @@ class GPTConfig:
         return 6 * self.n_params() + 12 * self.n_layer * self.n_embd * seq_len
 
 
-def chunk_rows(n_rows: int, n_tokens: int, on_gpu: bool, gpu_rows: int) -> int:
+def chunk_rows(n_rows: int, vocab_size: int, on_gpu: bool, gpu_rows: int) -> int:
     """Return how many of so many rows of logits the loss holds at a time."""
     if on_gpu:
         return min(n_rows, gpu_rows)
-    n_chunks = -(-n_rows * n_tokens // CHUNK_LOGITS)
+    n_chunks = -(-n_rows * vocab_size // CHUNK_LOGITS)
     return -(-n_rows // n_chunks)

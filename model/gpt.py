@@ -44,8 +44,8 @@ class CausalSelfAttention(nn.Module):
         ):  # new tokens after cached ones: token t sees the first S - T + t + 1 keys
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
         dropout = self.dropout if self.training else 0.0
-        training = torch.is_grad_enabled()
-        with contextlib.nullcontext() if training else sdpa_kernel(PLANLESS_KERNELS):
+        has_gradient = torch.is_grad_enabled()
+        with contextlib.nullcontext() if has_gradient else sdpa_kernel(PLANLESS_KERNELS):
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal
             )
@@ -96,11 +96,11 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, seed: int = 1337) -> None:
         super().__init__()
         self.config = config
-        self.chunk_rows = MEMORY_USES[0].chunk_rows  # of logits in the training loss, on a GPU
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
+        self.use_memory(MEMORY_USES[1])
         self._initialise(seed)
 
     def _initialise(self, seed: int) -> None:
@@ -129,7 +129,7 @@ class GPT(nn.Module):
         self.apply(init)
 
     def use_memory(self, use: MemoryUse) -> None:
-        """Have training passes on a GPU hold this."""
+        """Set what a training pass keeps in a GPU's memory."""
         self.chunk_rows = use.chunk_rows
         for module in self.modules():
             if isinstance(module, MLP):

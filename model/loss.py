@@ -71,10 +71,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def _to_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
     # (n, V) and (n,): returns each row's loss, (n,), and leaves its gradient in `logits`.
-    if _is_on_gpu(logits) and (kernel := _kernel(logits.device)):
+    on_gpu = _is_on_gpu(logits)
+    kernel = _kernel(logits.device) if on_gpu else None
+    if kernel:
         return kernel(logits, targets)
     losses = []
-    rows = ROWS_WITHOUT_KERNEL if _is_on_gpu(logits) else CACHED_ROWS
+    rows = ROWS_WITHOUT_KERNEL if on_gpu else CACHED_ROWS
     for some, target in zip(logits.split(rows), targets[:, None].split(rows), strict=True):
         log_probs = some.log_softmax(1, dtype=torch.float32)
         losses.append(-log_probs.gather(1, target)[:, 0])
@@ -126,7 +128,7 @@ def linear_cross_entropy(
         weight: (V, C) head.
         targets: (N,) token ids; -100 does not count. With no target at all the loss is 0.
         n_tokens: Of the head's rows these first ones count; default: all.
-        gpu_rows: Whose logits a GPU holds at a time; less memory, slower with fewer.
+        gpu_rows: Rows of logits that a GPU holds at a time; fewer take less memory and more time.
     """
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         dtype = _product_dtype(x)

@@ -21,8 +21,11 @@ def to_gradient(logits, targets, losses, row_stride, V: tl.constexpr, COLUMNS: t
     row = tl.program_id(0).to(tl.int64)  # one program each
     logits += row * row_stride
     target = tl.load(targets + row)
-    # The log of the sum of exponentials, in one pass: what was summed is rescaled whenever a
-    # larger logit comes.
+    # A target outside [0, V) gives NaN; unmasked, it would silently read another row. Read before
+    # the loops, whose reductions are barriers: the last loop overwrites it.
+    is_column = (target >= 0) & (target < V)
+    at_target = tl.load(logits + target, is_column, float("nan")).to(tl.float32)
+    # Online log-sum-exp: the running sum is rescaled whenever a larger logit appears.
     largest = tl.full((), float("-inf"), tl.float32)
     total = tl.zeros((), tl.float32)
     for start in range(0, V, COLUMNS):
@@ -31,9 +34,6 @@ def to_gradient(logits, targets, losses, row_stride, V: tl.constexpr, COLUMNS: t
         larger = tl.maximum(largest, tl.max(values, 0))
         total = total * tl.exp(largest - larger) + tl.sum(tl.exp(values - larger), 0)
         largest = larger
-    # A target that is none makes the loss no number: it must not read another row in silence.
-    is_column = (target >= 0) & (target < V)
-    at_target = tl.load(logits + target, is_column, float("nan")).to(tl.float32)
     tl.store(losses + row, largest + tl.log(total) - at_target)
     for start in range(0, V, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)

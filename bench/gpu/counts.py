@@ -2,8 +2,8 @@
 
     python bench/gpu/counts.py
 
-On the meta device tensors have shapes and no values. The model takes the way that it takes on a
-GPU, and whatever would wait for a value raises.
+On the meta device tensors have shapes and no values. The model takes the same code path as on a
+GPU; reading a value raises.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def counted(with_kernel: bool = True) -> Iterator[Work]:
             setattr(module, name, theirs)
 
 
-PRODUCTS = {"mm", "addmm", "bmm"}
+PRODUCTS = {"mm", "addmm"}
 NO_LAUNCH = {"view", "t", "slice", "detach", "expand", "transpose", "unsqueeze", "split", "alias",
              "_unsafe_view", "select", "as_strided", "permute", "empty", "new_empty", "empty_like",
              "empty_strided", "split_with_sizes", "lift_fresh"}  # fmt: skip

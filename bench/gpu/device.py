@@ -103,7 +103,7 @@ def seconds(run: Callable[[], object]) -> float:
     return round(time.perf_counter() - started, 3)
 
 
-def memory() -> Row:
+def take_memory_peaks() -> Row:
     """Return the peaks of a GPU's memory in GiB, and begin anew; nothing on a CPU."""
     if not on_gpu():
         return {}

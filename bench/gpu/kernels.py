@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.gpu.device import Options, Row, device, median_ms, memory, on_gpu, seconds
+from bench.gpu.device import Options, Row, device, median_ms, on_gpu, seconds, take_memory_peaks
 from bench.record import stamp
 
 HEAD_ROWS, REAL_TOKENS = 50_304, 50_257  # of GPT-2's vocabulary, with padding and without
@@ -40,6 +40,7 @@ def setup(options: Options) -> Row:
     moved = tokens.to(device(), non_blocking=True).long().cpu()
     found["uint16_ok"] = bool((moved == tokens.long()).all())
     found |= _attention_choices(batch, seq_len)
+    found["ok"] = found["uint16_ok"]
     return found | {"tflops": _products(batch * seq_len, 64 if options.tiny else 768)}
 
 
@@ -75,7 +76,7 @@ def _products(M: int, C: int) -> dict[str, float]:
         shapes |= {"square 8192": (8192, 8192, 8192), "head": (M, C, V), "head dx": (M, V, C),
                    "head dw": (V, M, C), "validation 50257": (4096, C, REAL_TOKENS),
                    "validation 50304": (4096, C, V)}  # fmt: skip
-        for rows in (662, 4096, 8192, 16_384):
+        for rows in (662, 4096, 8192, 16_384):  # the first: what 2^25 logits are
             shapes |= {f"chunk {rows}": (rows, C, V), f"chunk {rows} dx": (rows, V, C),
                        f"chunk {rows} dw": (V, rows, C)}  # fmt: skip
     found = {}
@@ -153,10 +154,10 @@ def losses(options: Options) -> Row:
             x.grad = w.grad = None
             loss_of(x, w, y).backward()
 
-        memory()
+        take_memory_peaks()
         try:
             ms = median_ms(run, repeats=3 if options.tiny else 8, warm_up=2)
-            found[name] = {"ms": ms} | memory()
+            found[name] = {"ms": ms} | take_memory_peaks()
         except RuntimeError as error:  # out of memory is one
             found[name] = {"error": str(error).splitlines()[0][:200]}
     return found

@@ -1,4 +1,4 @@
-"""What one H100 should do by arithmetic, and what it did: the tables of docs/GPU.md.
+"""Tables of docs/GPU.md: what one H100 should reach by arithmetic, and what it reached.
 
     python bench/gpu/page.py
 
@@ -75,10 +75,15 @@ def speeds(measured: list[dict[str, Any]]) -> Rows:
 def others(measured: list[dict[str, Any]]) -> Rows:
     """Return a row for each stage that is not about speed."""
     return [
-        {"stage": row["stage"], "found": json.dumps({k: v for k, v in row.items() if k != "stage"})}
+        {"stage": row["stage"], "found": _cell(row)}
         for row in measured
         if row["stage"] != "begin" and "ms" not in row
     ]
+
+
+def _cell(row: dict[str, Any]) -> str:
+    shown = {k: v for k, v in row.items() if k not in ("stage", "smi", "stdout", "stderr")}
+    return json.dumps(shown).replace("|", "\\|")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""All that is to be learnt on one GPU, in one command: stages, the most needed first.
+"""Measure everything that needs a GPU with one command, in stages, the most important first.
 
     python bench/gpu/run.py --out runs/gpu --data_dir my_tokens --budget 560
     python bench/gpu/run.py --out runs/gpu --tiny                            on a CPU: do they work?
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 FIRST = {
     "setup": 60, "commands": 110, "gradients": 40, "parity": 75, "zero1": 40, "seed": 30,
     "losses": 40, "attention": 20, "zero1+compile": 70, "zero0": 30, "bare1": 25,
-    "zero1 at 16": 25, "evaluation": 60, "resume": 70, "bare0+whole": 100, "zero0+compile": 60,
+    "zero1 at 16": 25, "evaluation": 60, "resume": 70, "seed+whole": 100, "zero0+compile": 60,
     "zero2": 25, "zero3": 30, "zero1 at 32": 20, "export": 40, "host_waits": 30, "profile": 60,
 }  # fmt: skip
 SECOND = {"curve": 150, "zero1 of gpt2-xl": 60, "offload": 160}
@@ -93,6 +93,7 @@ def supervise(names: list[str], args: argparse.Namespace) -> None:
     while (todo := [n for n in names if n not in done_of(args.out, before)]) and (
         time.monotonic() < deadline - 15
     ):
+        n_begun = len(_begun(args.out, before))
         command = [sys.executable, __file__, *sys.argv[1:], "--child", ",".join(todo)]
         with (args.out / "log.txt").open("ab") as log:
             child = subprocess.Popen(command, start_new_session=True, stdout=log, stderr=log)
@@ -101,9 +102,8 @@ def supervise(names: list[str], args: argparse.Namespace) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
         status = child.wait()
-        rows = read(args.out)[before:]
-        begun = [row["name"] for row in rows if row["stage"] == "begin"]
-        if not begun:
+        begun = _begun(args.out, before)
+        if len(begun) == n_begun:
             raise SystemExit(f"error: {args.out / 'log.txt'}: no stage began. Fix: read it")
         if begun[-1] not in done_of(args.out, before):
             write(args.out, begun[-1], {"error": f"out of time, or dead: status {status}"})
@@ -117,17 +117,22 @@ def watch(
     Raises:
         subprocess.TimeoutExpired: One of its stages, or all of them, take too long.
     """
-    current, limit = "", time.monotonic() + START_S
+    current = _begun(args.out, before)[-1:]
+    limit = time.monotonic() + START_S
     while time.monotonic() < min(limit, deadline):
-        begun = [row["name"] for row in read(args.out)[before:] if row["stage"] == "begin"]
-        if begun and begun[-1] != current:
-            current = begun[-1]
-            limit = time.monotonic() + SECONDS[current] * args.slack
-            print(current, file=sys.stderr, flush=True)
+        begun = _begun(args.out, before)[-1:]
+        if begun != current:
+            current = begun
+            limit = time.monotonic() + SECONDS[begun[0]] * args.slack
+            print(begun[0], file=sys.stderr, flush=True)
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(0.25)
             return
     raise subprocess.TimeoutExpired(current, args.budget)
+
+
+def _begun(out: Path, before: int) -> list[str]:
+    return [row["name"] for row in read(out)[before:] if row["stage"] == "begin"]
 
 
 def done_of(out: Path, before: int) -> set[str]:

@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from bench.gpu.device import Options, Row, Sizes, device, memory, on_gpu, run_program, wait
+from bench.gpu.device import (
+    Options,
+    Row,
+    Sizes,
+    device,
+    on_gpu,
+    run_program,
+    take_memory_peaks,
+    wait,
+)
 from bench.side import build_run, run_engine, run_plain
 from launch.inputs import Run
 from launch.ranks import Ranks
@@ -53,7 +62,7 @@ def speed(options: Options, side: str, steps: int = 10, **more: int | str) -> Ro
     times: list[float] = []
 
     def turns(*_: object) -> Iterator[None]:
-        memory()
+        take_memory_peaks()
         yield from [None] * warm_up
         while len(times) < blocks:
             wait()
@@ -67,7 +76,7 @@ def speed(options: Options, side: str, steps: int = 10, **more: int | str) -> Ro
     found: Row = {"side": side, **vars(sizes), "tokens_per_s": per_second,
                   "ms": round(1e3 * statistics.median(times), 2),
                   "blocks_ms": [round(1e3 * t, 2) for t in times],
-                  "losses": [round(loss, 5) for loss in losses], **memory()}  # fmt: skip
+                  "losses": [round(loss, 5) for loss in losses], **take_memory_peaks()}  # fmt: skip
     return found | _against_the_plan(run, side, per_second)
 
 
@@ -121,10 +130,13 @@ def host_waits(options: Options) -> Row:
                 yield
                 if on_gpu():
                     torch.cuda.set_sync_debug_mode("default")
+            places = [
+                (Path(w.filename), w.lineno) for w in caught if "synchroniz" in str(w.message)
+            ]
             waits.update(
-                f"{Path(w.filename).name}:{w.lineno}"
-                for w in caught
-                if "synchroniz" in str(w.message)
+                f"{'/'.join(path.parts[-3:])}:{line}"
+                for path, line in places
+                if path.parts[-2:] != ("launch", "engine.py")  # sum_tensor, for bench/side.py
             )
 
         train(options, side, options.sizes("parity"), turns)
@@ -134,6 +146,7 @@ def host_waits(options: Options) -> Row:
 
 def profile(options: Options) -> Row:
     """Which kernels two steps launch, and how long they keep the GPU busy."""
+    from torch._C._autograd import DeviceType
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as trace
 
@@ -151,7 +164,10 @@ def profile(options: Options) -> Row:
                 wait()
             wall_ms = 1e3 * (time.perf_counter() - started)
             which = "self_device_time_total" if on_gpu() else "self_cpu_time_total"
-            events = sorted(traced.key_averages(), key=lambda e: -getattr(e, which))
+            kind = DeviceType.CUDA if on_gpu() else DeviceType.CPU
+            events = [e for e in traced.key_averages()
+                      if e.device_type == kind and not e.is_user_annotation]  # fmt: skip
+            events.sort(key=lambda e: -getattr(e, which))
             top = [(e.key[:60], e.count, round(getattr(e, which) / 1e3, 2)) for e in events[:28]]
             busy_ms = sum(getattr(e, which) for e in events) / 1e3
             found[side] = {"wall_ms": round(wall_ms, 1), "busy_ms": round(busy_ms, 1), "top": top}
@@ -186,11 +202,12 @@ def curve(options: Options) -> Row:
         "tokens_per_s": [r["perf/tokens_per_s"] for r in rows if "train/loss" in r][-3:],
         "val": [row["val/loss"] for row in rows if "val/loss" in row],
         "largest_apart": max(apart, default=None),
+        "ok": said["status"] == 0 and len(ours) == steps,
     }  # fmt: skip
 
 
 def offload(options: Options) -> Row:
-    """A preset beyond the GPU's memory: optimizer and weights in the machine's."""
+    """gpt3-2.7b with optimizer and weights in the machine's memory, and its peak."""
     sizes = {"model": "gpt3-2.7b", "seq_len": 2048, "micro_batch_size": 4}
     found = speed(options, "zero3_offload", 1, **sizes)
     host_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,16 +1,22 @@
 """Which micro-batch is taken when nobody gave one."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from launch.config import TrainConfig
-from launch.devices import GIB
+from launch import fitting
+from launch.config import TrainConfig, parse_train_config, resolve_train_config
+from launch.devices import DEVICES, GIB
+from launch.ds_config import load_ds_config
+from launch.estimate import Cluster, estimate
 from launch.fitting import choose_micro_batch
 from launch.inputs import Run, resolve_run
 from launch.ranks import Ranks
+from model.config import MEMORY_USES, MemoryUse
 from train import main
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
@@ -27,7 +33,7 @@ def run_of(ranks: Ranks | None = None, **fields: object) -> Run:
     ("gpt2-xl", 80, 16),
     ("gpt3-1.3b", 24, 1),  # nothing fits: the warning says so
 ])  # fmt: skip
-def test_gpus_take_the_largest_that_the_smallest_of_them_holds(
+def test_gpus_take_the_largest_that_their_memory_holds(
     model: str, gib: int, sequences: int
 ) -> None:
     run = run_of(model=model)
@@ -66,6 +72,46 @@ def test_dry_run_says_that_a_gpu_may_take_more(
 ) -> None:
     assert main(["--dry_run", "--model", "gpt2", *flags]) == 0
     assert ("16, or more where the GPU holds it" in capsys.readouterr().out) == says
+
+
+@pytest.mark.parametrize(("gib", "use"), [(80, MEMORY_USES[0]), (23, MEMORY_USES[1]),
+                                          (20, MEMORY_USES[3])])  # fmt: skip
+def test_the_loss_and_gelu_take_what_leaves_a_tenth_free(gib: float, use: MemoryUse) -> None:
+    config = resolve_train_config(TrainConfig(model="gpt2", micro_batch_size=64))
+    raw = load_ds_config(config.ds_config)
+    device = dataclasses.replace(DEVICES["h100"], memory_bytes=int(gib * GIB))
+    planned = estimate(config, raw, "", Cluster(device, 1, 1))
+    assert planned.fits
+    assert planned.memory_use == use
+
+
+def test_ranks_take_what_rank_0_chooses_for_the_smallest(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of(Ranks(1, 1, 2, 2), model="gpt2")
+    seen = []
+
+    def gather(sizes: list[int], own: int) -> None:
+        sizes[:] = [16 * GIB, own]
+
+    def broadcast(chosen: list[int]) -> None:
+        seen.append(chosen[0])
+        chosen[0] = 4  # rank 0 says so
+
+    monkeypatch.setattr(fitting, "device_bytes", lambda *_: 80 * GIB)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
+    fitting.settle_micro_batch(run, GPU, resumes=False)
+    assert seen == [choose_micro_batch(run_of(run.ranks, model="gpt2"), GPU, 16 * GIB, False)]
+    assert (run.batch.micro_batch_size, run.is_settled) == (4, True)
+    fitting.settle_micro_batch(run, GPU, resumes=False)  # for good
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize(("flags", "value"), [
+    ([], "false"), (["--compile"], "true"), (["--compile", "AUTO"], "auto"),
+    (["--compile", "--model", "debug"], "true"),
+])  # fmt: skip
+def test_compile_alone_means_true(flags: list[str], value: str) -> None:
+    assert parse_train_config(flags, "").compile == value
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import GPT, GPTConfig
+from model.config import MEMORY_USES, MemoryUse
 from model.gpt import MLP
 from model.linear import Linear, linear
 
@@ -192,3 +193,20 @@ def test_no_kernel_with_a_plan_for_each_shape_where_no_gradient_is_wanted(
     with torch.no_grad():
         model(tokens)
     assert asked == [True] * config.n_layer + [False] * config.n_layer
+
+
+@pytest.mark.parametrize("use", MEMORY_USES)
+def test_what_a_gpu_keeps_changes_no_number(use: MemoryUse) -> None:
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=50)
+    tokens = torch.randint(50, (3, 8))
+
+    def numbers(model: GPT) -> list[torch.Tensor]:
+        loss = model.train()(tokens, tokens)
+        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+    other = GPT(config)
+    other.use_memory(use)
+    keeps = [module.keeps_gelu for module in other.modules() if isinstance(module, MLP)]
+    assert keeps == [use.keeps_gelu] * 2
+    assert other.chunk_rows == use.chunk_rows
+    torch.testing.assert_close(numbers(other), numbers(GPT(config)))

@@ -93,6 +93,7 @@ def test_without_triton_the_loss_is_the_same(
     gpu_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model.loss, "_is_on_gpu", lambda x: True)
+    monkeypatch.setattr(model.loss, "ROWS_WITHOUT_KERNEL", 12)
     x, w = torch.randn(50, 24, requires_grad=True), torch.randn(97, 24, requires_grad=True)
     targets = torch.randint(90, (50,))
     targets[::5] = -100
@@ -129,3 +130,10 @@ def test_kernel_compiles_for_gpus(capability: int) -> None:
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options={"num_warps": 8})
     assert len(compiled.asm["cubin"]) > 1000
+    # The target's logit is read before the warps meet for the first time, and so before any of them
+    # overwrites it.
+    ptx = compiled.asm["ptx"]
+    before_the_loops, _, rest = ptx.partition("\n$L__BB")
+    assert before_the_loops.count("ld.global.b16") == 1
+    assert "bar.sync" not in before_the_loops
+    assert rest.index("bar.sync") < rest.index("st.global")
