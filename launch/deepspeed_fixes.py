@@ -158,8 +158,8 @@ def give_timeout_to_clone(timeout: datetime.timedelta) -> None:
     """
     from deepspeed.utils import groups
 
-    clone: Any = groups._clone_world_group()
-    dist.distributed_c10d._set_pg_timeout(timeout, clone)
+    set_timeout = getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)  # before 2.15
+    set_timeout(timeout, groups._clone_world_group())
 
 
 def build_cpu_adam(ranks: Ranks) -> None:
