@@ -159,7 +159,8 @@ def give_timeout_to_clone(timeout: datetime.timedelta) -> None:
     from deepspeed.utils import groups
 
     set_timeout = getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)  # before 2.15
-    set_timeout(timeout, groups._clone_world_group())
+    clone: Any = groups._clone_world_group()
+    set_timeout(timeout, clone)
 
 
 def build_cpu_adam(ranks: Ranks) -> None:
