@@ -13,6 +13,7 @@ from torch.library import custom_op
 
 READS, WRITES = 2, 1  # of each logit by one launch
 COLUMNS = 4096  # that a program holds at a time
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}  # Triton 3.9 warns where the second is absent
 
 
 @triton.jit
@@ -54,7 +55,7 @@ def to_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
     n, V = logits.shape
     losses = logits.new_empty(n, dtype=float32)
     launch: Any = to_gradient[(n,)]
-    launch(logits, targets, losses, logits.stride(0), V, COLUMNS, num_warps=8)
+    launch(logits, targets, losses, logits.stride(0), V, COLUMNS, **OPTIONS)
     return losses
 
 

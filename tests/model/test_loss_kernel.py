@@ -119,7 +119,7 @@ def test_kernel_compiles_for_gpus(capability: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from model.loss_kernel import COLUMNS, to_gradient
+    from model.loss_kernel import COLUMNS, OPTIONS, to_gradient
 
     signature = {"logits": "*bf16", "targets": "*i64", "losses": "*fp32", "row_stride": "i32"}
     source = ASTSource(
@@ -128,7 +128,7 @@ def test_kernel_compiles_for_gpus(capability: int) -> None:
         constexprs={"V": 50_304, "COLUMNS": COLUMNS},
     )
     target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": 8})
+    compiled = triton.compile(source, target=target, options=OPTIONS)
     assert len(compiled.asm["cubin"]) > 1000
     # The target's logit is read before the warps meet for the first time, and so before any of them
     # overwrites it.
