@@ -172,8 +172,7 @@ def estimate(config: TrainConfig, raw: dict[str, Any], name: str, cluster: Clust
             Estimate(config, batch, ds_config, name, cluster, use, memory.peak(shard), seconds,
                      memory.host_bytes(shard), throughput.sent_bytes(shard, batch))
         )  # fmt: skip
-    enough = MARGIN * device.memory_bytes
-    return next((each for each in found if each.spare_bytes >= enough), found[-1])
+    return next((e for e in found if e.spare_bytes >= MARGIN * device.memory_bytes), found[-1])
 
 
 def largest_fitting(

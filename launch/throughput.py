@@ -39,10 +39,8 @@ def sent_bytes(shard: Shard, batch: BatchArithmetic) -> float:
     if shard.stage == 0:
         per_step = 2 * c * shard.n_params
     elif shard.stage == 1:
-        sent = 2 * c
-        if shard.has_flat_gradients:  # NCCL scatters the sums; gloo gives them to all
-            sent = 4 if shard.on_gpu else 2 * 4
-        per_step = (sent + w) * shard.n_params
+        flat = 4 if shard.on_gpu else 2 * 4  # NCCL scatters the sums; gloo gives them to all
+        per_step = ((flat if shard.has_flat_gradients else 2 * c) + w) * shard.n_params
     elif shard.stage == 2:  # every micro-batch reduces; whole buckets, unless told otherwise
         times = 2 if shard.zero_option("use_multi_rank_bucket_allreduce", True) else 1
         per_step = (micro * times * c + w) * shard.n_params
