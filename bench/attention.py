@@ -47,12 +47,14 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
     return ((value.double() - exact).norm() / exact.norm()).item()
 
 
-def median_ms(run: Callable[[], object], device: str, repeats: int) -> float:
-    """Return the median time of a pass."""
+def median_ms(
+    run: Callable[[], object], device: str, repeats: int, warm_up: int = WARM_UP
+) -> float:
+    """Return the median time of a call, on a GPU between events."""
     import torch
 
     times = []
-    for _ in range(WARM_UP + repeats):
+    for _ in range(warm_up + repeats):
         if device == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -64,7 +66,7 @@ def median_ms(run: Callable[[], object], device: str, repeats: int) -> float:
             started = time.perf_counter()
             run()
             times.append(1000 * (time.perf_counter() - started))
-    return statistics.median(times[WARM_UP:])
+    return statistics.median(times[warm_up:])
 
 
 def measure(B: int, T: int, C: int, n_head: int, repeats: int) -> Rows:

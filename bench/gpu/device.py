@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from bench import attention
 from launch.meeting import choose_device
 from launch.ranks import Ranks
 
@@ -78,21 +78,8 @@ def wait() -> None:
 
 
 def median_ms(run: Callable[[], object], repeats: int = 20, warm_up: int = 3) -> float:
-    """Return the median time of a call, on a GPU between events."""
-    times = []
-    for _ in range(warm_up + repeats):
-        if on_gpu():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        else:
-            started = time.perf_counter()
-            run()
-            times.append(1e3 * (time.perf_counter() - started))
-    return round(statistics.median(times[warm_up:]), 4)
+    """Return the median time of a call."""
+    return round(attention.median_ms(run, device().type, repeats, warm_up), 4)
 
 
 def seconds(run: Callable[[], object]) -> float:
