@@ -3,12 +3,13 @@
 import contextlib
 import gc
 import glob
+import importlib.util
 import os
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from data.mpi import BY_HAND, find_tasks, read_number
 
@@ -109,6 +110,8 @@ def check_extension_locks(ranks: Ranks) -> None:
         ValueError: No process of this machine holds the lock and, where other machines may share
             the folder, it is older than ten minutes. Names the file.
     """
+    if "FileLock(" in _builder().read_text(encoding="utf-8"):
+        return  # from PyTorch 2.15 on the kernel frees the lock, and its file stays
     home = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
     shared = ranks.local_world_size < ranks.world_size
     for lock in Path(home).rglob("lock"):
@@ -117,6 +120,11 @@ def check_extension_locks(ranks: Ranks) -> None:
             stale = not _is_held(lock) and (not shared or age_s > STALE_LOCK_S)
             if stale and lock.exists():  # the build may have ended while its holder was sought
                 raise ValueError(f"{lock}: left by a build that was killed. Fix: rm {lock}")
+
+
+def _builder() -> Path:
+    torch: Any = importlib.util.find_spec("torch")  # which takes seconds to import
+    return Path(torch.origin).parent / "utils" / "cpp_extension.py"
 
 
 def _is_held(lock: Path) -> bool:

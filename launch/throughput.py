@@ -27,7 +27,6 @@ HEAD_PASSES = 2
 UPDATE_BYTES = 30  # a parameter: gradient, master, two moments; all but the first written; weight
 LINK_SHARE = 0.8  # of a link's bandwidth that NCCL's large collectives get
 HOP_S = 3.5e-6  # of a ring for each rank: fitted to llm-foundry's 1B on 8, 64 and 512 H100
-GROUPS = 2  # of weights, with and without decay: each is one flat tensor at stage 1
 HIDDEN = 0.5  # of ZeRO-3's communication, behind the computation
 LAUNCH_S = 300e-6  # for the 40 kernels of a block, forward and backward, by Python: an assumption
 HOST_MEMORY_BYTES_S = 200e9  # of a machine with two processors, for the optimizer on the CPU
@@ -117,7 +116,7 @@ def _rings(shard: Shard, batch: BatchArithmetic) -> int:
     if shard.stage == 3:
         return 3 * shard.gpt.n_layer * micro
     if shard.has_flat_gradients and shard.on_gpu:
-        return 2 * GROUPS + 2  # and the norm
+        return 2 * 2 + 2  # two groups of weights, each scattered and gathered; and the norm
     reductions = math.ceil(P / MAX_REDUCED)
     if shard.stage and not shard.has_flat_gradients:
         reductions = math.ceil(P / shard.zero_option("reduce_bucket_size", MAX_REDUCED))

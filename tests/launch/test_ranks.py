@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import launch.ranks
 from data.mpi import LAUNCHERS, connect
 from launch.ranks import NAMES, Ranks, check_extension_locks, read_ranks
 from train import main
@@ -17,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    (tmp_path / "builder.py").write_text("FileBaton()", encoding="utf-8")  # before PyTorch 2.15
+    monkeypatch.setattr(launch.ranks, "_builder", lambda: tmp_path / "builder.py")
     (tmp_path / "py311_cpu" / "cpu_adam").mkdir(parents=True)
     path = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
     path.touch()
@@ -26,6 +29,16 @@ def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_lock_without_a_builder_is_reported_at_once(lock: Path) -> None:
     with pytest.raises(ValueError, match=r"cpu_adam/lock: left by a build that was killed"):
         check_extension_locks(Ranks(0, 0, 1, 1))
+
+
+def test_a_lock_of_pytorch_2_15_blocks_nobody(lock: Path) -> None:
+    (lock.parents[2] / "builder.py").write_text("FileLock(path)", encoding="utf-8")
+    check_extension_locks(Ranks())
+
+
+def test_the_builder_is_pytorchs() -> None:
+    text = launch.ranks._builder().read_text(encoding="utf-8")
+    assert ("FileLock(" in text) != ("FileBaton(" in text)
 
 
 def test_a_lock_that_a_builder_holds_is_not_stale(lock: Path) -> None:
