@@ -137,7 +137,8 @@ def build_engine(
     if offloads(ds_config, "optimizer"):
         fixes.build_cpu_adam(ranks)
     can_compile = model.ln_f.weight.is_cuda and zero_stage(ds_config) < 3 and shutil.which("gcc")
-    if config.compile == "true" or (config.compile == "auto" and can_compile):
+    is_compiled = config.compile == "true" or (config.compile == "auto" and bool(can_compile))
+    if is_compiled:
         compile_blocks(model)
     if "activation_checkpointing" in ds_config:
         for block in model.h:
@@ -148,7 +149,7 @@ def build_engine(
                 preserve_rng_state=config.dropout > 0,
             )
     groups = decay_groups(model, config.weight_decay)
-    description = describe_groups(groups)
+    description = describe_groups(groups) + " | blocks compiled" * is_compiled
     torch.manual_seed(config.seed + ranks.rank)  # dropout: each rank draws its own
     with (
         fixes.one_line_key_errors(config),

@@ -10,13 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import memory, throughput
-from launch.config import (
-    BatchArithmetic,
-    TrainConfig,
-    divisors,
-    largest_micro_batch,
-    resolve_batch,
-)
+from launch.config import BatchArithmetic, TrainConfig, divisors, largest_micro_batch, resolve_batch
 from launch.devices import Device
 from launch.ds_config import load_ds_config, offloads, precision, resolve_ds_config, zero_stage
 from model.config import MEMORY_USES, MemoryUse

@@ -77,8 +77,7 @@ def step_seconds(
         )
     )
     updated = shard.n_params / (shard.world_size if shard.stage else 1)
-    head_gradient = HEAD_PASSES * (narrow + 4) * gpt.n_embd / shard.loss_rows  # for each logit
-    logit_bytes = LOGIT_PASSES * narrow + head_gradient
+    logit_bytes = LOGIT_PASSES * narrow + HEAD_PASSES * (narrow + 4) * gpt.n_embd / shard.loss_rows
     flops = device.flops * (2 / narrow)  # TF32 has half the peak of bf16
     seconds = {
         "matrix products": tokens * products / (flops * device.matmul_share),

@@ -149,7 +149,7 @@ def check_tensorboard(words: list[str], _: bool) -> None:
 CHECKS: dict[str, Any] = {
     "python": check_python, "deepspeed": check_deepspeed, "torchrun": check_torchrun,
     "make": check_make, "pip": check_pip, "sbatch": check_sbatch, "kubectl": check_kubectl,
-    "tensorboard": check_tensorboard,
+    "tensorboard": check_tensorboard, "cp": lambda words, _: len(words) == 2,
     "mpirun": functools.partial(check_ranks_of_python, {"-n", "-hostfile"}),
     "srun": functools.partial(check_ranks_of_python, {"--mpi", "-N", "--nodes", "--ntasks-per-node",
                                                       "--gpus-per-node", "--cpus-per-task"}),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,6 @@ UPDATE_BYTES = 40  # a parameter: its gradient is added to the fp32 sum (10), an
 # Beside what zero1 moves: stage 0 has an fp32 residual stream, and autocast's copies; the compiler
 # fuses LayerNorm, sums and GELU with their neighbours. Estimates.
 MORE_BYTES = {"zero1": 0, "zero1+compile": -26e9, "zero0": 49e9, "zero0+compile": 20e9}
-GOALS = {"zero1+compile": "520,000"}
 
 
 def predict(work: Work, n_params: int, more_bytes: float, speed: int) -> float:
@@ -54,8 +54,7 @@ def speeds(measured: list[dict[str, Any]]) -> Rows:
     timed = {row["stage"]: row for row in measured if "tokens_per_s" in row and "ms" in row}
     rows = []
     for side in dict.fromkeys([*MORE_BYTES, *timed]):
-        row = {"side": side, "predicted ms": "", "predicted tokens/s": "",
-               "goal": GOALS.get(side, "")}  # fmt: skip
+        row = {"side": side, "predicted ms": "", "predicted tokens/s": ""}
         if side in MORE_BYTES:
             slow, fast = (
                 predict(work, config.n_params(), MORE_BYTES[side], s) for s in (SLOW, FAST)
@@ -65,10 +64,35 @@ def speeds(measured: list[dict[str, Any]]) -> Rows:
         if side in timed:
             seen = timed[side]
             row |= {"measured ms": f"{seen['ms']:.1f}", "tokens/s": f"{seen['tokens_per_s']:,}",
-                    "MFU": f"{seen['mfu_palm'] or 0:.1%}",
-                    "GiB": str(seen.get("peak_gib")),
-                    "planned": str(seen.get("planned_gib"))}  # fmt: skip
+                    "MFU": f"{seen['mfu_palm']:.1%}" if seen["mfu_palm"] else "n/a",
+                    "GiB": str(seen.get("peak_gib", "n/a")),
+                    "planned": str(seen.get("planned_gib", "n/a"))}  # fmt: skip
         rows.append(row)
+    return rows
+
+
+def goals(measured: dict[str, dict[str, Any]]) -> Rows:
+    """Return a row for each goal: what was found, and whether it is reached."""
+
+    def value(stage: str, key: str) -> float:
+        return measured.get(stage, {}).get(key) or math.nan
+
+    compiled, plain = value("zero1+compile", "tokens_per_s"), value("seed+whole", "tokens_per_s")
+    slower = 1 - value("zero1", "tokens_per_s") / value("bare1", "tokens_per_s")
+    faster = value("evaluation", "one_at_a_time_s") / value("evaluation", "hellaswag_second_s")
+    found = {
+        "zero1+compile: 520,000 tokens/s": (f"{compiled:,.0f}", compiled >= 520_000),
+        "zero1+compile over seed+whole: 1": (f"{compiled / plain:.2f}", compiled >= plain),
+        "zero1 slower than bare1: 2 % at most": (f"{slower:.1%}", slower <= 0.02),
+        "HellaSwag over one at a time: 20": (f"{faster:.1f}", faster >= 20),
+        **{f"{stage}: ok": (str(row["ok"]), row["ok"]) for stage, row in measured.items()
+           if "ok" in row},
+    }  # fmt: skip
+    rows = []
+    for goal, (text, is_reached) in found.items():
+        is_known = "nan" not in text
+        reached = "yes" if is_reached else "no"
+        rows.append({"goal": goal, "found": text * is_known, "reached": reached * is_known})
     return rows
 
 
@@ -92,9 +116,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
     lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
-    measured = [json.loads(line) for line in lines]
-    print(markdown(speeds(measured)))
-    print(markdown(others(measured)) if measured else "No run on a GPU exists: none is measured.")
+    rows = {row["stage"]: row for row in map(json.loads, lines) if row["stage"] != "begin"}
+    card = rows.get("setup", {})
+    if lines and "device" not in card:
+        raise SystemExit(
+            f"error: {RESULTS}: of no GPU. Fix: give what bench/gpu/run.py left on one"
+        )
+    print(markdown(speeds(list(rows.values()))))
+    if not rows:
+        print("No run on a GPU exists: none is measured.")
+        return
+    print(f"Measured on {card['device']}, {card['versions']}, commit {card['commit']}.\n")
+    print(markdown(goals(rows)))
+    print(markdown(others(list(rows.values()))))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     python bench/gpu/run.py --out runs/gpu --tiny                            on a CPU: do they work?
 
 Each stage adds a line of JSON to OUT/results.jsonl as soon as it is known; one that takes too long
-or dies costs itself only. bench/gpu/page.py makes docs/GPU.md of them.
+or dies costs itself only. The same command again goes on with the stages that have no line yet.
+bench/gpu/page.py makes docs/GPU.md of them.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ FIRST = {
 SECOND = {"curve": 150, "zero1 of gpt2-xl": 60, "offload": 160}
 SECONDS = FIRST | SECOND
 START_S = 120  # until the first stage of a process begins
+VOCABULARY = 50_257  # GPT-2's
+LEAST_S = 15  # too little for another stage
 LOST = 3  # exit status of a process whose GPU context is lost
 
 
@@ -89,55 +92,71 @@ def read(out: Path) -> list[dict[str, Any]]:
 def supervise(names: list[str], args: argparse.Namespace) -> None:
     """Have children run the stages until all are done or the time is up (the parent)."""
     deadline = time.monotonic() + args.budget
-    before = len(read(args.out))
-    while (todo := [n for n in names if n not in done_of(args.out, before)]) and (
-        time.monotonic() < deadline - 15
+    while (todo := [n for n in names if n not in done_of(args.out)]) and (
+        time.monotonic() < deadline - LEAST_S
     ):
-        n_begun = len(_begun(args.out, before))
+        n_begun = len(_begun(args.out))
         command = [sys.executable, __file__, *sys.argv[1:], "--child", ",".join(todo)]
         with (args.out / "log.txt").open("ab") as log:
             child = subprocess.Popen(command, start_new_session=True, stdout=log, stderr=log)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            watch(child, args, before, deadline)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        status = child.wait()
-        begun = _begun(args.out, before)
+        try:
+            why = watch(child, args, deadline)
+        finally:  # a stop of this process is one of the child too
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            status = child.wait()
+        begun = _begun(args.out)
         if len(begun) == n_begun:
             raise SystemExit(f"error: {args.out / 'log.txt'}: no stage began. Fix: read it")
-        if begun[-1] not in done_of(args.out, before):
-            write(args.out, begun[-1], {"error": f"out of time, or dead: status {status}"})
+        if begun[-1] not in done_of(args.out):
+            write(args.out, begun[-1], {"error": why or f"died with status {status}"})
 
 
-def watch(
-    child: subprocess.Popen[bytes], args: argparse.Namespace, before: int, deadline: float
-) -> None:
-    """Wait for a child's end.
-
-    Raises:
-        subprocess.TimeoutExpired: One of its stages, or all of them, take too long.
-    """
-    current = _begun(args.out, before)[-1:]
-    limit = time.monotonic() + START_S
-    while time.monotonic() < min(limit, deadline):
-        begun = _begun(args.out, before)[-1:]
-        if begun != current:
-            current = begun
-            limit = time.monotonic() + SECONDS[begun[0]] * args.slack
-            print(begun[0], file=sys.stderr, flush=True)
+def watch(child: subprocess.Popen[bytes], args: argparse.Namespace, deadline: float) -> str:
+    """Wait for a child's end; return why it is to be ended first, or ""."""
+    n_begun = len(_begun(args.out))
+    seconds = START_S
+    started = time.monotonic()
+    while time.monotonic() < min(started + seconds, deadline):
+        begun = _begun(args.out)
+        if len(begun) > n_begun:
+            n_begun, started = len(begun), time.monotonic()
+            seconds = SECONDS[begun[-1]] * args.slack
+            print(begun[-1], file=sys.stderr, flush=True)
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(0.25)
-            return
-    raise subprocess.TimeoutExpired(current, args.budget)
+            return ""
+    return "the budget is used up" if time.monotonic() >= deadline else f"over its {seconds:.0f} s"
 
 
-def _begun(out: Path, before: int) -> list[str]:
-    return [row["name"] for row in read(out)[before:] if row["stage"] == "begin"]
+def _begun(out: Path) -> list[str]:
+    return [row["name"] for row in read(out) if row["stage"] == "begin"]
 
 
-def done_of(out: Path, before: int) -> set[str]:
-    """Return the stages that have a line, without the first so many lines."""
-    return {row["stage"] for row in read(out)[before:]} - {"begin"}
+def done_of(out: Path) -> set[str]:
+    """Return the stages that have a line."""
+    return {row["stage"] for row in read(out)} - {"begin"}
+
+
+def check(args: argparse.Namespace, names: list[str]) -> None:
+    """Refuse what would waste a GPU's time.
+
+    Raises:
+        ValueError: Names the flag.
+    """
+    import torch
+
+    from data.shards import TokenStream
+
+    if unknown := [name for name in names if name not in SECONDS]:
+        raise ValueError(f"--stages {unknown[0]}: unknown. Fix: of {', '.join(SECONDS)}")
+    if args.budget <= LEAST_S:
+        raise ValueError(f"--budget {args.budget:g}: too little. Fix: give more than {LEAST_S}")
+    is_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    if not args.tiny and not is_gpu:
+        raise ValueError(f"torch {torch.__version__} sees no GPU here. Fix: --tiny, for a CPU")
+    for split in ("train", "val"):
+        TokenStream(args.data_dir, split, VOCABULARY)
 
 
 def main() -> int:
@@ -168,14 +187,21 @@ def main() -> int:
         return 0
     groups = {"first": list(FIRST), "second": list(SECOND), "all": list(SECONDS)}
     names = groups.get(args.stages) or args.stages.split(",")
-    if unknown := [name for name in names if name not in SECONDS]:
-        parser.error(f"--stages {unknown[0]}: unknown. Fix: of {', '.join(SECONDS)}")
-    before = len(read(args.out))
-    supervise(names, args)
-    rows = [row for row in read(args.out)[before:] if row["stage"] != "begin"]
+    try:
+        check(args, names)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(1))  # by way of `finally`
+    with contextlib.suppress(KeyboardInterrupt):
+        supervise(names, args)
+    rows = [row for row in read(args.out) if row["stage"] in names]
     print("\n".join(json.dumps(row)[:700] for row in rows))
-    failed = [row for row in rows if "error" in row or row.get("ok") is False]
-    return int(bool(failed) or len(rows) < len(names))
+    left = [name for name in names if name not in done_of(args.out)]
+    if left:
+        print(f"left out: {', '.join(left)}. Fix: the same command again goes on", file=sys.stderr)
+    return int(any("error" in row or row.get("ok") is False for row in rows) or bool(left))
 
 
 if __name__ == "__main__":

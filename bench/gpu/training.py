@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from bench.side import Turns
 
 LINEAR = F.linear  # zero.Init replaces it for good: not for the next stage
-TOLERANCE = 1e-2  # nats over 25 steps in bf16
+TOLERANCE = 2e-3  # nats over 25 steps in bf16; on a CPU up to 4.2e-4, and 9.3e-4 over 200
 ENGINES = ("zero0", "zero1", "zero2", "zero3")
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from bench.fill import fill
@@ -87,29 +88,80 @@ def test_stages_run_at_small_sizes_and_leave_their_rows(tmp_path: Path) -> None:
     assert rows["zero1"]["losses"][-1] < rows["zero1"]["losses"][0]
 
 
+CHILD = """
+import json, os, sys, time
+out = sys.argv[sys.argv.index("--out") + 1]
+for name in sys.argv[-1].split(","):
+    with open(f"{out}/results.jsonl", "a") as file:
+        print(json.dumps({"stage": "begin", "name": name}), file=file, flush=True)
+        time.sleep(60 if name == "seed" else 0)
+        if name == "zero1":
+            os.abort()
+        print(json.dumps({"stage": name}), file=file, flush=True)
+"""
+
+
+def run_with_child(folder: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:
+    """Run the command line in this process, with a child that measures nothing."""
+    (folder / "child.py").write_text(CHILD, encoding="utf-8")
+    monkeypatch.setattr("bench.gpu.run.__file__", str(folder / "child.py"))
+    arguments = ["run.py", "--out", str(folder / "out"), "--tiny", *flags]
+    monkeypatch.setattr(sys, "argv", arguments)
+    return main()
+
+
+def rows_in(folder: Path) -> dict[str, dict[str, str]]:
+    lines = (folder / "out" / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    return {row["stage"]: row for row in map(json.loads, lines)}
+
+
 def test_a_stage_that_dies_or_hangs_costs_itself_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bench.gpu.run.__file__", str(tmp_path / "child.py"))
-    (tmp_path / "child.py").write_text(
-        "import json, os, sys, time\n"
-        "out = sys.argv[sys.argv.index('--out') + 1]\n"
-        "for name in sys.argv[-1].split(','):\n"
-        "    with open(f'{out}/results.jsonl', 'a') as file:\n"
-        "        print(json.dumps({'stage': 'begin', 'name': name}), file=file, flush=True)\n"
-        "        time.sleep(60 if name == 'seed' else 0)\n"
-        "        if name == 'zero1':\n"
-        "            os.abort()\n"
-        "        print(json.dumps({'stage': name}), file=file, flush=True)\n",
-        encoding="utf-8",
-    )
-    arguments = ["run.py", "--out", str(tmp_path / "out"), "--data_dir", str(tmp_path), "--slack",
-                 "0.05", "--stages", "zero0,zero1,seed,zero2"]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", arguments)
-    assert main() == 1
-    lines = (tmp_path / "out" / "results.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = {row["stage"]: row for row in map(json.loads, lines)}
-    assert "error" in rows["zero1"]
-    assert "error" in rows["seed"]
+    flags = ["--slack", "0.05", "--stages", "zero0,zero1,seed,zero2"]
+    assert run_with_child(tmp_path, monkeypatch, *flags) == 1
+    rows = rows_in(tmp_path)
+    assert rows["zero1"]["error"] == "died with status -6"
+    assert rows["seed"]["error"] == "over its 2 s"
     assert rows["zero0"] == {"stage": "zero0"}
     assert rows["zero2"] == {"stage": "zero2"}
+
+
+def test_what_the_budget_leaves_out_is_said_and_comes_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--stages", "zero0,seed,zero2"]
+    assert run_with_child(tmp_path, monkeypatch, *flags, "--budget", "16.5") == 1
+    assert "left out: zero2. Fix: the same command again goes on" in capsys.readouterr().err
+    assert rows_in(tmp_path)["seed"]["error"] == "the budget is used up"
+    assert run_with_child(tmp_path, monkeypatch, *flags) == 1  # for seed has an error
+    begun = (tmp_path / "out" / "results.jsonl").read_text(encoding="utf-8").count("begin")
+    assert begun == 3  # each stage once
+
+
+@pytest.mark.parametrize(("flags", "says"), [
+    (["--stages", "zero9"], "--stages zero9: unknown. Fix: of setup, "),
+    (["--budget", "9"], "--budget 9: too little. Fix: give more than 15"),
+    (["--data_dir", "no_such"], "--data_dir no_such: "),
+])  # fmt: skip
+def test_what_would_waste_a_gpus_time_is_refused(
+    flags: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert run_with_child(tmp_path, monkeypatch, *flags) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: {says}")
+    assert "Fix: " in line
+
+
+def test_a_stop_ends_the_child_too(tmp_path: Path) -> None:
+    command = [sys.executable, "bench/gpu/run.py", "--out", str(tmp_path), "--tiny", "--stages",
+               "setup,parity,profile,curve"]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    assert process.stderr.readline() == "setup\n"
+    (child,) = psutil.Process(process.pid).children()
+    process.terminate()
+    process.communicate(timeout=20)
+    child.wait(timeout=20)
+    assert not child.is_running()
