@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-CELLS = ["round_robin_gradients = true, stage 2, bf16", "sub_group_size = 1000, stage 3, bf16",
-         "a wrong map is refused"]  # fmt: skip
+CELLS = ["round_robin_gradients = true, stage 2, bf16", "a wrong map is refused"]
 
 
 def test_some_keys_are_as_the_table_says(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bench import parity
 
-SIDES = ["seed", "trainer", "bare1", "zero0", "zero1"]
+SIDES = ["seed", "trainer", "bare1", "zero1"]
 
 
 def test_all_sides_train_to_the_same_losses(tmp_path: Path) -> None:
