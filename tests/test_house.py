@@ -178,8 +178,7 @@ def test_help_is_fast_and_imports_no_torch(entry: str) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=10)
     assert " torch\n" not in done.stderr
     assert "usage:" in done.stdout
-    fastest_s = min(_time_help(entry) for _ in range(3))
-    assert fastest_s < 0.5
+    assert any(_time_help(entry) < 0.5 for _ in range(3))  # others may have the CPU
 
 
 def _time_help(entry: str) -> float:

@@ -130,8 +130,9 @@ def test_a_stage_that_dies_or_hangs_costs_itself_only(
 def test_what_the_budget_leaves_out_is_said_and_comes_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr("bench.gpu.run.LEAST_S", 1)
     flags = ["--stages", "zero0,seed,zero2"]
-    assert run_with_child(tmp_path, monkeypatch, *flags, "--budget", "16.5") == 1
+    assert run_with_child(tmp_path, monkeypatch, *flags, "--budget", "3") == 1
     assert "left out: zero2. Fix: the same command again goes on" in capsys.readouterr().err
     assert rows_in(tmp_path)["seed"]["error"] == "the budget is used up"
     assert run_with_child(tmp_path, monkeypatch, *flags) == 1  # for seed has an error
