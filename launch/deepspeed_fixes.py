@@ -23,6 +23,7 @@ from launch.ranks import Ranks, check_extension_locks
 
 # Of the two files of DeepSpeed in which `update_by_parts` replaces methods.
 UPDATE_SHA256 = "23c204f6af81602ae3544a2ebb6909dd5b5079e367b935b4ffe0f78d440cce2b"
+NORM_ELEMENTS = 2**20  # at a time: PyTorch makes an fp64 copy of them, 8 MiB
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
 
 
@@ -100,7 +101,8 @@ def _reduce_parts(optimizer: Any, **_: Any) -> None:
 def _step_on_parts(optimizer: Any) -> None:
     # No value leaves the device: AdamW's fused kernel skips a step whose norm is not finite.
     parts = optimizer.fp32_groups_gradient_flat_partition
-    norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
+    n = NORM_ELEMENTS if parts[0].device.type == "cpu" else 16 * NORM_ELEMENTS  # fewer kernels
+    norms = [torch.linalg.vector_norm(p, dtype=torch.float64) for g in parts for p in g.split(n)]
     squares = torch.stack(norms).square().sum()
     dist.all_reduce(squares, group=optimizer.dp_process_group)  # all ranks
     norm = squares.sqrt().float()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from launch import deepspeed_fixes
 
@@ -127,24 +128,55 @@ def test_another_deepspeed_keeps_its_own_way(monkeypatch: pytest.MonkeyPatch) ->
     assert not vars(engine.optimizer)
 
 
+def stand_in(
+    gradients: list[torch.Tensor], weights: list[torch.Tensor], clip: float
+) -> types.SimpleNamespace:
+    """Return what the step sees of a BF16_Optimizer; its calls are in `calls`."""
+    calls: list[str] = []
+    return types.SimpleNamespace(
+        fp32_groups_gradient_flat_partition=gradients,
+        fp32_groups_flat_partition=weights,
+        dp_process_group=None,
+        clip_grad=clip,
+        calls=calls,
+        optimizer=types.SimpleNamespace(step=lambda: calls.append("step")),
+        _lazy_init_hp_params_optimizer_state=lambda: calls.append("link"),
+        update_lp_params=lambda: calls.append("gather"),
+        clear_hp_grads=lambda: calls.append("clear"),
+    )
+
+
 @pytest.mark.parametrize("clip", [0.0, 1.0])
 def test_no_value_leaves_the_device(clip: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the meta device, where reading a value raises."""
-    weights = torch.empty(8, device="meta", requires_grad=True)
-    stepped = []
-    optimizer = types.SimpleNamespace(
-        fp32_groups_gradient_flat_partition=[torch.empty(8, device="meta")],
-        fp32_groups_flat_partition=[weights],
-        dp_process_group=None,
-        clip_grad=clip,
-        optimizer=types.SimpleNamespace(step=lambda: stepped.append("step")),
-        _lazy_init_hp_params_optimizer_state=lambda: stepped.append("link"),
-        update_lp_params=lambda: stepped.append("gather"),
-        clear_hp_grads=lambda: stepped.append("clear"),
-    )
+    gradients, weights = ([torch.empty(8, device="meta")] for _ in range(2))
+    optimizer = stand_in(gradients, weights, clip)
     monkeypatch.setattr(dist, "all_reduce", lambda *_, **__: None)
     deepspeed_fixes._step_on_parts(optimizer)
-    assert stepped == ["step", "link", "gather", "clear"]
+    assert optimizer.calls == ["step", "link", "gather", "clear"]
     assert optimizer._global_grad_norm.device.type == "meta"
     with pytest.raises(RuntimeError, match="meta"):
         float(optimizer._global_grad_norm)
+
+
+def test_the_norm_needs_no_copy_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dtype == torch.float64:
+                sizes.append(out.numel())
+            return out
+
+    monkeypatch.setattr(deepspeed_fixes, "NORM_ELEMENTS", 100)
+    monkeypatch.setattr(dist, "all_reduce", lambda *_, **__: None)
+    gradients = [torch.randn(1234), torch.randn(77)]
+    expected = torch.cat(gradients).norm()
+    optimizer = stand_in(gradients, [torch.randn(1234), torch.randn(77)], clip=0.0)
+    with Copies():
+        deepspeed_fixes._step_on_parts(optimizer)
+    torch.testing.assert_close(optimizer._global_grad_norm, expected)
+    assert max(sizes) <= 100
