@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from launch.config import TrainConfig
 from launch.ranks import Ranks, check_extension_locks
+from launch.step import global_norm
 
 # Of the two files of DeepSpeed in which `update_by_parts` replaces methods.
 UPDATE_SHA256 = "23c204f6af81602ae3544a2ebb6909dd5b5079e367b935b4ffe0f78d440cce2b"
-NORM_ELEMENTS = 2**20  # at a time: PyTorch makes an fp64 copy of them, 8 MiB
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
 
 
@@ -90,7 +90,7 @@ def _reduce_parts(optimizer: Any, **_: Any) -> None:
         return
     flats = optimizer.fp32_groups_gradients_flat
     for flat, part in zip(flats, optimizer.fp32_groups_gradient_flat_partition, strict=True):
-        if dist.get_backend(group) == "gloo":  # it would scatter by way of an all-reduce of a copy
+        if dist.get_backend(group) == "gloo":  # its reduce-scatter takes twice as long
             flat /= dist.get_world_size(group)
             dist.all_reduce(flat, group=group)
         else:
@@ -101,11 +101,7 @@ def _reduce_parts(optimizer: Any, **_: Any) -> None:
 def _step_on_parts(optimizer: Any) -> None:
     # No value leaves the device: AdamW's fused kernel skips a step whose norm is not finite.
     parts = optimizer.fp32_groups_gradient_flat_partition
-    n = NORM_ELEMENTS if parts[0].device.type == "cpu" else 16 * NORM_ELEMENTS  # fewer kernels
-    norms = [torch.linalg.vector_norm(p, dtype=torch.float64) for g in parts for p in g.split(n)]
-    squares = torch.stack(norms).square().sum()
-    dist.all_reduce(squares, group=optimizer.dp_process_group)  # all ranks
-    norm = squares.sqrt().float()
+    norm = global_norm(parts, optimizer.dp_process_group)  # all ranks
     scale = (optimizer.clip_grad / (norm + 1e-6)).clamp(max=1) if optimizer.clip_grad else 1
     for weights, part in zip(optimizer.fp32_groups_flat_partition, parts, strict=True):
         weights.grad = part.mul_(scale)

@@ -69,11 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--nodes", type=int, help="machines (default: 1)")
     add("--gpus_per_node", type=int, default=8, help="devices of each (default: 8)")
     add("--gpus", help="a table for these numbers of devices: 8,64,1024 (with all: these)")
-    add(
-        "--micro_batch_size",
-        type=int,
-        help="sequences (the largest that fits, to 65,536 tokens)",
-    )
+    add("--micro_batch_size", type=int, help="sequences (the largest that fits)")
     add("--seq_len", type=int, help="tokens (the model's block_size)")
     add("--batch_tokens", type=int, help="tokens per optimizer step (preset's)")
     add("--max_steps", type=int, help="optimizer steps (preset's tokens / batch_tokens)")

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from launch import deepspeed_fixes
+from launch import deepspeed_fixes, step
 
 ROOT = Path(__file__).resolve().parents[2]
 # Each rank prints what one good step, one with a NaN on the last rank, and one good one left.
@@ -105,9 +105,9 @@ def test_a_nan_on_another_rank_changes_nothing_on_any(
 ) -> None:
     first, *others = (run_ranks(tmp_path, n_ranks, backend) for backend in backends)
     assert all(other == first for other in others)  # NCCL's way, and gloo's: the same bits
-    for step in zip(*first, strict=True):
-        assert len({rank["weights"] for rank in step}) == 1
-        assert len({rank["norm"] for rank in step}) == 1
+    for ranks in zip(*first, strict=True):
+        assert len({rank["weights"] for rank in ranks}) == 1
+        assert len({rank["norm"] for rank in ranks}) == 1
     for rank, (good, bad, last) in enumerate(first):
         assert float(good["norm"]) > 1  # it is clipped
         for name in ("weights", "moments", "masters", "steps"):
@@ -136,7 +136,7 @@ def stand_in(
     return types.SimpleNamespace(
         fp32_groups_gradient_flat_partition=gradients,
         fp32_groups_flat_partition=weights,
-        dp_process_group=None,
+        dp_process_group="of the ranks",
         clip_grad=clip,
         calls=calls,
         optimizer=types.SimpleNamespace(step=lambda: calls.append("step")),
@@ -171,7 +171,7 @@ def test_the_norm_needs_no_copy_of_the_whole(monkeypatch: pytest.MonkeyPatch) ->
                 sizes.append(out.numel())
             return out
 
-    monkeypatch.setattr(deepspeed_fixes, "NORM_ELEMENTS", 100)
+    monkeypatch.setattr(step, "NORM_ELEMENTS", 100)
     monkeypatch.setattr(dist, "all_reduce", lambda *_, **__: None)
     gradients = [torch.randn(1234), torch.randn(77)]
     expected = torch.cat(gradients).norm()
