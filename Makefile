@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
 
-.PHONY: quickstart test debian slurm check parity keys bench hellaswag kills faults launches plan \
+.PHONY: quickstart test debian slurm check same parity keys bench hellaswag kills faults launches plan \
   gpu-tiny other-torch clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -64,6 +64,10 @@ check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/pytest
+
+# For changes that alter no result: the quickstart's curve, parity cells and weights, bit for bit.
+same: quickstart
+	DS_ACCELERATOR=cpu $(BIN)/python bench/fidelity/same.py
 
 parity: $(VENV)/installed
 	$(BIN)/python bench/parity.py --out runs/parity.json

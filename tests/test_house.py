@@ -46,7 +46,7 @@ ENTRY_POINTS = ["train.py", "data/prepare.py", "data/fineweb.py", "data/show.py"
                 "bench/saving.py", "bench/memory.py", "bench/fill.py",
                 "bench/published.py", "bench/launches.py", "bench/keys.py",
                 "bench/many_ranks.py", "bench/gpu/run.py", "bench/gpu/counts.py",
-                "bench/gpu/page.py"]  # fmt: skip
+                "bench/gpu/page.py", "bench/fidelity/same.py"]  # fmt: skip
 
 
 def imports(path: Path) -> set[str]:

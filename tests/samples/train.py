@@ -1,0 +1,18 @@
+"""train.py with one more preset, `sample`: its vocabulary is small, and so are its checkpoints."""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from launch.ranks import leave
+from model import GPTConfig
+from model.presets import PRESETS, Preset
+from train import main
+
+SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=32, vocab_size=250)
+PRESETS["sample"] = Preset(SHAPE, 256, 1e-2, max_tokens=2048, decay_tokens=2048, warmup_tokens=512,
+                           hellaswag_every=0)  # fmt: skip
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1:]))
