@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[2])
+if not __package__:  # run as a file: import from the repository root, exactly as train.py does
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from launch.ranks import leave
 from model import GPTConfig
