@@ -70,33 +70,33 @@ same: quickstart
 	DS_ACCELERATOR=cpu $(BIN)/python bench/fidelity/same.py
 
 parity: $(VENV)/installed
-	$(BIN)/python bench/parity.py --out runs/parity.json
+	$(BIN)/python bench/fidelity/parity.py --out runs/parity.json
 
 # A quarter of an hour: every key of zero_optimization that ds_configs/README.md calls verified.
 keys: $(VENV)/installed
-	$(BIN)/python bench/keys.py --folder runs/keys --out docs/keys.json
+	$(BIN)/python bench/fidelity/keys.py --folder runs/keys --out docs/keys.json
 
 kills: $(VENV)/installed
-	$(BIN)/python bench/prepare_kills.py --kills 50 --out runs/prepare_kills.json
+	$(BIN)/python bench/faults/prepare_kills.py --kills 50 --out runs/prepare_kills.json
 
 # About an hour; goes on where it was. Every kill's outcome is in runs/faults/faults.json.
 faults: $(VENV)/installed
-	$(BIN)/python bench/faults.py --campaign step --tries 100 --folder runs/faults
-	$(BIN)/python bench/faults.py --campaign save --tries 200 --folder runs/faults
-	$(BIN)/python bench/faults.py --campaign points --folder runs/faults
-	$(BIN)/python bench/faults.py --campaign grace --tries 10 --folder runs/faults
-	$(BIN)/python bench/orphans.py --folder runs/faults
-	$(BIN)/python bench/mishaps.py --folder runs/faults
-	$(BIN)/python bench/resumes.py --folder runs/faults
+	$(BIN)/python bench/faults/kills.py --campaign step --tries 100 --folder runs/faults
+	$(BIN)/python bench/faults/kills.py --campaign save --tries 200 --folder runs/faults
+	$(BIN)/python bench/faults/kills.py --campaign points --folder runs/faults
+	$(BIN)/python bench/faults/kills.py --campaign grace --tries 10 --folder runs/faults
+	$(BIN)/python bench/faults/orphans.py --folder runs/faults
+	$(BIN)/python bench/faults/mishaps.py --folder runs/faults
+	$(BIN)/python bench/faults/resumes.py --folder runs/faults
 
 # About half an hour, as root, with what make debian and make slurm install; goes on where it was.
 launches: $(VENV)/installed
-	$(BIN)/python bench/launches.py --folder runs/launches --out docs/launches.json
+	$(BIN)/python bench/cluster/launches.py --folder runs/launches --out docs/launches.json
 
 # About an hour for the measurements, which go on where they were; a second for the tables.
 plan: $(VENV)/installed
-	$(BIN)/python bench/memory.py --out docs/measured_memory.json
-	$(BIN)/python bench/fill.py docs/SCALING.md
+	$(BIN)/python bench/planning/memory.py --out docs/measured_memory.json
+	$(BIN)/python bench/page.py docs/SCALING.md
 
 # Two minutes: every stage of bench/gpu/run.py at small sizes, on the CPU.
 gpu-tiny: $(VENV)/installed
@@ -113,14 +113,14 @@ other-torch:
 	$(OTHER)/bin/pytest
 
 hellaswag: $(VENV)/installed
-	$(BIN)/python bench/hellaswag.py --model 30m --every 1 --out runs/hellaswag.json
-	$(BIN)/python bench/hellaswag.py --model 30m --dtype bf16 --reference own --every 1 --out runs/hellaswag.json
-	$(BIN)/python bench/hellaswag.py --model 30m --out runs/hellaswag.json
-	$(BIN)/python bench/hellaswag.py --model gpt2 --out runs/hellaswag.json
+	$(BIN)/python bench/speed/hellaswag.py --model 30m --every 1 --out runs/hellaswag.json
+	$(BIN)/python bench/speed/hellaswag.py --model 30m --dtype bf16 --reference own --every 1 --out runs/hellaswag.json
+	$(BIN)/python bench/speed/hellaswag.py --model 30m --out runs/hellaswag.json
+	$(BIN)/python bench/speed/hellaswag.py --model gpt2 --out runs/hellaswag.json
 
 RESULTS := runs/bench
-TRAIN_STEP := $(BIN)/python bench/train_step.py --out $(RESULTS)/1_train_step.json
-SCALING := $(BIN)/python bench/scaling.py --out $(RESULTS)/2_scaling.json
+TRAIN_STEP := $(BIN)/python bench/speed/train_step.py --out $(RESULTS)/1_train_step.json
+SCALING := $(BIN)/python bench/speed/scaling.py --out $(RESULTS)/2_scaling.json
 
 # About an hour and a half on two cores; each line takes minutes, stands alone, and adds its table.
 bench: $(VENV)/installed
@@ -133,12 +133,12 @@ bench: $(VENV)/installed
 	$(TRAIN_STEP) --steps 2 --sides bare0 zero0 zero0+compile
 	$(SCALING) --steps 1 --model gpt2 --ranks 2 --sides zero1
 	$(SCALING) --steps 1 --blocks 5
-	$(BIN)/python bench/startup.py --out $(RESULTS)/3_startup.json
-	$(BIN)/python bench/cross_entropy.py --out $(RESULTS)/4_cross_entropy.json
-	$(BIN)/python bench/loader.py --out $(RESULTS)/5_loader.json
-	$(BIN)/python bench/attention.py --out $(RESULTS)/6_attention.json
-	$(BIN)/python bench/saving.py --out $(RESULTS)/7_saving.json
-	$(if $(CORPUS),$(BIN)/python bench/prepare.py $(CORPUS) --copies 4 --out $(RESULTS)/8_prepare.json)
+	$(BIN)/python bench/speed/startup.py --out $(RESULTS)/3_startup.json
+	$(BIN)/python bench/speed/cross_entropy.py --out $(RESULTS)/4_cross_entropy.json
+	$(BIN)/python bench/speed/loader.py --out $(RESULTS)/5_loader.json
+	$(BIN)/python bench/speed/attention.py --out $(RESULTS)/6_attention.json
+	$(BIN)/python bench/speed/saving.py --out $(RESULTS)/7_saving.json
+	$(if $(CORPUS),$(BIN)/python bench/speed/prepare.py $(CORPUS) --copies 4 --out $(RESULTS)/8_prepare.json)
 	$(BIN)/python bench/page.py $(RESULTS)/*.json --out docs/BENCHMARKS.md
 
 clean:

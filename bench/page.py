@@ -1,12 +1,20 @@
-"""Writes docs/BENCHMARKS.md from the JSON files of the measurements; `make bench` ends with it.
+"""Writes the documents that hold measurements.
 
-python bench/page.py runs/bench/*.json --out docs/BENCHMARKS.md
+    python bench/page.py runs/bench/*.json --out docs/BENCHMARKS.md    a table for each measurement
+    python bench/page.py docs/SCALING.md                               run its commands again
+
+In the second form a command stands in a comment of the document, `<!-- python launch/plan.py -->`.
+What the command prints replaces what is between that comment and the next `<!-- end -->`: a table
+as it is, anything else as a block of code.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +23,10 @@ if not __package__:  # run as a file: import from the repository root, exactly a
 
 from bench.record import markdown
 
+ROOT = Path(__file__).resolve().parents[1]
+COMMAND_BLOCK = re.compile(
+    r"(<!-- python (?P<command>[^\n]*) -->\n).*?(<!-- end -->)", flags=re.DOTALL
+)
 HEAD = """# Benchmarks
 
 Written by `make bench` (`bench/page.py`): do not edit. Each table bears the command, machine,
@@ -24,20 +36,53 @@ interval. [`LOG.md`](LOG.md) says where the time goes, and why.
 """
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("results", type=Path, nargs="+", help="JSON files")
-    parser.add_argument("--out", type=Path, required=True, help="Markdown file")
-    args = parser.parse_args()
+def benchmarks(results: list[Path]) -> str:
+    """Return the page of all measurements in some JSON files."""
     sections = [HEAD]
-    for path in args.results:
+    for path in results:
         for title, entry in json.loads(path.read_text(encoding="utf-8")).items():
             where = f"{entry['machine']}; {entry['versions']}; commit {entry['commit']}."
             command = f"`{entry['command']}`"
             sections.append(f"## {title}\n{command}\n\n{where}\n\n{markdown(entry['table'])}")
-    args.out.write_text("\n".join(sections), encoding="utf-8")
+    return "\n".join(sections)
+
+
+def fill(document: str) -> str:
+    """Return a document with the output of its commands in place."""
+    return COMMAND_BLOCK.sub(
+        lambda block: f"{block[1]}{_output(block['command'])}{block[3]}", document
+    )
+
+
+def _output(command: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *shlex.split(command)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    if "Traceback" in done.stderr:
+        raise RuntimeError(f"python {command}: {done.stderr}")
+    printed = (done.stdout or done.stderr).strip("\n")
+    if printed.startswith("|"):
+        return f"\n{printed}\n\n"
+    return f"```\n$ python {command}\n{printed}\n```\n"
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", type=Path, nargs="+", help="JSON files, or Markdown files")
+    parser.add_argument("--out", type=Path, help="the page of the JSON files")
+    args = parser.parse_args()
+    if args.out:
+        args.out.write_text(benchmarks(args.files), encoding="utf-8")
+        return
+    for path in args.files:
+        path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The keys of a ds_config: verified, unverified, without effect here, or refused.
 
-ds_keys.csv lists them all. bench/keys.py trains, exports, evaluates and resumes with each verified
-key of zero_optimization; the other verified keys lay no weight out.
+ds_keys.csv lists them all. bench/fidelity/keys.py trains, exports, evaluates and resumes with each
+verified key of zero_optimization; the other verified keys lay no weight out.
 """
 
 import copy

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import model.gpt
-from bench.parity import write_ds_config
+from bench.fidelity.parity import write_ds_config
 from checkpoint import consolidate
 from checkpoint.manifest import (
     complete_steps,

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.parity import launch, run_with_children
+from bench.fidelity.parity import launch, run_with_children
 from checkpoint.reader import load_model
 from data.shards import TokenStream
 from data.tokenizer import VOCAB_SIZE, load_tokenizer

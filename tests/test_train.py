@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 import eval.hellaswag as hellaswag
 import eval.val_loss
 import launch.step
-from bench import parity, reference
-from bench.hellaswag import reference_row
+from bench.fidelity import parity, reference
+from bench.speed.hellaswag import reference_row
 from checkpoint.consolidate import check_empty
 from checkpoint.manifest import complete_steps
 from checkpoint.reader import load_model
@@ -297,7 +297,7 @@ def test_trace_of_a_resumed_run_begins_where_it_does(
 
 
 @pytest.mark.usefixtures("one_rank")
-@NEEDS_COMPILER  # other stages: bench/parity.py --compile
+@NEEDS_COMPILER  # other stages: bench/fidelity/parity.py --compile
 def test_compiled_run_is_the_eager_one(data_dir: Path, tmp_path: Path) -> None:
     options = ["--max_steps", 4, "--eval_every", 2, "--hellaswag_every", 2]
     options += ["--hellaswag_limit", 8, "--checkpoint_every", 2]

@@ -20,7 +20,7 @@ from typing import Any
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from bench.parity import engine_losses, launch, run_with_children
+from bench.fidelity.parity import engine_losses, launch, run_with_children
 from bench.record import stamp
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +36,7 @@ def quickstart_curve() -> list[str]:
 
 def parity_curves(folder: Path) -> dict[str, list[float]]:
     """Return the losses of every cell of PARITY_CELLS."""
-    from bench.reference import N_SEQUENCES, SEQ_LEN, write_inputs
+    from bench.fidelity.reference import N_SEQUENCES, SEQ_LEN, write_inputs
 
     write_inputs(folder, n_tokens=PARITY_STEPS * N_SEQUENCES * SEQ_LEN + 1)
     curves = {}
@@ -85,7 +85,9 @@ def main() -> int:
     here = {**stamp(), "threads": os.environ.get("OMP_NUM_THREADS", "")}
     found = measure()
     if args.record:
-        args.json.write_text(json.dumps({**here, "values": found}, indent=1) + "\n", "utf-8")
+        args.json.write_text(
+            json.dumps({**here, "values": found}, indent=1) + "\n", encoding="utf-8"
+        )
         return 0
     recorded = json.loads(args.json.read_text(encoding="utf-8"))
     print(f"recorded: {recorded['machine']}, commit {recorded['commit']}")

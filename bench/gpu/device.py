@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench import attention
+from bench.speed import attention
 from launch.meeting import choose_device
 from launch.ranks import Ranks
 
@@ -26,7 +26,7 @@ Row = dict[str, Any]  # what a stage found, for JSON
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a side of bench/side.py trains; the names are its flags."""
+    """What a side of bench/speed/side.py trains; the names are its flags."""
 
     model: str = "gpt2"
     seq_len: int = 1024

@@ -140,7 +140,7 @@ def _losses() -> dict[str, Loss]:
 
 def losses(options: Options) -> Row:
     """The loss and others' at the real size, forward and backward: ms and peak GiB."""
-    from bench.cross_entropy import candidate
+    from bench.speed.cross_entropy import candidate
 
     N, C = (64, 64) if options.tiny else (65_536, 768)
     x = torch.randn(N, C, device=device()).bfloat16().requires_grad_()
@@ -165,7 +165,7 @@ def losses(options: Options) -> Row:
 
 def attention(options: Options) -> Row:
     """Every backend of causal attention, forward and backward: error and ms."""
-    from bench.attention import measure
+    from bench.speed.attention import measure
 
     shape = (2, 32, 64, 2) if options.tiny else (64, 1024, 768, 12)
     return {"rows": measure(*shape, 3 if options.tiny else 10)}

@@ -176,7 +176,7 @@ def main() -> int:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.data_dir is None:
-        from bench.train_step import write_tokens
+        from bench.speed.train_step import write_tokens
 
         args.data_dir = args.out / "tokens"
         if not args.data_dir.exists():

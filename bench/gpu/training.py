@@ -28,12 +28,12 @@ from bench.gpu.device import (
     take_memory_peaks,
     wait,
 )
-from bench.side import build_run, run_engine, run_plain
+from bench.speed.side import build_run, run_engine, run_plain
 from launch.inputs import Run
 from launch.ranks import Ranks
 
 if TYPE_CHECKING:
-    from bench.side import Turns
+    from bench.speed.side import Turns
 
 LINEAR = F.linear  # zero.Init replaces it for good: not for the next stage
 TOLERANCE = 2e-3  # nats over 25 steps in bf16; on a CPU up to 4.2e-4, and 9.3e-4 over 200
@@ -41,7 +41,7 @@ ENGINES = ("zero0", "zero1", "zero2", "zero3")
 
 
 def train(options: Options, side: str, sizes: Sizes, turns: Turns) -> tuple[Run, list[float]]:
-    """Train a side of bench/side.py in this process, a step for each turn."""
+    """Train a side of bench/speed/side.py in this process, a step for each turn."""
     F.linear = LINEAR
     losses: list[float] = []
     args = argparse.Namespace(side=side, data_dir=options.data_dir, **vars(sizes))
@@ -136,7 +136,7 @@ def host_waits(options: Options) -> Row:
             waits.update(
                 f"{'/'.join(path.parts[-3:])}:{line}"
                 for path, line in places
-                if path.parts[-2:] != ("launch", "engine.py")  # sum_tensor, for bench/side.py
+                if path.parts[-2:] != ("launch", "engine.py")  # sum_tensor, for bench/speed/side.py
             )
 
         train(options, side, options.sizes("parity"), turns)

@@ -10,7 +10,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from bench.seed_prepare import tokenize
+from bench.speed.seed_prepare import tokenize
 from data.manifest import Manifest
 from data.mpi import Alone
 from data.prepare import build_parser, prepare

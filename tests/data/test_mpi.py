@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.prepare_kills import WAYS, campaign, digests
+from bench.faults.prepare_kills import WAYS, campaign, digests
 from data.mpi import LAUNCHERS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from bench.seed_prepare import tokenize, write_shards
+from bench.speed.seed_prepare import tokenize, write_shards
 from data.manifest import Manifest, read_manifest, write_manifest
 from data.mpi import Alone
 from data.prepare import build_parser, prepare

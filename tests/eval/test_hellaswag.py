@@ -10,7 +10,7 @@ import torch
 from transformers import GPT2LMHeadModel
 
 import eval.hellaswag as hellaswag
-from bench.hellaswag import reference
+from bench.speed.hellaswag import reference
 from eval.hellaswag import VALIDATION, load_examples, score
 from eval.packing import Example, crop_contexts, evaluate, plan_batches
 from eval.session import check_gpt2_tokens

@@ -11,7 +11,7 @@ from deepspeed.runtime.zero.offload_config import (
     DeepSpeedZeroOffloadParamConfig,
 )
 
-from bench.keys import COLUMNS, find_cells, read_table
+from bench.fidelity.keys import COLUMNS, find_cells, read_table
 from launch.config import TrainConfig, resolve_batch, resolve_train_config
 from launch.ds_config import load_ds_config, resolve_ds_config, review_ds_config
 from launch.ds_keys import BF16, FP16, KEYS, Review

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from deepspeed.runtime import compiler
 from deepspeed.utils import groups
 
-from bench.train_step import Side, write_tokens
+from bench.speed.train_step import Side, write_tokens
 from launch.config import TrainConfig, resolve_batch, resolve_train_config
 from launch.ds_config import load_ds_config, resolve_ds_config, zero_stage
 from launch.engine import (

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.faults import losses, newest_step
-from bench.hosts import Hosts, missing
-from bench.launchers import (
+from bench.cluster.hosts import Hosts, missing
+from bench.cluster.launchers import (
     COMMANDS,
     MACHINES,
     arguments,
@@ -18,8 +17,9 @@ from bench.launchers import (
     wait_until,
     write_environment,
 )
-from bench.launches import STEPS
-from bench.parity import write_ds_config
+from bench.cluster.launches import STEPS
+from bench.faults.kills import losses, newest_step
+from bench.fidelity.parity import write_ds_config
 from train import main as train
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bench import memory as bench
+from bench.planning import memory as bench
 from launch.config import TrainConfig, resolve_batch, resolve_train_config
 from launch.ds_config import load_ds_config, resolve_ds_config
 from launch.memory import Shard, host_bytes, moments, peak, shard_of

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import published
-from bench.fill import fill
+from bench.page import fill
+from bench.planning import published
 from launch import throughput
 from launch.config import TrainConfig, parse_train_config, resolve_batch, resolve_train_config
 from launch.devices import DEVICES, GIB, flops_of, get_device, machine_bytes

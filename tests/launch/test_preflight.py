@@ -171,7 +171,7 @@ def test_flags_that_are_credentials_are_not_told(tmp_path: Path) -> None:
 
 
 def test_each_fault_is_found_on_its_rank(tmp_path: Path) -> None:
-    command = [sys.executable, "bench/unfit.py", "--folder", str(tmp_path)]
+    command = [sys.executable, "bench/cluster/unfit.py", "--folder", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -1,0 +1,162 @@
+"""Every ZeRO stage and rank count against one plain PyTorch loop, on identical data.
+
+    python bench/fidelity/parity.py --out runs/parity.json
+
+Each cell is one run of `deepspeed --num_gpus N train.py`; the reference is
+bench/fidelity/reference.py. Resumable: cells that --out holds are not run again.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a file: import from the repository root, exactly as train.py does
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+ROOT = Path(__file__).resolve().parents[2]
+TOLERANCE = {"fp32": 2e-6, "bf16": 2e-3}
+LAUNCH_TIMEOUT_S = 280  # less than pytest allows a test
+
+
+def write_ds_config(folder: Path, stage: int, precision: str) -> Path:
+    """Write the shipped ds_config of a stage, in fp32 if that is asked for."""
+    ds_config = json.loads((ROOT / "ds_configs" / f"zero{stage}.json").read_text(encoding="utf-8"))
+    if precision == "fp32":
+        ds_config.pop("bf16", None)
+        ds_config.pop("torch_autocast", None)
+    path = folder / f"zero{stage}_{precision}.json"
+    path.write_text(json.dumps(ds_config), encoding="utf-8")
+    return path
+
+
+def run_with_children(command: list[str], timeout_s: int) -> subprocess.CompletedProcess[str]:
+    """Run a launcher from the repository root on the CPU; past the limit all its ranks end too.
+
+    Raises:
+        subprocess.TimeoutExpired: It ran longer than `timeout_s`.
+    """
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True,
+        start_new_session=True,
+    encoding="utf-8")  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # its session: the launcher and the ranks
+        process.communicate()
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def launch(
+    n_ranks: int, arguments: list[str], script: str = "train.py"
+) -> subprocess.CompletedProcess[str]:
+    """Run `deepspeed --num_gpus N train.py …` with a free port and a time limit."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(n_ranks)]
+    command += ["--master_addr", "127.0.0.1", "--master_port", str(port), script, *arguments]
+    return run_with_children(command, LAUNCH_TIMEOUT_S)
+
+
+def engine_losses(
+    folder: Path, stage: int, n_ranks: int, precision: str, steps: int, *more: str
+) -> list[float]:
+    """Train through the `deepspeed` launcher; return the loss of each step, in nats."""
+    from bench.fidelity import reference as r
+
+    run_dir = folder / f"zero{stage}_{n_ranks}_{precision}"
+    done = launch(
+        n_ranks,
+        ["--model", "debug", "--init_from", str(folder / "init"), "--shuffle", "false",
+         "--data_dir", str(folder / "data"), "--run_dir", str(run_dir), "--resume", "none",
+         "--ds_config", str(write_ds_config(folder, stage, precision)),
+         "--batch_tokens", str(r.N_SEQUENCES * r.SEQ_LEN),
+         "--micro_batch_size", str(r.N_SEQUENCES // r.GRAD_ACCUM // n_ranks),
+         "--max_steps", str(steps), "--warmup_steps", str(r.WARMUP), "--decay_steps", str(steps),
+         "--lr", str(r.LR), "--weight_decay", str(r.WEIGHT_DECAY), "--grad_clip", str(r.CLIP),
+         "--eval_every", str(steps), "--eval_tokens", str(r.SEQ_LEN), "--sample_tokens", "1",
+         *more],
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"zero{stage}, {n_ranks} ranks:\n{done.stdout}{done.stderr}")
+    rows = [
+        json.loads(line)
+        for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    return [row["train/loss"] for row in rows if "train/loss" in row]
+
+
+def reference_precision(stage: int, precision: str) -> str:
+    """Name the arithmetic that a shipped ds_config means: stage 0 has fp32 weights."""
+    return "autocast" if stage == 0 and precision == "bf16" else precision
+
+
+def largest_difference(a: list[float], b: list[float]) -> float:
+    """Return the largest difference of two curves of the same length."""
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+def print_table(cells: dict[str, Any]) -> None:
+    """Print one row per precision and stage, one column per rank count."""
+    print("| precision | stage | 1 rank | 2 ranks | 4 ranks |\n|---|---|---|---|---|")
+    for precision in TOLERANCE:
+        for stage in range(4):
+            row = [cells.get(f"{precision}/zero{stage}/{n}") for n in (1, 2, 4)]
+            shown = " | ".join("" if c is None else f"{c['difference']:.1e}" for c in row)
+            print(f"| {precision} | {stage} | {shown} |")
+
+
+def main() -> int:
+    """Run the command line; status 1 if a cell is outside its tolerance."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="(default: 1 2 4)")
+    parser.add_argument("--precisions", nargs="+", default=list(TOLERANCE), choices=TOLERANCE)
+    parser.add_argument("--compile", action="store_true", help="stages 0 to 2, blocks compiled")
+    parser.add_argument("--out", type=Path, default=Path("runs/parity.json"), help="JSON")
+    args = parser.parse_args()
+    import torch
+
+    from bench.fidelity.reference import N_SEQUENCES, SEQ_LEN, reference_losses, write_inputs
+
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    cells = json.loads(args.out.read_text(encoding="utf-8"))["cells"] if args.out.exists() else {}
+    result = {"torch": torch.__version__, "machine": platform.machine(), "cells": cells}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_inputs(folder, n_tokens=args.steps * N_SEQUENCES * SEQ_LEN + 1)
+        kinds = ("fp32", "autocast", "bf16")
+        references = {p: reference_losses(folder, p, args.steps) for p in kinds}
+        more = ["--compile"] if args.compile else []
+        stages = range(3 if args.compile else 4)
+        for precision, stage, n_ranks in itertools.product(args.precisions, stages, args.ranks):
+            name = "/".join([precision, f"zero{stage}", str(n_ranks), *more])
+            if name in cells:
+                continue
+            losses = engine_losses(folder, stage, n_ranks, precision, args.steps, *more)
+            expected = references[reference_precision(stage, precision)]
+            difference = largest_difference(losses, expected)
+            ok = difference <= TOLERANCE[precision]
+            cells[name] = {"difference": difference, "ok": ok}
+            args.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
+            print(name, f"{difference:.2e}", file=sys.stderr, flush=True)
+    print_table(cells)
+    return 0 if all(cell["ok"] for cell in cells.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""Text to shards, end to end, against a stand-in of the seed's way: seconds, memory, bytes.
+
+    python bench/speed/prepare.py CORPUS.jsonl[.xz] --out prepare.json
+
+From .jsonl and from .parquet to shards on disk, each side a process of its own, in turns; the bytes
+are compared first. The seed does not wait for the disk; ours does (fsync).
+"""
+
+import argparse
+import hashlib
+import json
+import lzma
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+if not __package__:  # run as a file: import from the repository root, exactly as train.py does
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from bench.ratios import in_turns, paired_ratio
+from bench.record import record
+
+ROOT = Path(__file__).resolve().parents[2]
+VAL_TOKENS, SHARD_TOKENS = 1_000_000, 5_000_000
+SIDES = ["seed", "ours", "ours with tiktoken"]
+ROWS_PER_GROUP = 1000  # as `datasets` writes them
+
+
+def write_sources(corpus: Path, folder: Path, copies: int) -> list[Path]:
+    """Write the corpus as .jsonl and as .parquet, several times over; read it through once."""
+    import pyarrow
+    from pyarrow import parquet
+
+    opened = lzma.open if corpus.suffix == ".xz" else open
+    with opened(corpus, "rt", encoding="utf-8") as lines:
+        texts = [json.loads(line)["text"] for line in lines] * copies
+    with (folder / "corpus.jsonl").open("w", encoding="utf-8") as file:
+        for text in texts:
+            file.write(json.dumps({"text": text}) + "\n")
+    table = pyarrow.table({"text": pyarrow.array(texts, pyarrow.large_string())})
+    parquet.write_table(table, folder / "corpus.parquet", row_group_size=ROWS_PER_GROUP)
+    return [folder / "corpus.jsonl", folder / "corpus.parquet"]
+
+
+def command(side: str, source: Path, out_dir: Path) -> list[str]:
+    """Return the command of one side."""
+    if side == "seed":
+        return [sys.executable, "bench/speed/seed_prepare.py", str(source), str(out_dir),
+                str(VAL_TOKENS), str(SHARD_TOKENS)]  # fmt: skip
+    tokenizer = "tiktoken" if side == "ours with tiktoken" else "auto"
+    return [sys.executable, "data/prepare.py", str(source), "--out_dir", str(out_dir), "--quiet",
+            "--val_tokens", str(VAL_TOKENS), "--shard_tokens", str(SHARD_TOKENS),
+            "--tokenizer", tokenizer]  # fmt: skip
+
+
+def measure(side: str, source: Path, out_dir: Path) -> tuple[float, float]:
+    """Run one side; return seconds and the peak memory of its largest process in MiB."""
+    shutil.rmtree(out_dir, ignore_errors=True)
+    started = time.perf_counter()
+    process = subprocess.Popen(command(side, source, out_dir), cwd=ROOT)
+    _, status, usage = os.wait4(process.pid, 0)
+    elapsed_s = time.perf_counter() - started
+    assert status == 0, side
+    return elapsed_s, usage.ru_maxrss / 1024
+
+
+def digests(out_dir: Path) -> dict[str, str]:
+    """Return the SHA-256 of every shard."""
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out_dir.glob("*.npy")}
+
+
+def compare(source: Path, folder: Path, blocks: int) -> dict[str, object]:
+    """Measure all sides on one source."""
+    for side in SIDES:  # and warm the file cache
+        measure(side, source, folder / side)
+    expected = digests(folder / "seed")
+    assert all(digests(folder / side) == expected for side in SIDES), "the bytes differ"
+    times: dict[str, list[float]] = {side: [] for side in SIDES}
+    memory: dict[str, list[float]] = {side: [] for side in SIDES}
+    for order in in_turns(SIDES, blocks):
+        for side in order:
+            elapsed_s, peak_mib = measure(side, source, folder / side)
+            times[side].append(elapsed_s)
+            memory[side].append(peak_mib)
+    result: dict[str, object] = {"source": source.name, "bytes": source.stat().st_size,
+                                 "shards": len(expected), "same_bytes": True}  # fmt: skip
+    for side in SIDES:
+        result[side] = {"seconds": times[side], "peak_mib": max(memory[side])}
+    return result
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("corpus", type=Path, help=".jsonl or .jsonl.xz with a text per line")
+    parser.add_argument("--copies", type=int, default=1, help="of the corpus (default: 1)")
+    parser.add_argument("--blocks", type=int, default=7, help="of turns (default: 7)")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file; results are added")
+    args = parser.parse_args()
+    results, rows = [], []
+    with tempfile.TemporaryDirectory(prefix="nanospeed_") as name:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # a child's peak starts at ours
+            sources = pool.submit(write_sources, args.corpus, Path(name), args.copies).result()
+        for source in sources:
+            results.append(compare(source, Path(name), args.blocks))
+            for side in SIDES:
+                seconds = results[-1][side]["seconds"]
+                times_faster = paired_ratio(results[-1]["seed"]["seconds"], seconds)
+                rows.append({"source": source.name, "side": side,
+                             "seconds": f"{statistics.median(seconds):.2f}",
+                             "times faster": str(times_faster),
+                             "peak MiB": f"{results[-1][side]['peak_mib']:,.0f}"})  # fmt: skip
+    title = f"Text to shards: {args.corpus.name}, {args.copies} times over"
+    record(args.out, title, rows, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""The price of a checkpoint: the engine's own save, in turns with ours, and what is in ours.
+
+python bench/speed/saving.py --out runs/bench/saving.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a file: import from the repository root, exactly as train.py does
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from bench.ratios import in_turns, paired_ratio
+from bench.record import record
+
+
+def build_engine(folder: Path, model: str) -> Any:
+    """Return an engine of one rank after a step, so that its moments exist."""
+    from bench.speed.side import build_run, open_loader
+    from bench.speed.train_step import write_tokens
+    from data.loader import split_windows
+    from launch.engine import init_process_group
+    from launch.inputs import open_inputs
+    from launch.ranks import read_ranks
+    from launch.step import take_step
+    from train import start_engine
+
+    write_tokens(folder)
+    shape = {"micro_batch_size": 1, "seq_len": 64, "grad_accum": 1}
+    args = argparse.Namespace(side="zero1", model=model, data_dir=folder, **shape)
+    run = build_run(args, folder / "run", read_ranks())
+    device = init_process_group(run.ranks, 600)
+    engine, _ = start_engine(run, open_inputs(run), device)
+    batches = (split_windows(windows, device) for windows in open_loader(run))
+    take_step(engine, run.config, 0, 1, batches)
+    return engine
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Return how long some work takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def compare(engine: Any, folder: Path, blocks: int) -> dict[str, list[float]]:
+    """Save in turns; return the seconds of each block by what was done."""
+    import checkpoint.fingerprints as fingerprints
+    import checkpoint.manifest as manifest
+    import checkpoint.saving as saving
+
+    spent: dict[str, float] = {}
+
+    def timed(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            started = time.perf_counter()
+            result = work(*args)
+            spent[name] = spent.get(name, 0.0) + time.perf_counter() - started
+            return result
+
+        return run
+
+    saving.sync_file = timed("flushing", manifest.sync_file)
+    saving.record_file = timed("hashing", manifest.record_file)
+    saving.engine_fingerprints = timed("fingerprints", fingerprints.engine_fingerprints)
+
+    def ours() -> None:
+        saving.save_checkpoint(
+            engine, folder / "ours", step=1, samples=1, precision="bf16", order={}
+        )
+
+    def engines() -> None:
+        engine.save_checkpoint(str(folder / "engine"), tag="step", save_latest=True)
+
+    times: dict[str, list[float]] = {
+        name: [] for name in ("engine", "ours", "flushing", "hashing", "fingerprints")
+    }
+    for block in in_turns(["engine", "ours"], blocks):
+        for name in block:
+            spent.clear()
+            shutil.rmtree(folder / name, ignore_errors=True)
+            times[name].append(seconds(ours if name == "ours" else engines))
+            for part, value in spent.items():
+                times[part].append(value)
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="gpt2", help="30m or a preset (default: gpt2)")
+    parser.add_argument("--blocks", type=int, default=7, help="turns of each side (default: 7)")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file; results are added")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        times = compare(build_engine(folder, args.model), folder, args.blocks)
+    parts = zip(*(times[name] for name in times if name != "engine"), strict=True)
+    rest = [ours - sum(each) for ours, *each in parts]
+    rows = [
+        {"what": what, "seconds": f"{sorted(values)[len(values) // 2]:.2f}",
+         "of the engine's": str(paired_ratio(values, times["engine"])),
+         "of ours": str(paired_ratio(values, times["ours"]))}
+        for what, values in (times | {"ours without these three": rest}).items()
+    ]  # fmt: skip
+    record(args.out, f"Checkpoint of {args.model}", rows, times)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""One side of a comparison of train steps: a process that trains when it is told to.
+
+It reads a number of steps from each line of stdin, with "count" behind it to count what they send
+to other ranks and what tensors hold, and answers with a JSON line on stdout: seconds, losses in
+nats, peak memory so far, bytes sent and held. train_step.py and scaling.py beside this file, and
+bench/planning/memory.py, start such processes.
+
+Sides: seed (build-nanogpt's way), hf (GPT2LMHeadModel in the same loop), trainer (Hugging Face's),
+bare0 and bare1 (our model without the engine, in the arithmetic of zero0 and of zero1), ddp (bare0
+on many ranks), zero0 to zero3 (the engine, on one or many). With +compile the blocks are compiled
+(bare0 to zero2), with +whole the model as one (seed, bare0, bare1), with +checkpointing the
+engine's blocks keep no activations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if not __package__:  # run as a file: import from the repository root, exactly as train.py does
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from launch.config import TrainConfig, resolve_batch, resolve_train_config
+from launch.ds_config import load_ds_config, resolve_ds_config
+from launch.ranks import Ranks, read_ranks
+from model import GPTConfig
+from model.presets import PRESETS
+
+if TYPE_CHECKING:
+    import torch
+
+    from data.loader import Loader
+    from launch.inputs import Run
+
+    Turns = Callable[[torch.device, list[float]], Iterator[None]]
+
+ROOT = Path(__file__).resolve().parents[2]
+SIDES = ("seed", "hf", "trainer", "bare0", "bare1", "ddp", "zero0", "zero1", "zero2", "zero3")
+PRESETS["30m"] = replace(PRESETS["gpt2"], config=GPTConfig(6, 6, 384))  # nanoGPT's smallest
+
+
+def asked_for(device: torch.device, losses: list[float]) -> Iterator[None]:
+    """Yield once for every step that stdin asks for, and answer each line."""
+    import torch
+
+    from bench.speed.held import Held
+    from bench.speed.traffic import Traffic
+    from launch.metrics import peak_memory_gib
+
+    for line in sys.stdin:
+        n_steps, *count = line.split()
+        started = time.perf_counter()
+        with ExitStack() as counting:
+            traffic = counting.enter_context(Traffic()) if count else None
+            held = counting.enter_context(Held()) if count else None
+            for _ in range(int(n_steps)):
+                yield
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        answer = {"seconds": time.perf_counter() - started, "losses": losses}
+        answer |= {"peak_gib": peak_memory_gib(device)}
+        answer |= {"sent_bytes": traffic and traffic.sent_bytes}
+        answer |= {"held_bytes": held and held.peak_bytes}
+        print(json.dumps(answer), flush=True)
+        losses.clear()
+
+
+def build_run(args: argparse.Namespace, run_dir: Path, ranks: Ranks) -> Run:
+    """Resolve the run that the engine's sides train, and whose batches the others take."""
+    from bench.speed.plain_train import LR
+    from launch.inputs import Run
+
+    engine, _, how = args.side.partition("+")
+    ds_config = ROOT / "ds_configs" / f"{engine if engine.startswith('zero') else 'zero1'}.json"
+    tokens = args.micro_batch_size * args.seq_len * args.grad_accum * ranks.world_size
+    config = resolve_train_config(
+        TrainConfig(
+            model=args.model, data_dir=args.data_dir, run_dir=run_dir, ds_config=ds_config,
+            batch_tokens=tokens, micro_batch_size=args.micro_batch_size, seq_len=args.seq_len,
+            lr=LR, warmup_steps=0, min_lr_ratio=1.0, eval_tokens=args.seq_len, hellaswag_every=0,
+            compile="true" if how == "compile" else "false",
+        )
+    )  # fmt: skip
+    batch = resolve_batch(config, ranks.world_size)
+    raw = load_ds_config(ds_config)
+    if how == "checkpointing":
+        raw["activation_checkpointing"] = {}
+    return Run(config, batch, resolve_ds_config(raw, config, batch).ds_config, ranks)
+
+
+def run_engine(run: Run, losses: list[float], turns: Turns = asked_for) -> None:
+    """Train through the engine, a step for each turn, as train.py does."""
+    from data.loader import split_windows
+    from launch.engine import init_process_group, sum_tensor
+    from launch.inputs import open_inputs
+    from launch.step import take_step
+    from launch.watchdog import group_timeout_s
+    from train import start_engine
+
+    inputs = open_inputs(run)
+    device = init_process_group(run.ranks, group_timeout_s(run.config.timeouts))
+    engine, _ = start_engine(run, inputs, device)
+    engine.train()
+    batches = (split_windows(windows, device) for windows in open_loader(run))
+    n_micro = run.batch.grad_accum_steps
+    for step, _ in enumerate(turns(device, losses)):
+        loss_sum, *_ = take_step(engine, run.config, step, n_micro, batches)
+        total = float(sum_tensor(loss_sum.double(), device))  # all ranks
+        losses.append(total / n_micro / run.ranks.world_size)
+
+
+def open_loader(run: Run) -> Loader:
+    """Open the batches of the run."""
+    from data.loader import Loader
+    from data.order import Order
+    from data.shards import TokenStream
+
+    config, batch = run.config, run.batch
+    stream = TokenStream(config.data_dir, "train", config.gpt_config.vocab_size)
+    order = Order(len(stream), config.seq_len, config.seed, config.shuffle)
+    return Loader(stream, order, batch.micro_batch_size, batch.grad_accum_steps,
+                  run.ranks.rank, run.ranks.world_size)  # fmt: skip
+
+
+def run_plain(run: Run, side: str, losses: list[float], turns: Turns = asked_for) -> None:
+    """Train with a loop of plain_train.py, from the same weights on the same batches."""
+    import torch
+    from torch.nn.parallel import DistributedDataParallel
+
+    from bench.speed import plain_train as plain
+    from launch.engine import compile_blocks, init_process_group
+    from launch.fitting import plan_here
+    from launch.meeting import choose_device
+    from launch.watchdog import group_timeout_s
+    from model import GPT
+
+    name, _, compiled = side.partition("+")
+    device = choose_device(run.ranks)
+    if name == "ddp":
+        init_process_group(run.ranks, group_timeout_s(run.config.timeouts))
+    torch.set_float32_matmul_precision("high")  # as the seed does
+    config = run.config.gpt_config
+    loop = (open_loader(run), turns(device, losses), losses, run.batch.grad_accum_steps)
+    ours = GPT(config, run.config.seed).to(device)
+    if device.type == "cuda":
+        ours.use_memory(plan_here(run, device).memory_use)  # as the engine's sides do
+    if compiled == "compile":
+        compile_blocks(ours)
+    elif compiled == "whole":
+        ours.compile()
+    if name == "seed":
+        seed = plain.PlainGPT(config).to(device)
+        seed.load_state_dict(ours.state_dict())
+        if compiled == "whole":
+            seed.compile()
+        plain.autocast_loop(seed, seed, *loop, fused=device.type == "cuda")
+    elif name == "bare0":
+        plain.autocast_loop(ours, ours, *loop, fused=True)
+    elif name == "ddp":
+        in_ddp = DistributedDataParallel(ours)
+        plain.autocast_loop(in_ddp, in_ddp, *loop, fused=True)
+    elif name == "bare1":
+        plain.masters_loop(ours, *loop)
+    else:
+        theirs = plain.hf_twin(ours)
+        if name == "trainer":
+            plain.trainer_loop(theirs, *loop)
+        else:
+            loss_of = partial(plain.hf_loss, theirs)
+            plain.autocast_loop(theirs, loss_of, *loop, fused=device.type == "cuda")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--side", required=True, help="which")
+    parser.add_argument("--model", default="gpt2", help="30m or a preset (default: gpt2)")
+    parser.add_argument("--data_dir", type=Path, required=True, help="folder of token shards")
+    parser.add_argument("--seq_len", type=int, default=256, help="(default: 256)")
+    parser.add_argument("--micro_batch_size", type=int, default=4, help="(default: 4)")
+    parser.add_argument("--grad_accum", type=int, default=1, help="micro-batches (default: 1)")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side.partition("+")[0] not in SIDES:
+        parser.error(f"--side {args.side}: unknown. Fix: one of {' '.join(SIDES)}")
+    losses: list[float] = []
+    with tempfile.TemporaryDirectory() as run_dir:
+        run = build_run(args, Path(run_dir), read_ranks())
+        if args.side.startswith("zero"):
+            run_engine(run, losses)
+        else:
+            run_plain(run, args.side, losses)
+
+
+if __name__ == "__main__":
+    main()
