@@ -14,24 +14,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from checkpoint.run_folder import write_json
-from launch.config import TrainConfig, describe_run, parse_train_config, profiled_steps, to_json
-from launch.ds_config import precision, zero_stage
-from launch.fitting import advice, plan_here, settle_micro_batch
-from launch.inputs import Inputs, Run, open_inputs, resolve_run, take_run_dir
-from launch.ranks import leave, ranks_or_exit, say_once
-from launch.streams import outlive_readers
-from launch.supervision import BAD_INPUT, FAILED, FINISHED, error_line, report, supervise
-from launch.watchdog import Watchdog, group_timeout_s
+from launch.planning.fitting import advice, explain_out_of_memory, plan_here, settle_micro_batch
+from training.config import TrainConfig, parse_train_config, profiled_steps, to_json
+from training.ds_config import precision, zero_stage
+from training.ranks import leave, ranks_or_exit, say_once
+from training.run import Inputs, Run, describe_run, open_inputs, resolve_run, take_run_dir
+from training.streams import outlive_readers
+from training.supervise import BAD_INPUT, FAILED, FINISHED, error_line, report, supervise
+from training.watchdog import Watchdog, group_timeout_s
 
 if TYPE_CHECKING:
     import torch
 
     from checkpoint.manifest import Manifest
     from data.loader import Loader
+    from eval.packing import Example
     from eval.session import Session
-    from launch.health import Health
-    from launch.metrics import Metrics
-    from launch.stops import Stops
+    from training.health import Health
+    from training.metrics import Metrics
+    from training.stops import Stops
 
 
 @dataclass
@@ -57,28 +58,44 @@ def main(argv: list[str]) -> int:
                 print(f"micro-batch     {n}, or more where the GPU holds it, or fewer")
             return FINISHED
         inputs = open_inputs(run)
+        examples = open_hellaswag(run.config)
         folder = take_run_dir(run, inputs) if ranks.is_main else contextlib.nullcontext()
     except (ValueError, OSError) as error:  # every rank of a machine finds the same
         say_once(ranks, f"error: {error_line(error)}")
         return BAD_INPUT if isinstance(error, ValueError) else FAILED
     with folder:
         try:
-            return supervise(run, functools.partial(train, run, inputs))
+            return supervise(run, functools.partial(train, run, inputs, examples))
         except Exception as error:  # of any kind: one line, and a status to act on
-            return report(run, error)
+            return report(run, explain_out_of_memory(error, run))
+
+
+def open_hellaswag(config: TrainConfig) -> list[Example]:
+    """Return the rows that the run is scored on, cropped to the model; none where that is off.
+
+    Raises:
+        ValueError: The rows do not fit the model.
+    """
+    from eval.hellaswag import load_examples
+    from eval.packing import crop_contexts
+
+    if not config.hellaswag_every:
+        return []
+    rows = load_examples(limit=config.hellaswag_limit)
+    return crop_contexts(rows, config.gpt_config.block_size)
 
 
 def start_engine(run: Run, inputs: Inputs, device: torch.device) -> tuple[Any, Manifest | None]:
     """Build the engine, with fresh, given or resumed weights (all ranks)."""
+    from checkpoint.hf_folder import load_hf_weights
     from checkpoint.resuming import load_checkpoint, newest_intact
-    from launch.engine import (
+    from training.engine import (
         ask_for_determinism,
         build_engine,
         build_model,
         load_weights,
         set_clipping,
     )
-    from model.weights import load_hf_weights
 
     settle_micro_batch(run, device, resumes=bool(inputs.checkpoints))
     config, stage = run.config, zero_stage(run.ds_config)
@@ -117,7 +134,12 @@ def open_session(run: Run, engine: Any, stops: Stops, device: torch.device) -> S
 
 
 def evaluate(
-    run: Run, inputs: Inputs, session: Session, step: int, metrics: Metrics | None
+    run: Run,
+    inputs: Inputs,
+    examples: list[Example],
+    session: Session,
+    step: int,
+    metrics: Metrics | None,
 ) -> None:
     """Do the evaluations that are due after `step` updates (all ranks, in step)."""
     from eval import hellaswag, packing
@@ -138,9 +160,9 @@ def evaluate(
         )
         if metrics:
             metrics.evaluation(step, loss, texts)
-    if inputs.hellaswag and is_due(config, step, config.hellaswag_every):
-        losses = packing.evaluate(session.model, inputs.hellaswag, **session.share)
-        result = hellaswag.score(session.sum(losses), inputs.hellaswag)
+    if examples and is_due(config, step, config.hellaswag_every):
+        losses = packing.evaluate(session.model, examples, **session.share)
+        result = hellaswag.score(session.sum(losses), examples)
         if metrics:
             metrics.hellaswag(step, result)
 
@@ -190,7 +212,9 @@ def open_loader(run: Run, inputs: Inputs, samples: int) -> Loader:
                   ranks.rank, ranks.world_size, samples)  # fmt: skip
 
 
-def train(run: Run, inputs: Inputs, watchdog: Watchdog, stops: Stops) -> tuple[str, str]:
+def train(
+    run: Run, inputs: Inputs, examples: list[Example], watchdog: Watchdog, stops: Stops
+) -> tuple[str, str]:
     """Train until `max_steps`, then leave a consolidated folder (all ranks).
 
     Returns:
@@ -203,12 +227,12 @@ def train(run: Run, inputs: Inputs, watchdog: Watchdog, stops: Stops) -> tuple[s
 
     from checkpoint.consolidate import consolidate_engine
     from data.loader import split_windows
-    from launch.engine import init_process_group
-    from launch.health import Health
-    from launch.metrics import Metrics
-    from launch.step import StepClock, take_step
-    from launch.stops import StopRequested
-    from launch.tracing import Trace
+    from training.health import Health
+    from training.metrics import Metrics
+    from training.rendezvous import init_process_group
+    from training.step import StepClock, take_step
+    from training.stops import StopRequested
+    from training.tracing import Trace
 
     start_s, limit_s = watchdog.timeouts_s["start"], group_timeout_s(run.config.timeouts)
     watchdog.phase("start", times=3)  # whoever does not come is named before this clock runs out
@@ -239,7 +263,7 @@ def train(run: Run, inputs: Inputs, watchdog: Watchdog, stops: Stops) -> tuple[s
                 save(run, inputs, engine, progress, health, watchdog)
             watchdog.phase("eval")
             engine.eval()
-            evaluate(run, inputs, session, step, metrics)
+            evaluate(run, inputs, examples, session, step, metrics)
             engine.train()
             if step == config.max_steps:
                 break

@@ -61,8 +61,8 @@ def save_consolidated(
     folder: Path, config: GPTConfig, weights: Iterable[tuple[str, Tensor]]
 ) -> None:
     """Write weights and tokenizer as a Hugging Face folder."""
+    from checkpoint.hf_folder import save_hf_folder
     from data.tokenizer import save_hf_tokenizer
-    from model.weights import save_hf_folder
 
     try:
         save_hf_folder(

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from checkpoint.hf_folder import HEAD, MASKS, NOT_TIED, PREFIX, fill_model, weight_shapes
 from checkpoint.unpickling import load_weights_only
 from model import GPT, GPTConfig
-from model.weights import HEAD, MASKS, NOT_TIED, PREFIX, fill_model, weight_shapes
 
 ACCEPTED = (
     "Fix: give a run, step or Hugging Face folder, a hub name, a build-nanogpt or nanoGPT .pt "

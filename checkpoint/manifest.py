@@ -17,7 +17,8 @@ from typing import Any
 from model import GPTConfig
 
 MANIFEST = "manifest.json"
-PRECISIONS = ("fp32", "autocast", "bf16")
+# By precision, what a parameter takes on disk: its weight and AdamW's fp32 state.
+BYTES_PER_PARAMETER = {"fp32": 12, "autocast": 12, "bf16": 14}
 LATEST = "latest"
 PARTIAL_SUFFIX = ".tmp"
 DELETED_SUFFIX = ".deleted"
@@ -93,6 +94,11 @@ def _digest(fields: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
+def checkpoint_bytes(precision: str, n_params: int) -> int:
+    """Return what one checkpoint of a model takes on disk."""
+    return BYTES_PER_PARAMETER[precision] * n_params
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a step folder.
 
@@ -108,7 +114,7 @@ def read_manifest(folder: Path) -> Manifest:
         if not all(re.fullmatch(r"[\w.-]*\w", name) for name in files):
             raise ValueError("a file elsewhere")
         GPTConfig(**raw["model"])
-        known = raw["precision"] in PRECISIONS and raw["zero_stage"] in range(4)
+        known = raw["precision"] in BYTES_PER_PARAMETER and raw["zero_stage"] in range(4)
         if not known or type(raw["world_size"]) is not int:
             raise ValueError("precision, zero_stage or world_size")
         return Manifest(**raw, files=files)

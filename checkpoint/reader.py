@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 
 from checkpoint.foreign import ACCEPTED, load_foreign
+from checkpoint.hf_folder import fill_model, load_hf_folder
+from checkpoint.hub import locate_hf_folder
 from checkpoint.layouts import step_weights
 from checkpoint.manifest import MANIFEST, newest_step, read_manifest
 from checkpoint.run_folder import STATUS
 from model import GPT, GPTConfig
-from model.hub import locate_hf_folder
-from model.weights import fill_model, load_hf_folder
 
 
 def resolve_ckpt(ckpt: str) -> str:

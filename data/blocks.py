@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice, repeat
 from typing import Any, BinaryIO, NamedTuple
 
-from data.manifest import Position
+from data.index import Position
 from data.opening import Opener, unpack
 from data.sources import HUB, LINES, ROWS, TEXT, SourceFile
 from data.tokenizer import EOT_BYTES

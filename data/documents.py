@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from data.blocks import BYTE_ORDER_MARK, SKIP, BadInputError, Block, Reading, split_documents
-from data.manifest import LITERAL
+from data.index import LITERAL
 from data.sources import LINES, TEXT, SourceFile
 from data.tokenizer import EOT_BYTES
 

@@ -14,7 +14,7 @@ import numpy as np
 from data.blocks import Block, Reader, Reading
 from data.documents import read_documents
 from data.encode import Encoder
-from data.manifest import Position
+from data.index import Position
 from data.opening import Opener
 from data.shards import DTYPE, Tokens
 from data.sources import SourceFile

@@ -21,7 +21,7 @@ if not __package__:  # run as a file: import from the repository root, exactly a
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 if TYPE_CHECKING:
-    from data.manifest import Manifest
+    from data.index import Manifest
     from data.sources import SourceFile
     from data.writing import ShardWriter
 
@@ -65,7 +65,7 @@ def _write(
 ) -> "Manifest":
     from data.blocks import Reading
     from data.encode import Encoder
-    from data.manifest import Position
+    from data.index import Position
     from data.opening import Opener
     from data.pipeline import Pipeline, Progress
     from data.writing import ShardWriter

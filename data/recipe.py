@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from data.manifest import Manifest, Position, Resume, read_manifest
+from data.index import Manifest, Position, Resume, read_manifest
 from data.sources import MAX_NAMED, TEXT, SourceFile
 from data.tokenizer import MERGES_SHA256
 

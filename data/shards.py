@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data.manifest import MANIFEST, PARTIAL_SUFFIX, Manifest, hash_file, read_manifest
+from data.index import MANIFEST, PARTIAL_SUFFIX, Manifest, hash_file, read_manifest
 from data.tokenizer import MERGES_SHA256
 
 Tokens = NDArray[np.uint16]
@@ -232,6 +232,21 @@ class TokenStream:
                 f"{self.paths[shard]}: token {largest}, the vocabulary has {self.vocab_size}"
                 f"{' (big-endian, it seems)' if swapped else ''}. {PREPARE}"
             )
+
+
+def require_targets(stream: TokenStream, eval_tokens: int) -> None:
+    """Refuse a validation split that does not hold `eval_tokens` targets.
+
+    Raises:
+        ValueError: It does not; names its last shard.
+    """
+    if eval_tokens >= len(stream):  # one more is the first token, which nothing predicts
+        most = len(stream) - 1
+        remedy = f"give --eval_tokens {most}" if most else "prepare more validation tokens"
+        raise ValueError(
+            f"{stream.paths[-1]}: the validation split has {len(stream)} tokens, not "
+            f"--eval_tokens {eval_tokens} + 1. Fix: {remedy}"
+        )
 
 
 def _ends(shard: Tokens) -> bytes:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from data.manifest import Manifest
+    from data.index import Manifest
     from data.shards import TokenStream
 
 PART_TOKENS = 2**22  # read at once
@@ -38,7 +38,7 @@ def show_folder(data_dir: Path, quiet: bool) -> bool:
     Raises:
         ValueError: No shards, or shards that cannot be opened.
     """
-    from data.manifest import read_manifest
+    from data.index import read_manifest
     from data.shards import SPLITS, TokenStream
     from data.tokenizer import VOCAB_SIZE
 
@@ -66,7 +66,7 @@ def _describe(manifest: "Manifest | None") -> str:
 def _compare_hashes(data_dir: Path, manifest: "Manifest", quiet: bool) -> set[str]:
     from tqdm import tqdm
 
-    from data.manifest import hash_file
+    from data.index import hash_file
 
     paths = {shard.name: data_dir / shard.name for shard in manifest.shards}
     total = sum(path.stat().st_size for path in paths.values())

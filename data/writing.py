@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from data.manifest import (
+from data.index import (
     MANIFEST,
     PARTIAL_SUFFIX,
     Manifest,

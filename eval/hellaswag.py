@@ -21,7 +21,7 @@ if not __package__:  # run as a file: import from the repository root, exactly a
 
 from eval.packing import FORWARD_TOKENS, N_ENDINGS, Example, crop_contexts, evaluate
 from eval.session import add_model_flags, check_gpt2_tokens, run_as_program, say, start_session
-from launch.ranks import Ranks
+from training.ranks import Ranks
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,8 +18,8 @@ if not __package__:  # run as a file: import from the repository root, exactly a
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from eval.session import add_model_flags, check_gpt2_tokens, run_as_program, start_session
-from launch.ranks import Ranks
 from model import GPTConfig
+from training.ranks import Ranks
 
 if TYPE_CHECKING:
     from torch import Tensor

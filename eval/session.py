@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from launch.ranks import Ranks, leave, ranks_or_exit, say_once
-from launch.streams import outlive_readers
 from model import GPTConfig
+from training.ranks import Ranks, leave, ranks_or_exit, say_once
+from training.streams import outlive_readers
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +58,7 @@ class Session:
         """Sum each value over the ranks (all ranks)."""
         if self.ranks.world_size == 1:
             return values
-        from launch.engine import sum_tensor
+        from training.rendezvous import sum_tensor
 
         return sum_tensor(values, self.device)
 
@@ -70,7 +70,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("fp32", "autocast", "bf16"),
         help="default: the run's precision, fp32 outside a run",
     )  # fmt: skip
-    # The deepspeed launcher appends it; launch.ranks knows better.
+    # The deepspeed launcher appends it; training.ranks knows better.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
 
@@ -91,11 +91,11 @@ def start_session(model: GPT, precision: str, ranks: Ranks) -> Session:
     """Join the other ranks, if there are any (all ranks), and send the model to the device."""
     import torch
 
-    from launch.meeting import choose_device
+    from training.rendezvous import choose_device
 
     device = choose_device(ranks)
     if ranks.world_size > 1:
-        from launch.engine import init_process_group
+        from training.rendezvous import init_process_group
 
         init_process_group(ranks, TIMEOUT_S)
     model = model.to(device, torch.bfloat16 if precision == "bf16" else torch.float32)

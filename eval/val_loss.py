@@ -17,7 +17,7 @@ if not __package__:  # run as a file: import from the repository root, exactly a
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from eval.session import add_model_flags, run_as_program, say, start_session
-from launch.ranks import Ranks
+from training.ranks import Ranks
 
 if TYPE_CHECKING:
     import torch
@@ -28,21 +28,6 @@ if TYPE_CHECKING:
 
 LARGEST_EXPONENT = 700  # of e, in fp64
 EVAL_TOKENS = 10_485_760  # build-nanogpt's 20 batches of 64 x 1,024 on 8 GPUs
-
-
-def check_eval_tokens(stream: TokenStream, eval_tokens: int) -> None:
-    """Refuse a validation split that does not hold `eval_tokens` targets.
-
-    Raises:
-        ValueError: It does not; names its last shard.
-    """
-    if eval_tokens >= len(stream):  # one more is the first token, which nothing predicts
-        most = len(stream) - 1
-        remedy = f"give --eval_tokens {most}" if most else "prepare more validation tokens"
-        raise ValueError(
-            f"{stream.paths[-1]}: the validation split has {len(stream)} tokens, not "
-            f"--eval_tokens {eval_tokens} + 1. Fix: {remedy}"
-        )
 
 
 def evaluate(
@@ -145,7 +130,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name} {value}: out of range. Fix: give at least 1")
     from checkpoint.reader import load_model, resolve_ckpt
-    from data.shards import TokenStream
+    from data.shards import TokenStream, require_targets
 
     ckpt = resolve_ckpt(args.ckpt)
     model, run_precision = load_model(ckpt)
@@ -155,7 +140,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
             f"--seq_len {seq_len}: block_size is {model.config.block_size}. Fix: give no more"
         )
     stream = TokenStream(args.data_dir, "val", model.config.vocab_size)
-    check_eval_tokens(stream, args.eval_tokens)
+    require_targets(stream, args.eval_tokens)
     session = start_session(model, args.dtype or run_precision, ranks)
     with session.context():
         sizes = {"eval_tokens": args.eval_tokens, "batch_size": args.batch_size}

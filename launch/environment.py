@@ -19,8 +19,8 @@ from pathlib import Path
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.credentials import refuse_credentials
 from launch.hostfile import check_not_open_to_all
+from training.credentials import refuse_credentials
 
 # Libraries, threads, networks and caches; a name that ends in _ stands for all that begin so.
 NEEDED = ("LD_LIBRARY_PATH", "CUDA_HOME", "OMP_NUM_THREADS", "MALLOC_", "DS_ACCELERATOR",

@@ -19,13 +19,13 @@ from pathlib import Path
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.config import OneLineParser, TrainConfig, largest_micro_batch, resolve_train_config
-from launch.describe import describe, table, to_json
-from launch.devices import DEVICES, get_device
-from launch.ds_config import load_ds_config
-from launch.estimate import Cluster, Estimate, estimate, largest_fitting, rank_candidates
+from launch.planning.estimate import Cluster, Estimate, estimate, largest_fitting, rank_candidates
+from launch.planning.printing import describe, table, to_json
 from model import PRESETS
 from model.presets import get_preset
+from training.config import OneLineParser, TrainConfig, largest_micro_batch, resolve_train_config
+from training.devices import DEVICES, get_device
+from training.ds_config import load_ds_config
 
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 

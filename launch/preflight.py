@@ -22,12 +22,12 @@ from pathlib import Path
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.config import parse_train_config
-from launch.findings import Facts, Verdict, judge
-from launch.inputs import resolve_run
-from launch.ranks import leave, ranks_or_exit, say_once
-from launch.supervision import BAD_INPUT, FAILED, FINISHED, error_line
-from launch.watchdog import parse_timeouts
+from launch.checks.verdicts import Facts, Verdict, judge
+from training.config import parse_train_config
+from training.ranks import leave, ranks_or_exit, say_once
+from training.run import resolve_run
+from training.supervise import BAD_INPUT, FAILED, FINISHED, error_line
+from training.watchdog import parse_timeouts
 
 TIMEOUT_S = 120  # for each part of the survey, unless --timeouts gives another
 
@@ -41,8 +41,8 @@ def main(argv: list[str]) -> int:
         say_once(ranks, f"error: {error_line(error)}")
         return BAD_INPUT
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # else NCCL's time limit kills the rank
-    from launch.meeting import meet, part
-    from launch.survey import Survey, survey_all
+    from launch.checks.survey import Survey, survey_all
+    from training.rendezvous import meet, part
 
     is_given = "start=" in run.config.timeouts
     timeout_s = parse_timeouts(run.config.timeouts)["start"] if is_given else TIMEOUT_S

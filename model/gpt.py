@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from model.cache import KVCache, LayerCache
 from model.config import MEMORY_USES, GPTConfig, MemoryUse
-from model.generate import KVCache, LayerCache
 from model.linear import Linear, linear
 from model.loss import linear_cross_entropy, token_losses
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from launch.engine import init_process_group
-from launch.ranks import Ranks
+from training.ranks import Ranks
+from training.rendezvous import init_process_group
 
 ONE_RANK = Ranks(rank=0, local_rank=0, world_size=1, local_world_size=1)
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from launch.config import parse_train_config, resolve_train_config
-from launch.devices import get_device
-from launch.ds_config import load_ds_config
-from launch.estimate import Cluster, estimate
+from launch.planning.estimate import Cluster, estimate
+from training.config import parse_train_config, resolve_train_config
+from training.devices import get_device
+from training.ds_config import load_ds_config
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [p.relative_to(ROOT) for folder in (".", "docs", "launch", "ds_configs")

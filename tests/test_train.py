@@ -18,20 +18,20 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 import eval.hellaswag as hellaswag
 import eval.val_loss
-import launch.step
+import training.step
 from bench.fidelity import parity, reference
-from bench.speed.hellaswag import reference_row
+from bench.fidelity.reference_hellaswag import reference_row
 from checkpoint.consolidate import check_empty
+from checkpoint.hf_folder import load_hf_folder, save_hf_folder
 from checkpoint.manifest import complete_steps
 from checkpoint.reader import load_model
 from data.shards import TokenStream
 from data.tokenizer import VOCAB_SIZE
 from eval.packing import evaluate
 from eval.val_loss import build_parser, run
-from launch.ranks import read_ranks
 from model import GPT, PRESETS
-from model.weights import load_hf_folder, save_hf_folder
 from train import main
+from training.ranks import read_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 NEEDS_COMPILER = pytest.mark.skipif(
@@ -382,10 +382,10 @@ def test_a_value_that_deepspeed_does_not_take_is_named(
 def test_the_speed_is_that_of_the_steps_for_every_log_every(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_every: int
 ) -> None:
-    take_step, mean_loss = launch.step.take_step, eval.val_loss.mean_loss
+    take_step, mean_loss = training.step.take_step, eval.val_loss.mean_loss
 
     now = [0.0]
-    monkeypatch.setattr(launch.step, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(training.step, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def slow_step(*args: Any) -> Any:
         now[0] += 0.5
@@ -395,7 +395,7 @@ def test_the_speed_is_that_of_the_steps_for_every_log_every(
         now[0] += 100
         return mean_loss(*args, **options)
 
-    monkeypatch.setattr(launch.step, "take_step", slow_step)
+    monkeypatch.setattr(training.step, "take_step", slow_step)
     monkeypatch.setattr(eval.val_loss, "mean_loss", slow_loss)
     run_dir = tmp_path / "run"
     options = ("--max_steps", 8, "--eval_every", 4, "--log_every", log_every, "--sample_tokens", 1)
@@ -413,13 +413,13 @@ def test_the_speed_is_that_of_the_steps_for_every_log_every(
 def test_deterministic_kernels_are_asked_for_and_recorded(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: bool
 ) -> None:
-    take_step, seen = launch.step.take_step, []
+    take_step, seen = training.step.take_step, []
 
     def watched(*args: Any) -> Any:
         seen.append(torch.are_deterministic_algorithms_enabled())
         return take_step(*args)
 
-    monkeypatch.setattr(launch.step, "take_step", watched)
+    monkeypatch.setattr(training.step, "take_step", watched)
     options = ("--max_steps", 1, *["--deterministic"] * asked)
     try:
         assert main(arguments(data_dir, tmp_path / "run", 1, *options)) == 0

@@ -45,7 +45,8 @@ def install_another_torch() -> None:
 
 def slow_down(seconds: float) -> None:
     """Let each matrix product of this rank take longer."""
-    from launch import probes
+
+    from training import probes
 
     real = probes.multiply
 
@@ -58,17 +59,19 @@ def slow_down(seconds: float) -> None:
 
 def hang() -> None:
     """Never come back from a look at the memory."""
-    from launch import probes
 
-    probes.read_memory = lambda device: time.sleep(1000) or 0
+    from launch.checks import machine
+
+    machine.read_memory = lambda device: time.sleep(1000) or 0
 
 
 def hang_in_collectives() -> None:
     """Wait for ever in the first all-reduce, as behind a link of NCCL's that is dead."""
-    from launch import links, survey
+    from launch.checks import survey
+    from training import probes
 
     survey.ATTEMPT_S = 2
-    links.add_up = lambda *args: time.sleep(1000)
+    probes.measure_allreduce = lambda *args: time.sleep(1000)
 
 
 def starts(argv: list[str], elsewhere: Path) -> dict[str, tuple[Found, Acts]]:
@@ -132,7 +135,7 @@ def main() -> int:
     parser.add_argument("--healthy", type=int, default=1, help="starts without a fault (1)")
     args = parser.parse_args()
     os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    import launch.survey  # noqa: F401  # once, before the forks
+    import launch.checks.survey  # noqa: F401  # once, before the forks
     from bench.record import record
     from bench.speed.train_step import write_tokens
 

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 IMPORTS = ("deepspeed", "torch.utils.tensorboard", "checkpoint.consolidate", "checkpoint.resuming",
-           "data.loader", "eval.packing", "eval.sample", "eval.val_loss", "launch.engine",
-           "launch.health", "launch.stops", "train")  # fmt: skip
+           "data.loader", "eval.packing", "eval.sample", "eval.val_loss", "training.engine",
+           "training.health", "training.stops", "train")  # fmt: skip
 KILLED = -signal.SIGKILL
 
 

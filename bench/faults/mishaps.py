@@ -55,7 +55,7 @@ def in_second_save(act: Callable[[], None]) -> None:
 
 def in_step(act: Callable[[], None]) -> None:
     """Have this process act in its fifth step."""
-    import launch.step as step
+    import training.step as step
 
     real, calls = step.optimizer_step, []
 
@@ -161,7 +161,7 @@ def export_live(folder: Path, run_dir: Path) -> Result:
     from bench.faults.forks import Run
     from bench.faults.kills import arguments, newest_step
     from checkpoint import consolidate
-    from model.weights import load_hf_folder
+    from checkpoint.hf_folder import load_hf_folder
 
     log = run_dir.with_suffix(".log")
     run = Run(arguments(folder, run_dir, 1, 10**6), 2, log)

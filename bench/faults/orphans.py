@@ -37,7 +37,7 @@ START_S, END_S = 120, 45
 
 def descendants(pid: int) -> dict[int, psutil.Process]:
     """Return a process and all below it that are no zombies."""
-    from launch.stops import is_alive
+    from training.stops import is_alive
 
     runner = psutil.Process(pid)
     found = [runner, *runner.children(recursive=True)]
@@ -46,7 +46,7 @@ def descendants(pid: int) -> dict[int, psutil.Process]:
 
 def name_processes(runner: int) -> dict[str, int]:
     """Return the processes of a run of two ranks by name."""
-    from launch.stops import DEEPSPEED_LAUNCHER
+    from training.stops import DEEPSPEED_LAUNCHER
 
     below = descendants(runner).values()
     (launcher,) = [p for p in below if DEEPSPEED_LAUNCHER in p.cmdline()]
@@ -122,7 +122,7 @@ def stop_once(folder: Path, variant: str) -> dict[str, Any]:
 
 def alive(processes: dict[int, psutil.Process]) -> list[int]:
     """Return those of the processes that still run."""
-    from launch.stops import is_alive
+    from training.stops import is_alive
 
     return [pid for pid, process in processes.items() if is_alive(process)]
 

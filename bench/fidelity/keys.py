@@ -29,7 +29,7 @@ if not __package__:  # run as a file: import from the repository root, exactly a
 NET = "a wrong map is refused"
 MODEL = "keys"  # of sizes that are no multiples of an alignment
 N_STEPS, SAVED_AT, TIMEOUT_S = 4, 2, 200
-COLUMNS = ("b", "1", "2", "3")  # of the table, as launch/ds_keys.py names them
+COLUMNS = ("b", "1", "2", "3")  # of the table, as training/ds_keys.py names them
 # Largest differences: of a loss to stage 0, and of a parameter's moment, of its 2-norm.
 TOLERANCES = {"fp32": (1e-5, 1e-4), "bf16": (5e-3, 0.2)}
 
@@ -213,7 +213,7 @@ def try_net(folder: Path) -> dict[str, Any]:
 
 def without_mend(rank: int) -> None:
     """Leave DeepSpeed's map from weights to flat tensors as it is."""
-    import launch.deepspeed_fixes as fixes
+    import training.deepspeed_fixes as fixes
 
     fixes.link_in_round_robin_order = lambda optimizer: None
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from bench.speed import attention
-from launch.meeting import choose_device
-from launch.ranks import Ranks
+from training.ranks import Ranks
+from training.rendezvous import choose_device
 
 ROOT = Path(__file__).resolve().parents[2]
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR",

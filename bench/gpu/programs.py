@@ -15,9 +15,9 @@ from torch import Tensor
 
 from bench.gpu.device import ROOT, Options, Row, device, run_program, seconds
 from bench.gpu.training import LINEAR
-from launch.ranks import Ranks
 from model import GPT, GPTConfig
 from model.presets import get_preset
+from training.ranks import Ranks
 
 TOLERANCE = 1e-2  # of logits in fp32, with TF32
 ONE_IN = 20  # rows of HellaSwag are scored one at a time
@@ -103,7 +103,7 @@ def _losses_of_one(model: GPT, example: Any) -> Tensor:
 
 def resume(options: Options) -> Row:
     """Save, go on, load, go on again: how far apart the losses are, by kind of kernels."""
-    from launch.engine import init_process_group
+    from training.rendezvous import init_process_group
 
     init_process_group(Ranks(), 300)
     found: Row = {}
@@ -123,10 +123,10 @@ def _apart_after_a_resume(options: Options, stage: str) -> float:
     from checkpoint.manifest import read_manifest, step_name
     from checkpoint.resuming import load_checkpoint
     from checkpoint.saving import save_checkpoint
-    from launch.config import TrainConfig, resolve_batch, resolve_train_config
-    from launch.ds_config import load_ds_config, precision, resolve_ds_config
-    from launch.engine import build_engine, build_model
-    from launch.step import take_step
+    from training.config import TrainConfig, resolve_batch, resolve_train_config
+    from training.ds_config import load_ds_config, precision, resolve_ds_config
+    from training.engine import build_engine, build_model
+    from training.step import take_step
 
     sizes = options.sizes("parity", grad_accum=1)
     config = resolve_train_config(

@@ -29,8 +29,8 @@ from bench.gpu.device import (
     wait,
 )
 from bench.speed.side import build_run, run_engine, run_plain
-from launch.inputs import Run
-from launch.ranks import Ranks
+from training.ranks import Ranks
+from training.run import Run
 
 if TYPE_CHECKING:
     from bench.speed.side import Turns
@@ -81,8 +81,8 @@ def speed(options: Options, side: str, steps: int = 10, **more: int | str) -> Ro
 
 
 def _against_the_plan(run: Run, side: str, tokens_per_s: int) -> Row:
-    from launch.fitting import plan_here
-    from launch.metrics import peak_flops
+    from launch.planning.fitting import plan_here
+    from training.metrics import peak_flops
 
     peak = peak_flops(device())
     flops = run.config.gpt_config.flops_per_token(run.config.seq_len)
@@ -136,7 +136,7 @@ def host_waits(options: Options) -> Row:
             waits.update(
                 f"{'/'.join(path.parts[-3:])}:{line}"
                 for path, line in places
-                if path.parts[-2:] != ("launch", "engine.py")  # sum_tensor, for bench/speed/side.py
+                if path.parts[-2:] != ("training", "rendezvous.py")  # sum_tensor
             )
 
         train(options, side, options.sizes("parity"), turns)

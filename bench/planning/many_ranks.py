@@ -39,11 +39,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     from bench.speed.side import build_run
     from bench.speed.traffic import Traffic
-    from launch.engine import build_engine, build_model, init_process_group
-    from launch.memory import shard_of
-    from launch.ranks import Ranks
-    from launch.step import take_step
-    from launch.throughput import sent_bytes
+    from launch.planning.speed import sent_bytes
+    from training.engine import build_engine, build_model
+    from training.memory import shard_of
+    from training.ranks import Ranks
+    from training.rendezvous import init_process_group
+    from training.step import take_step
 
     ranks = Ranks(0, 0, args.ranks, RANKS_OF_A_MACHINE)
     run = build_run(args, Path("run"), ranks)
@@ -85,7 +86,7 @@ def host_transfers() -> Iterator[collections.Counter[str]]:
         ) -> Any:
             if func._schema.name in TRANSFERS:
                 frame: Any = sys._getframe(1)
-                while not frame.f_code.co_filename.startswith((str(ROOT / "launch"), DEEPSPEED)):
+                while not frame.f_code.co_filename.startswith((str(ROOT / "training"), DEEPSPEED)):
                     frame = frame.f_back
                 path = Path(frame.f_code.co_filename)
                 parent = Path(DEEPSPEED).parent if DEEPSPEED in str(path) else ROOT

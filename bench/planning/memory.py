@@ -24,9 +24,9 @@ if not __package__:  # run as a file: import from the repository root, exactly a
 from bench.record import markdown, stamp
 from bench.speed.side import build_run
 from bench.speed.train_step import Side, write_tokens
-from launch.memory import peak, shard_of
-from launch.ranks import Ranks
-from launch.throughput import sent_bytes
+from launch.planning.speed import sent_bytes
+from training.memory import peak, shard_of
+from training.ranks import Ranks
 
 SHAPES = {"30m": (4, 256), "gpt2": (2, 128)}  # sequences and tokens of a micro-batch
 SIDES = [f"zero{stage}{more}" for more in ("", "+checkpointing") for stage in range(4)]

@@ -18,12 +18,12 @@ if not __package__:  # run as a file: import from the repository root, exactly a
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from bench.record import markdown
-from launch.config import TrainConfig, resolve_train_config
-from launch.devices import get_device
-from launch.ds_config import load_ds_config
-from launch.estimate import CHECKPOINTING, DS_CONFIGS, Cluster, estimate
+from launch.planning.estimate import CHECKPOINTING, DS_CONFIGS, Cluster, estimate
 from model import GPTConfig
 from model.presets import PRESETS, get_preset
+from training.config import TrainConfig, resolve_train_config
+from training.devices import get_device
+from training.ds_config import load_ds_config
 
 TOLERANCE = 0.20
 PRESETS["30b"] = replace(PRESETS["gpt3-13b"], config=GPTConfig(48, 56, 7168, 2048))

@@ -74,8 +74,8 @@ def measure(B: int, T: int, C: int, n_head: int, repeats: int) -> Rows:
     import torch
     from torch.nn.attention import SDPBackend
 
-    from launch.meeting import choose_device
-    from launch.ranks import Ranks
+    from training.ranks import Ranks
+    from training.rendezvous import choose_device
 
     device = choose_device(Ranks()).type
     generator = torch.Generator(device).manual_seed(1)

@@ -68,8 +68,8 @@ def measure(name: str, batch: int, seq_len: int, n_embd: int, repeats: int) -> d
     """Time forward and backward of one candidate; return the medians and the equality proof."""
     import torch
 
-    from launch.meeting import choose_device
-    from launch.ranks import Ranks
+    from training.ranks import Ranks
+    from training.rendezvous import choose_device
 
     loss_of = candidate(name)
     device = choose_device(Ranks()).type

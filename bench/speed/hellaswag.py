@@ -14,7 +14,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,14 +21,14 @@ from typing import TYPE_CHECKING, Any
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from bench.fidelity.reference_hellaswag import reference_losses
 from bench.ratios import describe_machine, in_turns, paired_ratio
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from bench.fidelity.reference_hellaswag import Logits
     from model import GPT
-
-    Logits = Callable[[Tensor], Tensor]  # (B, T) tokens -> (B, T, V)
 
 EVERY = 50  # rows between those of the small set: 201 of 10,042
 CHUNK = 500  # rows of the full set between two writes
@@ -42,9 +41,9 @@ def build_models(args: argparse.Namespace) -> tuple[GPT, Logits]:
 
     from bench.speed.plain_train import hf_twin
     from bench.speed.side import PRESETS
-    from launch.meeting import choose_device
-    from launch.ranks import Ranks
     from model import GPT
+    from training.ranks import Ranks
+    from training.rendezvous import choose_device
 
     config = PRESETS[args.model].config
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
@@ -62,43 +61,6 @@ def read_rows(every: int) -> list[bytes]:
     from eval.hellaswag import VALIDATION
 
     return lzma.decompress(VALIDATION.read_bytes()).splitlines()[::every]
-
-
-def reference(model: Logits, lines: list[bytes]) -> Tensor:
-    """Return the summed loss of each ending, (n, 4): one example per forward, full logits."""
-    import torch
-
-    from data.tokenizer import load_tokenizer
-
-    encode = load_tokenizer().encode_ordinary
-    sums = []
-    for row in map(json.loads, lines):
-        endings = [encode(" " + ending) for ending in row["endings"]]
-        sums.append(reference_row(model, encode(row["ctx"]), endings))
-    return torch.stack(sums)
-
-
-def reference_row(model: Logits, context: list[int], endings: list[list[int]]) -> Tensor:
-    """Return the summed loss of each ending of one example, (4,) fp64."""
-    import torch
-    import torch.nn.functional as F
-
-    from launch.meeting import choose_device
-    from launch.ranks import Ranks
-
-    T = len(context) + max(map(len, endings))
-    tokens = torch.zeros(4, T, dtype=torch.long)
-    counts = torch.zeros(4, T)
-    for i, ending in enumerate(endings):
-        tokens[i, : len(context) + len(ending)] = torch.tensor(context + ending)
-        counts[i, len(context) : len(context) + len(ending)] = 1
-    device = choose_device(Ranks()).type
-    tokens, counts = tokens.to(device), counts.to(device)
-    with torch.no_grad():
-        logits = model(tokens)[:, :-1].flatten(0, 1)  # (4 · (T - 1), V)
-    targets = tokens[:, 1:].flatten()
-    losses = F.cross_entropy(logits.float(), targets, reduction="none").view(4, -1)
-    return (losses * counts[:, 1:]).sum(1).double().cpu()
 
 
 def ours(model: GPT, lines: list[bytes], path: Path) -> Tensor:
@@ -151,7 +113,7 @@ def compare_rows(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     )
     while len(rows) < len(lines):
         started = time.perf_counter()
-        rows += reference(theirs, lines[len(rows) : len(rows) + CHUNK]).tolist()
+        rows += reference_losses(theirs, lines[len(rows) : len(rows) + CHUNK]).tolist()
         reference_s += time.perf_counter() - started
         written.write_text(json.dumps([rows, reference_s]), encoding="utf-8")
         print(f"{len(rows)} rows: {reference_s:.0f} s, ours {ours_s:.0f} s", file=sys.stderr)
@@ -163,7 +125,7 @@ def compare_in_turns(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Time both sides in turns on the small set, end to end from JSON lines to losses."""
     (model, theirs), lines = build_models(args), read_rows(EVERY)
     sides = {
-        "reference": lambda: reference(theirs, lines),
+        "reference": lambda: reference_losses(theirs, lines),
         "ours": lambda: ours(model, lines, scratch),
     }
     losses = {name: side() for name, side in sides.items()}  # warm-up
@@ -197,7 +159,7 @@ def run_side(args: argparse.Namespace, scratch: Path) -> None:
     before = resident_mib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # Linux: the peak starts anew
     if args.side == "reference":
-        reference(theirs, lines)
+        reference_losses(theirs, lines)
     else:
         ours(model, lines, scratch)
     rise = resident_mib("VmHWM") - before

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from checkpoint.hf_folder import save_hf_folder
 from data.loader import split_windows
 from model import GPT, GPTConfig
-from model.weights import save_hf_folder
 
 LR, BETAS, EPS, WEIGHT_DECAY, CLIP = 6e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
 

@@ -52,7 +52,7 @@ def write_sources(corpus: Path, folder: Path, copies: int) -> list[Path]:
 def command(side: str, source: Path, out_dir: Path) -> list[str]:
     """Return the command of one side."""
     if side == "seed":
-        return [sys.executable, "bench/speed/seed_prepare.py", str(source), str(out_dir),
+        return [sys.executable, "bench/fidelity/seed_prepare.py", str(source), str(out_dir),
                 str(VAL_TOKENS), str(SHARD_TOKENS)]  # fmt: skip
     tokenizer = "tiktoken" if side == "ours with tiktoken" else "auto"
     return [sys.executable, "data/prepare.py", str(source), "--out_dir", str(out_dir), "--quiet",

@@ -26,11 +26,11 @@ def build_engine(folder: Path, model: str) -> Any:
     from bench.speed.side import build_run, open_loader
     from bench.speed.train_step import write_tokens
     from data.loader import split_windows
-    from launch.engine import init_process_group
-    from launch.inputs import open_inputs
-    from launch.ranks import read_ranks
-    from launch.step import take_step
     from train import start_engine
+    from training.ranks import read_ranks
+    from training.rendezvous import init_process_group
+    from training.run import open_inputs
+    from training.step import take_step
 
     write_tokens(folder)
     shape = {"micro_batch_size": 1, "seq_len": 64, "grad_accum": 1}

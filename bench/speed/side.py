@@ -29,17 +29,17 @@ from typing import TYPE_CHECKING
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from launch.config import TrainConfig, resolve_batch, resolve_train_config
-from launch.ds_config import load_ds_config, resolve_ds_config
-from launch.ranks import Ranks, read_ranks
 from model import GPTConfig
 from model.presets import PRESETS
+from training.config import TrainConfig, resolve_batch, resolve_train_config
+from training.ds_config import load_ds_config, resolve_ds_config
+from training.ranks import Ranks, read_ranks
 
 if TYPE_CHECKING:
     import torch
 
     from data.loader import Loader
-    from launch.inputs import Run
+    from training.run import Run
 
     Turns = Callable[[torch.device, list[float]], Iterator[None]]
 
@@ -54,7 +54,7 @@ def asked_for(device: torch.device, losses: list[float]) -> Iterator[None]:
 
     from bench.speed.held import Held
     from bench.speed.traffic import Traffic
-    from launch.metrics import peak_memory_gib
+    from training.metrics import peak_memory_gib
 
     for line in sys.stdin:
         n_steps, *count = line.split()
@@ -77,7 +77,7 @@ def asked_for(device: torch.device, losses: list[float]) -> Iterator[None]:
 def build_run(args: argparse.Namespace, run_dir: Path, ranks: Ranks) -> Run:
     """Resolve the run that the engine's sides train, and whose batches the others take."""
     from bench.speed.plain_train import LR
-    from launch.inputs import Run
+    from training.run import Run
 
     engine, _, how = args.side.partition("+")
     ds_config = ROOT / "ds_configs" / f"{engine if engine.startswith('zero') else 'zero1'}.json"
@@ -100,11 +100,11 @@ def build_run(args: argparse.Namespace, run_dir: Path, ranks: Ranks) -> Run:
 def run_engine(run: Run, losses: list[float], turns: Turns = asked_for) -> None:
     """Train through the engine, a step for each turn, as train.py does."""
     from data.loader import split_windows
-    from launch.engine import init_process_group, sum_tensor
-    from launch.inputs import open_inputs
-    from launch.step import take_step
-    from launch.watchdog import group_timeout_s
     from train import start_engine
+    from training.rendezvous import init_process_group, sum_tensor
+    from training.run import open_inputs
+    from training.step import take_step
+    from training.watchdog import group_timeout_s
 
     inputs = open_inputs(run)
     device = init_process_group(run.ranks, group_timeout_s(run.config.timeouts))
@@ -137,11 +137,11 @@ def run_plain(run: Run, side: str, losses: list[float], turns: Turns = asked_for
     from torch.nn.parallel import DistributedDataParallel
 
     from bench.speed import plain_train as plain
-    from launch.engine import compile_blocks, init_process_group
-    from launch.fitting import plan_here
-    from launch.meeting import choose_device
-    from launch.watchdog import group_timeout_s
+    from launch.planning.fitting import plan_here
     from model import GPT
+    from training.engine import compile_blocks
+    from training.rendezvous import choose_device, init_process_group
+    from training.watchdog import group_timeout_s
 
     name, _, compiled = side.partition("+")
     device = choose_device(run.ranks)

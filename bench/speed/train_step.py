@@ -98,8 +98,8 @@ def compare(args: argparse.Namespace, names: list[str], n_ranks: int = 1) -> dic
     The sides run in turns, because other programs may take a CPU at any time. On a GPU, whose
     memory holds one of them, they run one after the other.
     """
-    from launch.meeting import choose_device
-    from launch.ranks import Ranks
+    from training.ranks import Ranks
+    from training.rendezvous import choose_device
 
     shape = ("model", "seq_len", "micro_batch_size", "grad_accum")
     flags = [f"--{name}={getattr(args, name)}" for name in shape]
@@ -142,9 +142,9 @@ def check_losses(losses: dict[str, list[float]]) -> None:
 
 def table(result: dict[str, Any]) -> Rows:
     """Return a row for each side; a column "over a" says how much faster it is than a."""
-    from launch.meeting import choose_device
-    from launch.metrics import peak_flops
-    from launch.ranks import Ranks
+    from training.metrics import peak_flops
+    from training.ranks import Ranks
+    from training.rendezvous import choose_device
 
     shape, seconds = result["shape"], result["seconds_per_step"]
     tokens = shape["micro_batch_size"] * shape["seq_len"] * shape["grad_accum"]

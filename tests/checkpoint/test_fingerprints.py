@@ -13,9 +13,9 @@ from checkpoint.layouts import step_weights
 from checkpoint.manifest import read_manifest, record_file, step_name, write_manifest
 from checkpoint.reader import load_model
 from checkpoint.saving import save_checkpoint
-from launch.ranks import Ranks
-from launch.step import optimizer_step, set_optimizer
-from tests.launch.test_engine import CONFIG, batch, engine_of
+from tests.training.test_engine import CONFIG, batch, engine_of
+from training.ranks import Ranks
+from training.step import optimizer_step, set_optimizer
 
 MASK = 2**64 - 1
 

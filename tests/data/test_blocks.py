@@ -12,7 +12,7 @@ from pyarrow import parquet
 
 from data.blocks import CUT, Block, Reader, Reading
 from data.documents import read_documents
-from data.manifest import Position
+from data.index import Position
 from data.opening import Opener
 from data.sources import find_files
 from data.tokenizer import load_tokenizer

@@ -10,8 +10,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from bench.speed.seed_prepare import tokenize
-from data.manifest import Manifest
+from bench.fidelity.seed_prepare import tokenize
+from data.index import Manifest
 from data.mpi import Alone
 from data.prepare import build_parser, prepare
 

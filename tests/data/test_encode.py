@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.speed.seed_prepare import tokenize
+from bench.fidelity.seed_prepare import tokenize
 from data import encode
 from data.encode import TRICKY, Encoder
 

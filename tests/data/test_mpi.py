@@ -1,6 +1,7 @@
 """Many ranks give the files of one; killed runs go on. Real processes, Debian's Open MPI."""
 
 import fcntl
+import hashlib
 import json
 import os
 import random
@@ -11,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from bench.faults.prepare_kills import WAYS, campaign, digests
 from data.mpi import LAUNCHERS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,15 +46,19 @@ def prepare(
     )  # fmt: skip
 
 
+def hashes(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+
+
 @needs_mpi
 @pytest.mark.parametrize("split", [["--val_tokens", "7001"], ["--val_every", "5"]])
 def test_three_ranks_write_the_bytes_of_one(source: Path, tmp_path: Path, split: list[str]) -> None:
     for n_ranks in (1, 3):
         done = prepare(source, tmp_path / str(n_ranks), n_ranks, *split)
         assert done.returncode == 0, done.stderr
-    files = digests(tmp_path / "1")
+    files = hashes(tmp_path / "1")
     assert len(files) > 20
-    assert digests(tmp_path / "3") == files  # shards.json included
+    assert hashes(tmp_path / "3") == files  # shards.json included
 
 
 @needs_mpi
@@ -82,7 +86,7 @@ def test_ranks_agree_on_damage_that_one_of_them_reads(source: Path, tmp_path: Pa
         options = ["--val_tokens", "7001", "--on_error", "skip"]
         done = prepare(tmp_path / "in", tmp_path / str(n_ranks), n_ranks, *options)
         assert done.returncode == 0, done.stderr
-    assert digests(tmp_path / "1") == digests(tmp_path / "3")
+    assert hashes(tmp_path / "1") == hashes(tmp_path / "3")
 
 
 @needs_mpi
@@ -124,11 +128,3 @@ def test_a_launcher_without_mpi4py_is_refused(source: Path, tmp_path: Path) -> N
     )
     assert done.returncode == 2
     assert "error: Open MPI: started 3 processes, and there is no mpi4py" in done.stderr
-
-
-def test_killed_at_random_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    ways = WAYS if shutil.which("mpirun") else WAYS[:1]
-    kills = campaign(3, tmp_path / "kills.json", ways, seed=random.randrange(10**6))
-    assert all(kill.same_bytes for kill in kills), kills
-    assert all(kill.rewritten_shards <= 1 for kill in kills), kills
-    assert any(kill.hit for kill in kills), kills

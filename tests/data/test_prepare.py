@@ -11,8 +11,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from bench.speed.seed_prepare import tokenize, write_shards
-from data.manifest import Manifest, read_manifest, write_manifest
+from bench.fidelity.seed_prepare import tokenize, write_shards
+from data.index import Manifest, read_manifest, write_manifest
 from data.mpi import Alone
 from data.prepare import build_parser, prepare
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.manifest import Manifest
+from data.index import Manifest
 from data.mpi import Alone
 from data.prepare import build_parser, main, prepare
 from data.tokenizer import END_OF_TEXT, EOT_TOKEN, load_tokenizer

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.manifest import Manifest, Position, Resume, ShardRecord, hash_file, write_manifest
+from data.index import Manifest, Position, Resume, ShardRecord, hash_file, write_manifest
 from data.shards import TokenStream, open_shard
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.speed.seed_prepare import tokenize
+from bench.fidelity.seed_prepare import tokenize
 from data.loader import read_windows
 from data.order import Order
 from data.shards import TokenStream

@@ -15,7 +15,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from bench.speed.seed_prepare import tokenize, write_shards
+from bench.fidelity.seed_prepare import tokenize, write_shards
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

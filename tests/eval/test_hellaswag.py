@@ -10,12 +10,12 @@ import torch
 from transformers import GPT2LMHeadModel
 
 import eval.hellaswag as hellaswag
-from bench.speed.hellaswag import reference
+from bench.fidelity.reference_hellaswag import reference_losses
+from checkpoint.hf_folder import save_hf_folder
 from eval.hellaswag import VALIDATION, load_examples, score
 from eval.packing import Example, crop_contexts, evaluate, plan_batches
 from eval.session import check_gpt2_tokens
 from model import GPT, GPTConfig
-from model.weights import save_hf_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=256)
@@ -52,7 +52,7 @@ def test_losses_are_those_of_one_ending_at_a_time(
 
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines[:60]))
     hf = GPT2LMHeadModel.from_pretrained(folder).eval()  # pyright: ignore[reportArgumentType]  # takes paths too
-    expected = reference(lambda tokens: hf(tokens).logits, lines[:60])
+    expected = reference_losses(lambda tokens: hf(tokens).logits, lines[:60])
     model, _ = load_model(str(folder))
     losses = evaluate(model, load_examples(tmp_path / "rows.jsonl"))
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-4)

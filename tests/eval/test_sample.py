@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
+from checkpoint.hf_folder import save_hf_folder
 from data.tokenizer import EOT_TOKEN, load_tokenizer
 from eval.sample import (
     build_parser,
@@ -17,9 +18,8 @@ from eval.sample import (
     stream_texts,
 )
 from eval.session import Session
-from launch.ranks import read_ranks
 from model import GPT, GPTConfig
-from model.weights import save_hf_folder
+from training.ranks import read_ranks
 
 CONFIG = GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=32)
 

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from data.shards import TokenStream
-from eval.val_loss import build_parser, check_eval_tokens, evaluate, run, unigram_entropy
-from launch.ranks import read_ranks
+from data.shards import TokenStream, require_targets
+from eval.val_loss import build_parser, evaluate, run, unigram_entropy
 from model import GPT, GPTConfig
+from training.ranks import read_ranks
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=64)
 
@@ -74,7 +74,7 @@ def test_values_out_of_range_name_their_flag(name: str) -> None:
 def test_too_few_tokens_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "text_val_000000.npy", np.zeros(129, np.uint16))
     stream = TokenStream(tmp_path, "val", 50257)
-    check_eval_tokens(stream, 128)
+    require_targets(stream, 128)
     message = r"text_val_000000\.npy: the validation split has 129 tokens.*give --eval_tokens 128$"
     with pytest.raises(ValueError, match=message):
-        check_eval_tokens(stream, 129)
+        require_targets(stream, 129)

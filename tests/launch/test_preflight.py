@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from launch.config import TrainConfig
-from launch.findings import Facts, judge
-from launch.inputs import resolve_run
-from launch.links import rounds_across, rounds_inside
-from launch.probes import look, needed_bytes, read_flags
-from launch.ranks import Ranks
+from launch.checks.machine import look, needed_bytes, read_flags
+from launch.checks.network import pairs_between_machines, pairs_within_machines
+from launch.checks.verdicts import Facts, judge
+from training.config import TrainConfig
+from training.ranks import Ranks
+from training.run import resolve_run
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMITS = {"open_files": 65536, "memlock_bytes": -1, "shm_bytes": 2**34, "has_infiniband": True,
@@ -120,7 +120,8 @@ def test_everybody_is_in_two_pairs_and_in_one_at_a_time(sizes: list[int]) -> Non
     for size in sizes:
         nodes.append(list(range(first, first + size)))
         first += size
-    for rounds, units in ((rounds_inside(nodes), sizes), (rounds_across(nodes), [len(nodes)])):
+    within, between = pairs_within_machines(nodes), pairs_between_machines(nodes)
+    for rounds, units in ((within, sizes), (between, [len(nodes)])):
         times = dict.fromkeys(range(first), 0)
         for pairs in rounds:
             taking_part = [rank for pair in pairs for rank in pair]

@@ -33,7 +33,7 @@ def test_cache_changes_nothing_also_beyond_block_size(
 
 
 def test_chunks_after_a_cache_see_what_one_forward_sees(model: GPT) -> None:
-    from model.generate import KVCache
+    from model.cache import KVCache
 
     tokens = torch.randint(130, (2, 12))
     cache = KVCache(CONFIG.n_layer, CONFIG.block_size)

@@ -6,9 +6,9 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from checkpoint.hf_folder import save_hf_folder
 from data.tokenizer import save_hf_tokenizer
 from model import GPT, PRESETS
-from model.weights import save_hf_folder
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 

@@ -1,0 +1,155 @@
+"""What fits on the devices that a run has found: its plan, its micro-batch, or advice."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from typing import TYPE_CHECKING
+
+from launch.planning.estimate import (
+    MARGIN,
+    WITH,
+    Cluster,
+    Estimate,
+    candidates,
+    estimate,
+    largest_fitting,
+)
+from training.config import divisors, largest_micro_batch
+from training.devices import DEVICES, GIB, machine_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+    from training.ranks import Ranks
+    from training.run import Run
+
+
+def device_bytes(device: torch.device, ranks: Ranks) -> int:
+    """Return the memory of a GPU, or a rank's share of the machine's."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return machine_bytes() // ranks.local_world_size
+
+
+def found_cluster(device: torch.device, ranks: Ranks, memory_bytes: int) -> Cluster:
+    """Return the machines that a run has found: a device with such memory, and as many as ranks.
+
+    Their speed is a guess; nothing here depends on it.
+    """
+    kind = "h100" if device.type == "cuda" else "cpu"
+    host_bytes = machine_bytes() // ranks.local_world_size
+    found = dataclasses.replace(DEVICES[kind], memory_bytes=memory_bytes, host_bytes=host_bytes)
+    nodes, rest = divmod(ranks.world_size, ranks.local_world_size)
+    if rest:  # machines of several sizes
+        return Cluster(found, ranks.world_size, 1)
+    return Cluster(found, nodes, ranks.local_world_size)
+
+
+def plan_here(run: Run, device: torch.device) -> Estimate:
+    """Estimate a run on the machines that it has found.
+
+    Raises:
+        ValueError: As `estimate`.
+    """
+    memory_bytes, config = device_bytes(device, run.ranks), run.config
+    if not run.is_settled:
+        size = choose_micro_batch(run, device, memory_bytes, resumes=False)
+        config = dataclasses.replace(config, micro_batch_size=size)
+    return estimate(config, run.ds_config, "", found_cluster(device, run.ranks, memory_bytes))
+
+
+def advice(planned: Estimate) -> str | None:
+    """Return a line with the nearest setting that fits if the planned run does not; else None.
+
+    Near is, in this order: a smaller micro-batch, activation checkpointing, another ds_config.
+    """
+    if planned.fits:
+        return None
+    ds_config, cluster = planned.ds_config, planned.cluster
+    config = dataclasses.replace(planned.config, compile="false")  # which stage 3 would refuse
+    limit = config.micro_batch_size
+    fitting = (
+        (name, found)
+        for name, raw in candidates(ds_config).items()
+        if (found := largest_fitting(config, raw, name, cluster, limit)).fits
+    )
+    name, found = next(fitting, (None, None))
+    if name is None or found is None:
+        remedy = "take more devices: no ds_config fits"
+    else:
+        file, _, checkpoints = name.partition(WITH)
+        size = found.batch.micro_batch_size
+        flags = [f"--ds_config ds_configs/{file}"] if file else []
+        flags += [f"--micro_batch_size {size}"] if size != limit else []
+        flags += [f"add {checkpoints} to {file or config.ds_config}"] if checkpoints else []
+        remedy = ", ".join(flags)
+    need, has = planned.peak_bytes, cluster.device.memory_bytes
+    where = "on each device of"
+    if planned.spare_bytes >= 0:
+        need, has = planned.host_bytes, cluster.device.host_bytes
+        where = "of the machine's memory for each device, which has"
+    sizes = f"{need / GIB:.1f} GiB {where} {has / GIB:.1f}"
+    return f"this run needs {sizes} (launch/plan.py). Fix: {remedy}"
+
+
+def explain_out_of_memory(error: Exception, run: Run) -> Exception:
+    """Return an error with what the plan says of a run, if this one says that memory ran out."""
+    from training.rendezvous import choose_device
+
+    of_gpu = type(error).__name__ == "OutOfMemoryError"
+    if not of_gpu and "can't allocate memory" not in str(error):  # the words of PyTorch's CPU
+        return error
+    planned = plan_here(run, choose_device(run.ranks))
+    return MemoryError(
+        f"out of memory at --micro_batch_size {run.batch.micro_batch_size}: the plan says "
+        f"{planned.peak_bytes / GIB:.1f} GiB of {planned.cluster.device.memory_bytes / GIB:.1f}. "
+        "Fix: give a smaller one, or another ds_config (launch/plan.py)"
+    )
+
+
+def choose_micro_batch(run: Run, device: torch.device, memory_bytes: int, resumes: bool) -> int:
+    """Return the sequences of a run's micro-batch.
+
+    A resumed run keeps its saved size if that still divides. Otherwise GPUs take the largest size,
+    up to 65,536 tokens, that leaves room on the one with the least memory.
+
+    Args:
+        run: As its command line says.
+        device: Of any rank.
+        memory_bytes: Of the smallest device.
+        resumes: Whether the run goes on from a checkpoint.
+    """
+    config, batch = run.config, run.batch
+    if resumes:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            saved = json.loads((config.run_dir / "config.json").read_text(encoding="utf-8"))
+            if saved["micro_batch_size"] in divisors(batch.batch_sequences // batch.world_size):
+                return saved["micro_batch_size"]
+    if device.type == "cpu":
+        return batch.micro_batch_size
+    cluster = found_cluster(device, run.ranks, round(memory_bytes * (1 - MARGIN)))
+    limit = largest_micro_batch(config.seq_len, on_gpu=True)
+    return largest_fitting(config, run.ds_config, "", cluster, limit).batch.micro_batch_size
+
+
+def settle_micro_batch(run: Run, device: torch.device, resumes: bool) -> None:
+    """Take the micro-batch that rank 0 chooses, unless the command line gave one (all ranks).
+
+    Args:
+        run: Its micro-batch changes.
+        device: Of this rank.
+        resumes: Whether the run goes on from a checkpoint.
+    """
+    import torch.distributed as dist
+
+    if run.is_settled:
+        return
+    sizes = [0] * run.ranks.world_size
+    dist.all_gather_object(sizes, device_bytes(device, run.ranks))
+    chosen = [choose_micro_batch(run, device, min(sizes), resumes)]
+    dist.broadcast_object_list(chosen)
+    run.take_micro_batch(chosen[0])

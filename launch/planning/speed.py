@@ -1,0 +1,134 @@
+"""What one optimizer step costs: bytes that a rank sends, and seconds by what they go to.
+
+A roofline: matrix products and attention at the share of the peak that long runs reach, everything
+else at the speed of memory. docs/SCALING.md compares it with published runs, and the bytes with
+those that were counted.
+"""
+
+from __future__ import annotations
+
+import math
+
+from training.config import BatchArithmetic
+from training.devices import Device
+from training.ds_config import offloads
+from training.memory import MAX_REDUCED, Shard, activation_bytes, comm_bytes, elements_kept_near
+
+# Passes over the residual stream's width C, for each token and block, forward and backward. In its
+# own dtype: two LayerNorms (2 and 4), two sums (6 and 6). In that of the products: what LayerNorm
+# returns (2 and 4), GELU over 4C (8; again 8, and 12), the biases' gradients (9).
+WIDE_FORWARD, WIDE_BACKWARD = 8, 10
+NARROW_FORWARD, NARROW_BACKWARD = 10, 33
+GELU_AGAIN = 8  # of those in the backward pass
+# Passes over the logits: written, read twice, replaced by their gradient, and read by two products;
+# and for each chunk of them over the head's gradient: two in the products' dtype, two in fp32.
+LOGIT_PASSES = 6
+HEAD_PASSES = 2
+UPDATE_BYTES = 30  # a parameter: gradient, master, two moments; all but the first written; weight
+LINK_SHARE = 0.8  # of a link's bandwidth that NCCL's large collectives get
+HOP_S = 3.5e-6  # of a ring for each rank: fitted to llm-foundry's 1B on 8, 64 and 512 H100
+HIDDEN = 0.5  # of ZeRO-3's communication, behind the computation
+LAUNCH_S = 300e-6  # for the 40 kernels of a block, forward and backward, by Python: an assumption
+HOST_MEMORY_BYTES_S = 200e9  # of a machine with two processors, for the optimizer on the CPU
+
+
+def sent_bytes(shard: Shard, batch: BatchArithmetic) -> float:
+    """Return what rings send from one rank in one optimizer step, in bytes."""
+    micro, w, c = batch.grad_accum_steps, shard.weight_bytes, comm_bytes(shard)
+    if shard.stage == 0:
+        per_step = 2 * c * shard.n_params
+    elif shard.stage == 1:
+        flat = 4 if shard.on_gpu else 2 * 4  # NCCL scatters the sums; gloo gives them to all
+        per_step = ((flat if shard.has_flat_gradients else 2 * c) + w) * shard.n_params
+    elif shard.stage == 2:  # every micro-batch reduces; whole buckets, unless told otherwise
+        times = 2 if shard.zero_option("use_multi_rank_bucket_allreduce", True) else 1
+        per_step = (micro * times * c + w) * shard.n_params
+    else:  # weights are gathered forward, and backward too if they did not stay
+        again = shard.n_params - shard.head - elements_kept_near(shard)
+        per_step = micro * (c * shard.n_params + w * (shard.n_params + again))
+    return per_step * (1 - 1 / shard.world_size)
+
+
+def step_seconds(
+    shard: Shard, batch: BatchArithmetic, seq_len: int, device: Device, nodes: int
+) -> dict[str, float]:
+    """Return the seconds of one optimizer step by what they go to.
+
+    Args:
+        shard: What one rank trains.
+        batch: How the step is split.
+        seq_len: Tokens of a sequence.
+        device: Of each rank.
+        nodes: Machines, each with as many ranks.
+    """
+    gpt, tokens = shard.gpt, shard.tokens * batch.grad_accum_steps
+    again = 4 / 3 if "activation_checkpointing" in shard.ds_config else 1  # the forward, twice
+    products = 6 * (again * 12 * gpt.n_layer * gpt.n_embd**2 + shard.head)
+    attention = again * 6 * gpt.n_layer * gpt.n_embd * seq_len  # the causal half
+    forwards = 2 if again > 1 else 1
+    wide, narrow = activation_bytes(shard)
+    narrow_backward = NARROW_BACKWARD - GELU_AGAIN * shard.memory_use.keeps_gelu
+    streamed = (
+        gpt.n_layer
+        * gpt.n_embd
+        * (
+            wide * (forwards * WIDE_FORWARD + WIDE_BACKWARD)
+            + narrow * (forwards * NARROW_FORWARD + narrow_backward)
+        )
+    )
+    updated = shard.n_params / (shard.world_size if shard.stage else 1)
+    logit_bytes = LOGIT_PASSES * narrow + HEAD_PASSES * (narrow + 4) * gpt.n_embd / shard.loss_rows
+    flops = device.flops * (2 / narrow)  # TF32 has half the peak of bf16
+    seconds = {
+        "matrix products": tokens * products / (flops * device.matmul_share),
+        "attention": tokens * attention / (flops * device.attention_share),
+        "elementwise": tokens * streamed / device.memory_bytes_s,
+        "loss": tokens * logit_bytes * gpt.padded_vocab_size / device.memory_bytes_s,
+        "optimizer": UPDATE_BYTES * updated / device.memory_bytes_s,
+    }
+    launches = LAUNCH_S * gpt.n_layer * batch.grad_accum_steps * again if device.on_gpu else 0
+    seconds["launches"] = max(0.0, launches - sum(seconds.values()))
+    seconds["communication"] = _communication(shard, batch, device, nodes)
+    if offloads(shard.ds_config, "optimizer"):
+        per_node = batch.world_size // nodes
+        seconds["optimizer"] = UPDATE_BYTES * updated / (HOST_MEMORY_BYTES_S / per_node)
+        seconds["offload"] = _offloaded_bytes(shard, batch) / device.host_bytes_s
+    return seconds
+
+
+def _communication(shard: Shard, batch: BatchArithmetic, device: Device, nodes: int) -> float:
+    # Each machine's devices share its links: what all of them gather enters it once.
+    per_node = shard.world_size // nodes
+    link = device.peer_bytes_s
+    if nodes > 1:
+        link = device.network_bytes_s * per_node
+        link = min(link, device.peer_bytes_s) if per_node > 1 else link
+    seconds = sent_bytes(shard, batch) / (LINK_SHARE * link)
+    if shard.stage == 3:
+        seconds *= 1 - HIDDEN
+    return seconds + HOP_S * (shard.world_size - 1) * _rings(shard, batch)
+
+
+def _rings(shard: Shard, batch: BatchArithmetic) -> int:
+    # How often a step goes around: once for a gather or a scatter, twice for an all-reduce.
+    micro, P = batch.grad_accum_steps, shard.n_params
+    if shard.stage == 3:
+        return 3 * shard.gpt.n_layer * micro
+    if shard.has_flat_gradients and shard.on_gpu:
+        return 2 * 2 + 2  # two groups of weights, each scattered and gathered; and the norm
+    reductions = math.ceil(P / MAX_REDUCED)
+    if shard.stage and not shard.has_flat_gradients:
+        reductions = math.ceil(P / shard.zero_option("reduce_bucket_size", MAX_REDUCED))
+    if shard.stage == 2:
+        reductions *= micro
+    gathers = math.ceil(P / max(1, shard.zero_option("allgather_bucket_size", MAX_REDUCED)))
+    return 2 * reductions + (gathers if shard.stage else 0)
+
+
+def _offloaded_bytes(shard: Shard, batch: BatchArithmetic) -> float:
+    # Gradients to the machine's memory, weights back; offloaded weights twice a micro-batch, too.
+    share = shard.n_params / shard.world_size
+    moved = comm_bytes(shard) * batch.grad_accum_steps + shard.weight_bytes
+    if offloads(shard.ds_config, "param"):
+        moved += 2 * shard.weight_bytes * batch.grad_accum_steps
+    return share * moved

@@ -1,0 +1,271 @@
+"""TrainConfig: everything about a run that the engine's JSON does not own, one flag per field."""
+
+import argparse
+import dataclasses
+import math
+import re
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from model import GPTConfig
+from model.presets import Preset, get_preset
+from training.watchdog import parse_timeouts
+
+MAX_SEQUENCES = 16  # of a micro-batch that nobody asked for
+MAX_GPU_TOKENS = 65_536  # the same where a GPU has room: larger products, fewer sums of gradients
+
+
+def _flag(default: object, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run.
+
+    A field whose default is None is None until `resolve_train_config` takes it from the preset.
+    Counts are tokens or optimizer steps, as their names say; paths are relative to the working
+    folder.
+    """
+
+    model: str = _flag("gpt2", "preset: the model, its batch and its learning rate")
+    data_dir: Path = _flag(Path("edu_fineweb10B"), "folder of token shards")
+    verify: bool = _flag(False, "compare every byte of the shards with shards.json at the start")
+    run_dir: Path = _flag(None, "folder for everything the run writes (runs/MODEL)")
+    ds_config: Path = _flag(Path("ds_configs/zero1.json"), "the engine's JSON")
+    resume: str = _flag("auto", "auto: if there is a checkpoint; must; none: start anew")
+    init_from: str = _flag("", "start from these weights: Hugging Face folder or hub name")
+    batch_tokens: int = _flag(None, "tokens per optimizer step, over all ranks (preset's)")
+    micro_batch_size: int = _flag(None, "sequences per forward and rank (GPU: what fits; CPU: 16)")
+    seq_len: int = _flag(None, "tokens per sequence (the model's block_size)")
+    max_steps: int = _flag(None, "optimizer steps (preset's tokens / batch_tokens)")
+    lr: float = _flag(None, "peak learning rate (preset's)")
+    warmup_steps: int = _flag(None, "steps of linear warm-up (preset's tokens)")
+    decay_steps: int = _flag(None, "step at which the cosine ends (preset's tokens)")
+    min_lr_ratio: float = _flag(0.1, "learning rate after decay_steps, as a fraction of lr")
+    beta1: float = _flag(0.9, "AdamW")
+    beta2: float = _flag(0.95, "AdamW")
+    eps: float = _flag(1e-8, "AdamW")
+    weight_decay: float = _flag(0.1, "AdamW, on tensors of two dimensions; 0 on the others")
+    grad_clip: float = _flag(1.0, "largest global gradient norm; 0 does not clip")
+    dropout: float = _flag(0.0, "probability, in embeddings, attention and residuals")
+    seed: int = _flag(1337, "of initial weights, data order, dropout and samples")
+    shuffle: bool = _flag(True, "permute the windows in each epoch; false: in stream order")
+    eval_every: int = _flag(250, "steps between validations and samples")
+    eval_tokens: int = _flag(10_485_760, "validation tokens, the first of the split")
+    hellaswag_every: int = _flag(None, "steps between HellaSwag scores; 0: none (preset's)")
+    hellaswag_limit: int = _flag(10_042, "HellaSwag rows, the first of the validation set")
+    sample_tokens: int = _flag(32, "tokens of each in-loop sample")
+    sample_prompt: str = _flag("Hello, I'm a language model,", "prompt of the in-loop samples")
+    checkpoint_every: int = _flag(5000, "steps between checkpoints")
+    keep_checkpoints: int = _flag(0, "checkpoints to keep, the newest; 0: all")
+    keep_every: int = _flag(0, "of older ones keep those of a multiple of this step; 0: none")
+    log_every: int = _flag(1, "steps between log lines")
+    compile: str = _flag("false", "compile each block's training pass; auto: on GPUs, stages 0-2")
+    deterministic: bool = _flag(False, "deterministic kernels: the same bits on a GPU too, slower")
+    profile: str = _flag("", "FIRST:END: trace steps FIRST to END - 1 into RUN_DIR/profile")
+    max_bad_steps: int = _flag(10, "steps in a row without a finite loss, then the run stops")
+    timeouts: str = _flag("", "seconds after which a phase is hung: start=1800,step=1800,"
+                              "eval=7200,save=3600, or some of these")  # fmt: skip
+    debug: bool = _flag(False, "print the traceback of an error")
+    dry_run: bool = _flag(False, "print the resolved run and stop")
+
+    @property
+    def preset(self) -> Preset:
+        """The preset that `model` names."""
+        return get_preset(self.model)
+
+    @property
+    def gpt_config(self) -> GPTConfig:
+        """The shape of the model, with this run's dropout."""
+        return dataclasses.replace(self.preset.config, dropout=self.dropout)
+
+
+@dataclass(frozen=True)
+class BatchArithmetic:
+    """How one optimizer step is split over ranks and micro-batches."""
+
+    batch_sequences: int
+    micro_batch_size: int
+    grad_accum_steps: int
+    world_size: int
+
+
+def resolve_train_config(config: TrainConfig) -> TrainConfig:
+    """Fill every None from the preset and check each value.
+
+    Raises:
+        ValueError: A value out of range; names the flag and the limit.
+    """
+    preset = config.preset
+    batch_tokens = preset.batch_tokens if config.batch_tokens is None else config.batch_tokens
+    if batch_tokens < 1:
+        raise ValueError(f"--batch_tokens {batch_tokens}: out of range. Fix: give one above 0")
+    steps = {
+        "max_steps": preset.max_tokens,
+        "warmup_steps": preset.warmup_tokens,
+        "decay_steps": preset.decay_tokens,
+    }
+    filled: dict[str, Any] = {
+        "run_dir": Path("runs") / config.model,
+        "batch_tokens": batch_tokens,
+        "seq_len": preset.config.block_size,
+        "lr": preset.lr,
+        "hellaswag_every": preset.hellaswag_every,
+    } | {name: max(1, tokens // batch_tokens) for name, tokens in steps.items()}
+    given = {k: v for k in filled if (v := getattr(config, k)) is not None}
+    config = dataclasses.replace(config, **(filled | given))
+    _check_ranges(config)
+    return config
+
+
+CHOICES = {"resume": ("auto", "must", "none"), "compile": ("auto", "true", "false")}
+# Fields, what must hold of their values unless they are None, and how to say it.
+RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (("batch_tokens", "micro_batch_size", "seq_len", "max_steps", "lr", "eps", "eval_every",
+      "eval_tokens", "hellaswag_limit", "sample_tokens", "checkpoint_every", "log_every",
+      "max_bad_steps"), lambda x: x > 0, "above 0"),
+    (("lr", "eps", "weight_decay", "grad_clip", "min_lr_ratio"), math.isfinite, "that is finite"),
+    (("warmup_steps", "decay_steps", "weight_decay", "grad_clip", "min_lr_ratio", "seed",
+      "hellaswag_every", "keep_checkpoints", "keep_every"), lambda x: x >= 0, "of at least 0"),
+    (("seed",), lambda x: x < 2**32, "below 2^32"),
+    (("batch_tokens",), lambda x: x <= 2**50, "of at most 2^50"),
+    (("beta1", "beta2", "dropout"), lambda x: 0 <= x < 1, "in [0, 1)"),
+    (("sample_prompt",), lambda x: x == str(x).encode(errors="ignore").decode(),
+     "of UTF-8 (LC_ALL=C.UTF-8)"),
+)  # fmt: skip
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    for names, is_within, words in RANGES:
+        for name in names:
+            value = getattr(config, name)
+            if value is not None and not is_within(value):
+                raise ValueError(f"--{name} {value}: out of range. Fix: give one {words}")
+    for name, values in CHOICES.items():
+        if (value := getattr(config, name)) not in values:
+            raise ValueError(f"--{name} {value}: unknown. Fix: give {', '.join(values)}")
+    name = str(config.run_dir)
+    if name == "." or not name.isprintable() or set(name) & set("*?["):  # DeepSpeed globs it
+        raise ValueError(f"--run_dir {name!r}: not a name without *?[ in it. Fix: as in runs/x")
+    parse_timeouts(config.timeouts)
+    if config.profile:
+        first, end = profiled_steps(config)
+        if not first < end <= config.max_steps:
+            raise ValueError(
+                f"--profile {config.profile}: out of range. Fix: FIRST below END, and END "
+                f"at most --max_steps {config.max_steps}"
+            )
+    if config.seq_len > config.preset.config.block_size:
+        raise ValueError(
+            f"--seq_len {config.seq_len}: {config.model} has a block_size of "
+            f"{config.preset.config.block_size}. Fix: give no more"
+        )
+
+
+def profiled_steps(config: TrainConfig) -> tuple[int, int]:
+    """Return first and end of the steps to trace; the same number twice for none.
+
+    Raises:
+        ValueError: `profile` is not two numbers.
+    """
+    match = re.fullmatch(r"([0-9]+):([0-9]+)", config.profile or "0:0")
+    if not match:
+        raise ValueError(f"--profile {config.profile}: not FIRST:END. Fix: give such, as in 10:13")
+    return int(match[1]), int(match[2])
+
+
+def resolve_batch(config: TrainConfig, world_size: int) -> BatchArithmetic:
+    """Split `batch_tokens` over `world_size` ranks; `config` is resolved.
+
+    Raises:
+        ValueError: It does not divide; the message suggests a value that does.
+    """
+    sequences, rest = divmod(config.batch_tokens, config.seq_len)
+    if rest or not sequences:
+        nearest = max(1, round(config.batch_tokens / config.seq_len)) * config.seq_len
+        raise ValueError(
+            f"--batch_tokens {config.batch_tokens} is not a multiple of --seq_len "
+            f"{config.seq_len}. Fix: --batch_tokens {nearest}"
+        )
+    per_rank, rest = divmod(sequences, world_size)
+    if rest or not per_rank:
+        below = per_rank * world_size * config.seq_len
+        nearest = f"{below} or " * (per_rank > 0) + f"{below + world_size * config.seq_len}"
+        raise ValueError(
+            f"--batch_tokens {config.batch_tokens}: {sequences} sequences do not divide among "
+            f"{world_size} ranks. Fix: --batch_tokens {nearest}"
+        )
+    sizes = divisors(per_rank)
+    micro = config.micro_batch_size or max(m for m in sizes if m <= MAX_SEQUENCES)
+    if micro not in sizes:
+        fitting = max(m for m in sizes if m <= micro)
+        raise ValueError(
+            f"--micro_batch_size {micro} does not divide the {per_rank} sequences of a rank and "
+            f"step. Fix: --micro_batch_size {fitting}"
+        )
+    return BatchArithmetic(sequences, micro, per_rank // micro, world_size)
+
+
+def divisors(n: int) -> list[int]:
+    """Return the divisors of n above 0, the smallest first."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
+
+
+def _parse_bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text}: must be true or false")
+    return text.lower() == "true"
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser that says in one line what is wrong with a command line."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f"error: {message}. Fix: {self.prog} --help lists the flags\n")
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser with one flag per field of TrainConfig."""
+    parser = OneLineParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    hints = typing.get_type_hints(TrainConfig)
+    for f in dataclasses.fields(TrainConfig):
+        hint = hints[f.name]
+        text = f.metadata["help"]
+        if f.default is not None:
+            shown = str(f.default).lower() if hint is bool else f.default
+            text += f" (default: {shown})".replace("%", "%%")
+        options: dict[str, Any] = {"default": f.default, "help": text, "type": hint}
+        if hint is bool:
+            options |= {"type": _parse_bool, "nargs": "?", "const": True, "metavar": "true|false"}
+        if f.name == "compile":  # alone it means true
+            options |= {"type": str.lower, "nargs": "?", "const": "true"}
+            options["metavar"] = "|".join(CHOICES["compile"])
+        parser.add_argument(f"--{f.name}", **options)
+    # The deepspeed launcher appends --local_rank; the environment's LOCAL_RANK is what counts.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def parse_train_config(argv: list[str], description: str) -> TrainConfig:
+    """Parse the command line into a TrainConfig that is not resolved yet."""
+    values = vars(build_parser(description).parse_args(argv))
+    values.pop("local_rank")
+    return TrainConfig(**values)
+
+
+def to_json(config: TrainConfig) -> dict[str, object]:
+    """Return the fields as JSON values."""
+    values = dataclasses.asdict(config)
+    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+
+
+def largest_micro_batch(seq_len: int, on_gpu: bool) -> int:
+    """Return the most sequences of a micro-batch that nobody asked for."""
+    return max(1, MAX_GPU_TOKENS // seq_len) if on_gpu else MAX_SEQUENCES

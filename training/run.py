@@ -1,0 +1,193 @@
+"""What a run reads and where it writes, checked before any process group exists."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from training.config import (
+    BatchArithmetic,
+    TrainConfig,
+    resolve_batch,
+    resolve_train_config,
+    to_json,
+)
+from training.credentials import refuse_credentials
+from training.ds_config import load_ds_config, offloads, precision, resolve_ds_config
+from training.extension_locks import check_extension_locks
+from training.ranks import Ranks
+
+if TYPE_CHECKING:
+    from data.shards import TokenStream, require_targets
+
+
+@dataclass
+class Run:
+    """One resolved run on these ranks; of its values only the micro-batch may change.
+
+    Attributes:
+        config: Resolved, and so are `batch` and `ds_config`.
+        remarks: On keys of the ds_config, for the start.
+        unverified: Such keys.
+        is_settled: Whether the micro-batch is final; else launch/planning/fitting.py chooses it.
+    """
+
+    config: TrainConfig
+    batch: BatchArithmetic
+    ds_config: dict[str, Any]
+    ranks: Ranks
+    remarks: list[str] = field(default_factory=list)
+    unverified: list[str] = field(default_factory=list)
+    is_settled: bool = True
+
+    def take_micro_batch(self, micro_batch_size: int) -> None:
+        """Split the batch anew, for good."""
+        self.is_settled = True
+        self.config = replace(self.config, micro_batch_size=micro_batch_size)
+        self.batch = resolve_batch(self.config, self.ranks.world_size)
+        self.ds_config = resolve_ds_config(self.ds_config, self.config, self.batch).ds_config
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads: data, and the weights that it starts from, if they are not fresh."""
+
+    train_stream: TokenStream
+    val_stream: TokenStream
+    init_folder: Path | None
+    checkpoints: list[Path]  # to go on from, the newest first; none for a new run
+    order: dict[str, Any]  # what decides on which tokens a step is taken
+
+
+def resolve_run(config: TrainConfig, ranks: Ranks) -> Run:
+    """Return the run of a command line, with every value filled in.
+
+    Raises:
+        ValueError: A value is out of range, or does not go with another; names the flag or file.
+    """
+    is_given = config.micro_batch_size is not None
+    config = resolve_train_config(config)
+    batch = resolve_batch(config, ranks.world_size)
+    config = replace(config, micro_batch_size=batch.micro_batch_size)
+    found = resolve_ds_config(load_ds_config(config.ds_config), config, batch)
+    remarks = found.remarks(f"--ds_config {config.ds_config}")
+    return Run(config, batch, found.ds_config, ranks, remarks, found.unverified, is_given)
+
+
+def describe_run(config: TrainConfig, batch: BatchArithmetic, ds_config: dict[str, Any]) -> str:
+    """Return the resolved run for people: model, batch, schedule, config.json, ds_config.json."""
+    gpt = config.gpt_config
+    tokens = config.max_steps * config.batch_tokens
+    return "\n".join(
+        [
+            f"model     {config.model}: {gpt.n_params():,} parameters, "
+            f"{gpt.flops_per_token(config.seq_len):.4g} training FLOPs per token",
+            f"batch     {config.batch_tokens:,} tokens = {batch.micro_batch_size} sequences x "
+            f"{config.seq_len} tokens x {batch.grad_accum_steps} micro-batches x "
+            f"{batch.world_size} ranks",
+            f"schedule  {config.max_steps:,} steps = {tokens:,} tokens; lr {config.lr:g} after "
+            f"{config.warmup_steps:,} steps, {config.lr * config.min_lr_ratio:g} from step "
+            f"{config.decay_steps:,}",
+            f"config.json     {json.dumps(to_json(config))}",
+            f"ds_config.json  {json.dumps(ds_config)}",
+        ]
+    )
+
+
+def open_inputs(run: Run) -> Inputs:
+    """Open and check everything that the run reads, before any process group exists.
+
+    Raises:
+        ValueError: Whatever cannot be trained on or started from; names the file or flag.
+    """
+    from checkpoint.hf_folder import load_hf_config
+    from checkpoint.hub import locate_hf_folder
+    from checkpoint.resuming import find_checkpoints
+    from data.order import Order
+    from data.shards import TokenStream
+
+    config, gpt = run.config, run.config.gpt_config
+    refuse_credentials(to_json(config), "--")
+    refuse_credentials(run.ds_config, f"{config.ds_config}: ")
+    check_extension_locks(run.ranks)
+    _check_compiler(run)
+    if config.run_dir.exists() and not config.run_dir.is_dir():
+        raise ValueError(f"--run_dir {config.run_dir}: is a file. Fix: give a folder")
+    verify = config.verify and run.ranks.local_rank == 0  # once per machine
+    train_stream = TokenStream(config.data_dir, "train", gpt.vocab_size, verify)
+    val_stream = TokenStream(config.data_dir, "val", gpt.vocab_size, verify)
+    for line in train_stream.copies() if run.ranks.is_main else []:
+        print(f"warning: {line}", file=sys.stderr)
+    Order(len(train_stream), config.seq_len)
+    require_targets(val_stream, config.eval_tokens)
+    order = {name: getattr(config, name) for name in ("seed", "shuffle", "seq_len", "batch_tokens")}
+    order["data"] = train_stream.fingerprint()
+    checkpoints = find_checkpoints(config.run_dir, config.resume)
+    _check_same_run(run, checkpoints, order)
+    init_folder = None
+    if config.init_from and not checkpoints:
+        init_folder = locate_hf_folder(config.init_from)
+        found = replace(load_hf_config(init_folder), dropout=config.dropout)
+        if found != gpt:
+            raise ValueError(
+                f"--init_from {config.init_from} is {found}, --model {config.model} is {gpt}. "
+                "Fix: give the --model that it is"
+            )
+    return Inputs(train_stream, val_stream, init_folder, checkpoints, order)
+
+
+def _check_compiler(run: Run) -> None:
+    offload = offloads(run.ds_config, "optimizer")
+    needs = ["--compile"] * (run.config.compile == "true") + ["offload"] * offload
+    compiler = os.environ.get("CXX", "g++")
+    if needs and not shutil.which(compiler):
+        raise ValueError(
+            f"{needs[0]}: there is no C++ compiler {compiler!r}. "
+            "Fix: install g++, or name another in CXX"
+        )
+
+
+def _check_same_run(run: Run, checkpoints: list[Path], order: dict[str, Any]) -> None:
+    from checkpoint.manifest import read_manifest, step_name, step_of
+    from checkpoint.resuming import check_same_run
+
+    for folder in checkpoints:
+        try:
+            manifest = read_manifest(folder)
+        except ValueError:
+            continue  # which one is damaged is said when every byte has been read
+        if manifest.step != step_of(folder):
+            said = f"{folder}: a copy of {step_name(manifest.step)}"
+            raise ValueError(f"{said}. Fix: move it out of the folder")
+        precise = precision(run.ds_config)
+        check_same_run(manifest, precision=precise, model=run.config.gpt_config, order=order)
+        if manifest.step > run.config.max_steps:
+            raise ValueError(
+                f"--max_steps {run.config.max_steps}: {folder} is beyond it. Fix: give more"
+            )
+        return
+
+
+def take_run_dir(run: Run, inputs: Inputs) -> IO[str]:
+    """Lock the run folder until the returned file is closed, and say that it runs (rank 0).
+
+    Raises:
+        ValueError: Another run has it, it should be empty and is not, or restarts lead nowhere.
+        OSError: It cannot be written, or there is no room for a checkpoint.
+    """
+    from checkpoint.manifest import checkpoint_bytes, step_of
+    from checkpoint.run_folder import check_not_lost, check_unused, lock_run_dir
+
+    run_dir, gpt = run.config.run_dir, run.config.gpt_config
+    if run.config.resume == "none":
+        check_unused(run_dir)
+    if not inputs.checkpoints:
+        check_not_lost(run_dir)
+    step = step_of(inputs.checkpoints[0]) if inputs.checkpoints else 0
+    needed_bytes = checkpoint_bytes(precision(run.ds_config), gpt.n_params())
+    return lock_run_dir(run_dir, needed_bytes, step)
