@@ -151,9 +151,14 @@ def test_that_would_find_one_that_is_not(line: str, fits: bool) -> None:
 
 # Said of a part: whoever knows the file or flag puts it before, and the remedy behind.
 INNER = {"model/config.py", "model/gpt.py", "model/__init__.py", "training/stops.py"}
-PARTS = ("SHA-256", "a file elsewhere", "precision, zero_stage or world_size",
-         "options that GPT-2 does not have", "needs a context and four endings",
-         "label {label!r} is not 0 to 3")  # fmt: skip
+PARTS = (
+    "SHA-256",
+    "a file elsewhere",
+    "precision, zero_stage or world_size",
+    "options that GPT-2 does not have",
+    "needs a context and four endings",
+    "label {label!r} is not 0 to 3",
+)
 REMEDIES = ("Fix: ", "{ACCEPTED}", "{COPY_AGAIN}", "{PREPARE}", "{OTHER}", "{NOT_TIED}")
 
 

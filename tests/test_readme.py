@@ -21,8 +21,11 @@ from training.devices import get_device
 from training.ds_config import load_ds_config
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [p.relative_to(ROOT) for folder in (".", "docs", "launch", "ds_configs")
-             for p in sorted((ROOT / folder).glob("*.md"))]  # fmt: skip
+DOCUMENTS = [
+    p.relative_to(ROOT)
+    for folder in (".", "docs", "launch", "ds_configs")
+    for p in sorted((ROOT / folder).glob("*.md"))
+]
 OURS = re.compile(
     r"(?:bench|checkpoint|data|docs|ds_configs|eval|launch|model|notebooks|tests)"
     r"/[\w./-]+\.(?:py|json|yaml|sbatch|example|md|ipynb)|train\.py"
@@ -147,16 +150,27 @@ def check_tensorboard(words: list[str], _: bool) -> None:
 
 
 CHECKS: dict[str, Any] = {
-    "python": check_python, "deepspeed": check_deepspeed, "torchrun": check_torchrun,
-    "make": check_make, "pip": check_pip, "sbatch": check_sbatch, "kubectl": check_kubectl,
-    "tensorboard": check_tensorboard, "cp": lambda words, _: len(words) == 2,
+    "python": check_python,
+    "deepspeed": check_deepspeed,
+    "torchrun": check_torchrun,
+    "make": check_make,
+    "pip": check_pip,
+    "sbatch": check_sbatch,
+    "kubectl": check_kubectl,
+    "tensorboard": check_tensorboard,
+    "cp": lambda words, _: len(words) == 2,
     "mpirun": functools.partial(check_ranks_of_python, {"-n", "-hostfile"}),
-    "srun": functools.partial(check_ranks_of_python, {"--mpi", "-N", "--nodes", "--ntasks-per-node",
-                                                      "--gpus-per-node", "--cpus-per-task"}),
-}  # fmt: skip
+    "srun": functools.partial(
+        check_ranks_of_python,
+        {"--mpi", "-N", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task"},
+    ),
+}
 NO_SCRIPT = ("make", "pip", "sbatch", "kubectl", "tensorboard")
-LINES = [(document, line) for document in DOCUMENTS
-         for line in dict.fromkeys(commands((ROOT / document).read_text()))]  # fmt: skip
+LINES = [
+    (document, line)
+    for document in DOCUMENTS
+    for line in dict.fromkeys(commands((ROOT / document).read_text()))
+]
 
 
 @pytest.mark.parametrize(("document", "line"), LINES, ids=lambda value: str(value)[:60].strip())
@@ -165,8 +179,13 @@ def test_a_documented_command_is_understood(document: Path, line: str) -> None:
         check(words)
 
 
-RUNS = [line for _, line in LINES if re.search(r"(train|preflight)\.py.* --model", line)
-        and "…" not in line and "--dry_run" not in line]  # fmt: skip
+RUNS = [
+    line
+    for _, line in LINES
+    if re.search(r"(train|preflight)\.py.* --model", line)
+    and "…" not in line
+    and "--dry_run" not in line
+]
 
 
 @pytest.mark.parametrize("line", RUNS, ids=str)
@@ -187,11 +206,20 @@ def test_the_files_that_a_document_names_are_there(document: Path) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["python train.py --modle gpt2", "python train.py --model gpt9", "make cake", "rm -rf /",
-     "python train.py --ds_config ds_configs/zero9.json", "python data/show.py a --setp 1",
-     "deepspeed --num_gups 8 train.py", "deepspeed --num_gpus 8 train.py --lr",
-     "torchrun --nproc_per_nodes 8 train.py", "python launch/start.py", "pip install -e '.[gpu]'"],
-)  # fmt: skip
+    [
+        "python train.py --modle gpt2",
+        "python train.py --model gpt9",
+        "make cake",
+        "rm -rf /",
+        "python train.py --ds_config ds_configs/zero9.json",
+        "python data/show.py a --setp 1",
+        "deepspeed --num_gups 8 train.py",
+        "deepspeed --num_gpus 8 train.py --lr",
+        "torchrun --nproc_per_nodes 8 train.py",
+        "python launch/start.py",
+        "pip install -e '.[gpu]'",
+    ],
+)
 def test_a_wrong_one_is_not(line: str) -> None:
     (words,) = split(line)
     with pytest.raises((AssertionError, ValueError, SystemExit)):

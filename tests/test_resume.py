@@ -35,9 +35,24 @@ from eval.session import run_command
 from train import main
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = ["--model", "debug", "--micro_batch_size", "2", "--batch_tokens", "256", "--eval_tokens",
-         "256", "--sample_tokens", "1", "--decay_steps", "40", "--eval_every", "5",
-         "--checkpoint_every", "5"]  # fmt: skip
+SMALL = [
+    "--model",
+    "debug",
+    "--micro_batch_size",
+    "2",
+    "--batch_tokens",
+    "256",
+    "--eval_tokens",
+    "256",
+    "--sample_tokens",
+    "1",
+    "--decay_steps",
+    "40",
+    "--eval_every",
+    "5",
+    "--checkpoint_every",
+    "5",
+]
 
 
 NEEDS_COMPILER = pytest.mark.skipif(
@@ -107,11 +122,14 @@ def test_a_stop_leaves_a_checkpoint_from_which_the_run_is_the_same(
     if moment == "evaluation":  # which follows the checkpoint
         thread = when(checkpoint.exists, lambda: os.kill(os.getpid(), number))
     elif moment == "STOP":
-        thread = when(lambda: log.exists() and "\n3 train" in log.read_text(),
-                      (run_dir / "STOP").touch)  # fmt: skip
+        thread = when(
+            lambda: log.exists() and "\n3 train" in log.read_text(), (run_dir / "STOP").touch
+        )
     else:
-        thread = when(lambda: log.exists() and "\n3 train" in log.read_text(),
-                      lambda: os.kill(os.getpid(), number))  # fmt: skip
+        thread = when(
+            lambda: log.exists() and "\n3 train" in log.read_text(),
+            lambda: os.kill(os.getpid(), number),
+        )
     assert main(command) == 75
     thread.join()
     status = status_of(run_dir)
@@ -146,8 +164,11 @@ def spring_loaded(run_dir: Path, name: str, sprung: Path) -> None:
     shutil.rmtree(run_dir / "consolidated")
 
 
-FILES = ("mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
-         "rng_rank_00000.pt")  # fmt: skip
+FILES = (
+    "mp_rank_00_model_states.pt",
+    "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
+    "rng_rank_00000.pt",
+)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -217,8 +238,9 @@ def test_another_file_in_a_checkpoint_stops_the_start_and_costs_no_step(
     steps = complete_steps(whole / "checkpoints")
     stranger = steps[-1] / "Thumbs.db"
     stranger.write_bytes(b"")
-    command = arguments(data_dir, whole, "--max_steps", 14, "--dropout", 0.1,
-                        "--keep_checkpoints", 1)  # fmt: skip
+    command = arguments(
+        data_dir, whole, "--max_steps", 14, "--dropout", 0.1, "--keep_checkpoints", 1
+    )
     for more in ([], ["--resume", "must"]):
         assert main([*command, *more]) == 2
         assert f"{stranger}: not in manifest.json. Fix: move it out of the folder" in (
@@ -289,8 +311,9 @@ def test_a_run_outlives_its_readers_in_any_locale(data_dir: Path, tmp_path: Path
     options = arguments(data_dir, run_dir, "--max_steps", 3, "--micro_batch_size", 4)
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     command, environment = [sys.executable, "train.py", *options], os.environ | ascii_only
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     assert process.stdout
     assert process.stderr
     process.stdout.close()
@@ -340,9 +363,21 @@ def test_a_run_of_bad_numbers_changes_no_weight_and_stops(
             calls.append(1)
         return real(x, *more, **options) * (float("nan") if len(calls) > 2 * 6 else 1)
 
-    command = arguments(data_dir, run_dir, "--max_steps", 12, "--max_bad_steps", 3, "--log_every",
-                        2, "--checkpoint_every", 6, "--keep_checkpoints", 1,
-                        stage=stage)  # fmt: skip
+    command = arguments(
+        data_dir,
+        run_dir,
+        "--max_steps",
+        12,
+        "--max_bad_steps",
+        3,
+        "--log_every",
+        2,
+        "--checkpoint_every",
+        6,
+        "--keep_checkpoints",
+        1,
+        stage=stage,
+    )
     monkeypatch.setattr(model.gpt, "linear_cross_entropy", loss)
     assert main(command) == 70
     status = status_of(run_dir)
@@ -496,17 +531,29 @@ def test_torchrun_restarts_a_run_that_lost_a_rank_not_one_that_was_stopped(
     data_dir: Path, tmp_path: Path
 ) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-               "2", "--max-restarts", "3", "train.py"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "--max-restarts",
+        "3",
+        "train.py",
+    ]
     command += arguments(data_dir, run_dir, "--max_steps", 100_000, "--eval_every", 100_000)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with log.open("w") as file:
         agent = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
     try:
-        when(lambda: "step     7 | loss" in log.read_text(),
-             lambda: os.kill(max(children_of(agent.pid)), signal.SIGKILL)).join()  # fmt: skip
-        when(lambda: log.read_text().count("step     7 | loss") == 2,
-             (run_dir / "STOP").touch).join()  # fmt: skip
+        when(
+            lambda: "step     7 | loss" in log.read_text(),
+            lambda: os.kill(max(children_of(agent.pid)), signal.SIGKILL),
+        ).join()
+        when(
+            lambda: log.read_text().count("step     7 | loss") == 2, (run_dir / "STOP").touch
+        ).join()
         assert agent.wait(60) == 0, log.read_text()
     finally:
         agent.kill()
@@ -541,5 +588,8 @@ def test_out_of_memory_names_the_flag_and_the_plan(
     monkeypatch.setattr(model.gpt, "linear_cross_entropy", fail)
     assert main(arguments(data_dir, tmp_path / "run", "--eval_every", 100)) == 1
     err = capsys.readouterr().err
-    assert re.search(r"error: rank 0: out of memory at --micro_batch_size \d+: the plan says "
-                     r"\d+\.\d GiB of \d+\.\d. Fix: give a smaller one", err)  # fmt: skip
+    assert re.search(
+        r"error: rank 0: out of memory at --micro_batch_size \d+: the plan says "
+        r"\d+\.\d GiB of \d+\.\d. Fix: give a smaller one",
+        err,
+    )

@@ -50,11 +50,32 @@ def test_a_checkpoint_of_b0924dd_is_continued_as_it_was_there(
     stage: str, n_ranks: int, tmp_path: Path
 ) -> None:
     shutil.copytree(SAMPLES / stage, tmp_path / "run")
-    arguments = ["--model", "sample", "--data_dir", str(SAMPLES / "tokens"), "--resume", "must",
-                 "--run_dir", str(tmp_path / "run"), "--ds_config", f"ds_configs/{stage}.json",
-                 "--max_steps", "5", "--decay_steps", "8", "--micro_batch_size", "2",
-                 "--eval_tokens", "256", "--eval_every", "100", "--sample_prompt", "A",
-                 "--sample_tokens", "1"]  # fmt: skip
+    arguments = [
+        "--model",
+        "sample",
+        "--data_dir",
+        str(SAMPLES / "tokens"),
+        "--resume",
+        "must",
+        "--run_dir",
+        str(tmp_path / "run"),
+        "--ds_config",
+        f"ds_configs/{stage}.json",
+        "--max_steps",
+        "5",
+        "--decay_steps",
+        "8",
+        "--micro_batch_size",
+        "2",
+        "--eval_tokens",
+        "256",
+        "--eval_every",
+        "100",
+        "--sample_prompt",
+        "A",
+        "--sample_tokens",
+        "1",
+    ]
     if n_ranks == 1:
         done = run_with_children([sys.executable, DRIVER, *arguments], timeout_s=100)
     else:

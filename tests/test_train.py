@@ -37,8 +37,16 @@ ROOT = Path(__file__).resolve().parents[1]
 NEEDS_COMPILER = pytest.mark.skipif(
     shutil.which("g++") is None, reason="DeepSpeedCPUAdam and --compile need it: install g++"
 )
-SMALL = ["--model", "debug", "--micro_batch_size", "4", "--sample_tokens", "2", "--eval_tokens",
-         "2944"]  # fmt: skip
+SMALL = [
+    "--model",
+    "debug",
+    "--micro_batch_size",
+    "4",
+    "--sample_tokens",
+    "2",
+    "--eval_tokens",
+    "2944",
+]
 
 
 def arguments(data_dir: Path, run_dir: Path, stage: int | str, *more: object) -> list[str]:
@@ -64,8 +72,22 @@ def assert_step_is_consolidated(run_dir: Path) -> None:
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_resumed_run_has_the_same_bits(data_dir: Path, tmp_path: Path, stage: int) -> None:
-    options = ["--max_steps", 20, "--eval_every", 5, "--checkpoint_every", 10, "--dropout", 0.1,
-               "--batch_tokens", 256, "--micro_batch_size", 2, "--eval_tokens", 256]  # fmt: skip
+    options = [
+        "--max_steps",
+        20,
+        "--eval_every",
+        5,
+        "--checkpoint_every",
+        10,
+        "--dropout",
+        0.1,
+        "--batch_tokens",
+        256,
+        "--micro_batch_size",
+        2,
+        "--eval_tokens",
+        256,
+    ]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(arguments(data_dir, whole, stage, *options)) == 0
     first = [*options, "--max_steps", 10, "--decay_steps", 20]
@@ -123,16 +145,27 @@ def test_a_consolidated_folder_scores_as_the_run_and_as_hugging_face(
     run_dir = tmp_path / "run"
     assert main(arguments(data_dir, run_dir, 3, "--max_steps", 3)) == 0
     live = run_dir / "consolidated" / "step_000003"
-    args = build_parser().parse_args(["--ckpt", str(live), "--data_dir", str(data_dir),
-                                      "--eval_tokens", "2944"])  # fmt: skip
+    args = build_parser().parse_args(
+        ["--ckpt", str(live), "--data_dir", str(data_dir), "--eval_tokens", "2944"]
+    )
     assert run(args, read_ranks())["val_loss"] == pytest.approx(
         rows(run_dir, "val/loss")[3], abs=1e-3
     )
     out = subprocess.run(
-        [sys.executable, "checkpoint/consolidate.py", "--ckpt", run_dir,
-         "--out_dir", tmp_path / "x"],
-        cwd=ROOT, check=True, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "checkpoint/consolidate.py",
+            "--ckpt",
+            run_dir,
+            "--out_dir",
+            tmp_path / "x",
+        ],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert out.stdout.strip() == str(tmp_path / "x")
     with pytest.raises(ValueError, match="is not an empty folder"):
         check_empty(tmp_path / "x")
@@ -164,8 +197,18 @@ def write_foreign(tokens: np.ndarray, split: str, folder: Path, kind: str) -> No
 def test_other_peoples_shards_train_to_the_same_losses(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "Some words, again and again. Or not."}\n' * 3000)
-    command = [sys.executable, "data/prepare.py", path, "--out_dir", tmp_path / "ours", "--quiet",
-               "--val_tokens", "4000", "--shard_tokens", "9000"]  # fmt: skip
+    command = [
+        sys.executable,
+        "data/prepare.py",
+        path,
+        "--out_dir",
+        tmp_path / "ours",
+        "--quiet",
+        "--val_tokens",
+        "4000",
+        "--shard_tokens",
+        "9000",
+    ]
     subprocess.run(command, cwd=ROOT, check=True, timeout=60)
     kinds = ("build-nanogpt", "llm.c", "nanoGPT")
     for split in ("train", "val"):
@@ -202,8 +245,20 @@ def test_parity_with_plain_pytorch(
 def test_zero0_is_the_seeds_own_arithmetic(tmp_path: Path) -> None:
     reference.write_inputs(tmp_path, n_tokens=30 * 8 * 64 + 1)
     expected = reference.reference_losses(tmp_path, "autocast", 30)
-    options = ["--init_from", tmp_path / "init", "--shuffle", "false", "--max_steps", 30,
-               "--warmup_steps", 5, "--decay_steps", 30, "--eval_tokens", 64]  # fmt: skip
+    options = [
+        "--init_from",
+        tmp_path / "init",
+        "--shuffle",
+        "false",
+        "--max_steps",
+        30,
+        "--warmup_steps",
+        5,
+        "--decay_steps",
+        30,
+        "--eval_tokens",
+        64,
+    ]
     assert main(arguments(tmp_path / "data", tmp_path / "run", 0, *options)) == 0
     got = list(rows(tmp_path / "run", "train/loss").values())
     assert parity.largest_difference(got, expected) < 2e-3
@@ -211,8 +266,18 @@ def test_zero0_is_the_seeds_own_arithmetic(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("one_rank")
 def test_three_ranks_evaluate_in_step(data_dir: Path, tmp_path: Path) -> None:
-    options = ["--max_steps", 2, "--batch_tokens", 6 * 64, "--micro_batch_size", 2,
-               "--hellaswag_every", 2, "--hellaswag_limit", 51]  # fmt: skip
+    options = [
+        "--max_steps",
+        2,
+        "--batch_tokens",
+        6 * 64,
+        "--micro_batch_size",
+        2,
+        "--hellaswag_every",
+        2,
+        "--hellaswag_limit",
+        51,
+    ]
     three, one = tmp_path / "three", tmp_path / "one"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", "3", "train.py", *arguments(data_dir, three, 3, *options)]
@@ -254,8 +319,10 @@ def test_evaluation_on_several_ranks_gives_the_numbers_of_one(
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     torchrun += ["--nproc_per_node", "3"]
     results = []
-    for command in ([*deepspeed, "eval/hellaswag.py", *on_rows, str(two)],
-                    [*torchrun, "eval/val_loss.py", *on_tokens]):  # fmt: skip
+    for command in (
+        [*deepspeed, "eval/hellaswag.py", *on_rows, str(two)],
+        [*torchrun, "eval/val_loss.py", *on_tokens],
+    ):
         done = parity.run_with_children(command, timeout_s=100)
         assert done.returncode == 0, done.stderr
         (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
@@ -348,9 +415,13 @@ def test_dry_run_of_175b_imports_neither_torch_nor_deepspeed() -> None:
     ],
 )
 def test_mistakes_cost_one_line_and_status_2(
-    data_dir: Path, tmp_path: Path, options: list[str], message: str,
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    data_dir: Path,
+    tmp_path: Path,
+    options: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     if "INIT" in options:
         reference.write_inputs(tmp_path, n_tokens=600)

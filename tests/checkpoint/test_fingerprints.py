@@ -73,8 +73,9 @@ def train_and_save(ranks: Ranks, stage: int, folder: Path, fp32: bool) -> tuple[
     engine.backward(engine(*batch()))
     optimizer_step(engine, grad_clip=1.0)
     precision = "fp32" if fp32 else "bf16" if stage else "autocast"
-    save_checkpoint(engine, folder, step=1, samples=4, precision=precision, order={},
-                    unverified=["x.y"])  # fmt: skip
+    save_checkpoint(
+        engine, folder, step=1, samples=4, precision=precision, order={}, unverified=["x.y"]
+    )
     return engine, folder / step_name(1)
 
 
@@ -122,8 +123,11 @@ def test_what_the_optimizer_does_not_compute_with_is_not_exported(
     engine, _ = train_and_save(one_rank, stage, tmp_path, False)
     consolidate_engine(engine, tmp_path, 1, [])
     optimizer = engine.optimizer  # pyright: ignore[reportAttributeAccessIssue]  # an engine
-    name = {1: "fp32_groups_flat_partition", 2: "single_partition_of_fp32_groups",
-            3: "fp32_partitioned_groups_flat"}[stage]  # fmt: skip
+    name = {
+        1: "fp32_groups_flat_partition",
+        2: "single_partition_of_fp32_groups",
+        3: "fp32_partitioned_groups_flat",
+    }[stage]
     flat = getattr(optimizer, name)[0].data
     flat[100:200] = flat[100:200].flip(0).clone()
     with pytest.raises(ValueError, match=r"wte.weight is not .* 1 of 28 fingerprints differ"):

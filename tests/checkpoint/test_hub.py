@@ -71,8 +71,13 @@ def locate(hub: str, home: Path, name: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"HF_ENDPOINT": hub, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
     return subprocess.run(
         [sys.executable, "-c", code, name],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
 
 
 def test_the_four_names_mean_openais_weights(hub: str, tmp_path: Path) -> None:

@@ -55,8 +55,10 @@ def test_only_folders_with_a_manifest_are_checkpoints(tmp_path: Path) -> None:
     (checkpoints / "step_000011.tmp").mkdir()
     (checkpoints / "step_000012").mkdir()
     assert [p.name for p in complete_steps(checkpoints)] == [
-        "step_000009", "step_000010", "step_1000000",
-    ]  # fmt: skip
+        "step_000009",
+        "step_000010",
+        "step_1000000",
+    ]
     assert [p.name for p in incomplete_steps(checkpoints)] == ["step_000012"]
     assert find_checkpoints(tmp_path, "auto") == complete_steps(checkpoints)[::-1]
 
@@ -181,7 +183,12 @@ def test_a_checkpoint_is_on_the_disk_before_its_name_is(
     save(tmp_path, 3)
     partial = "step_000003.tmp"
     assert events == [
-        ("sync", "manifest.json.tmp"), ("name", "manifest.json"), ("sync", partial),
-        ("name", "step_000003"), ("sync", tmp_path.name),
-        ("sync", "latest.tmp"), ("name", "latest"), ("sync", tmp_path.name),
-    ]  # fmt: skip
+        ("sync", "manifest.json.tmp"),
+        ("name", "manifest.json"),
+        ("sync", partial),
+        ("name", "step_000003"),
+        ("sync", tmp_path.name),
+        ("sync", "latest.tmp"),
+        ("name", "latest"),
+        ("sync", tmp_path.name),
+    ]

@@ -239,8 +239,10 @@ def test_a_hugging_face_folder_with_a_head_of_its_own_is_refused(tmp_path: Path)
     hf.save_pretrained(tmp_path / "hf")
     file = tmp_path / "hf" / "model.safetensors"
     weights = load_file(file)
-    for head, refused in ((weights["transformer.wte.weight"].clone(), False),
-                          (torch.zeros(V, 32), True)):  # fmt: skip
+    for head, refused in (
+        (weights["transformer.wte.weight"].clone(), False),
+        (torch.zeros(V, 32), True),
+    ):
         save_file(weights | {"lm_head.weight": head}, file, metadata={"format": "pt"})
         if refused:
             with pytest.raises(ValueError, match="hf: lm_head is not tied to wte"):

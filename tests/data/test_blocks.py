@@ -18,14 +18,44 @@ from data.sources import find_files
 from data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-PIECES = ["a", "b's", "'", "  ", " ", "\n", "\n\n", "\t", "\u3000", "\u00a0", "\u2009", "\u2028",
-          "\u202f", "\u205f", "\u1680", "\x85", "\x1c", "\x7f", "12", "!", "é", "日本。", "🙂",
-          "\u200b", "don't"]  # fmt: skip
+PIECES = [
+    "a",
+    "b's",
+    "'",
+    "  ",
+    " ",
+    "\n",
+    "\n\n",
+    "\t",
+    "\u3000",
+    "\u00a0",
+    "\u2009",
+    "\u2028",
+    "\u202f",
+    "\u205f",
+    "\u1680",
+    "\x85",
+    "\x1c",
+    "\x7f",
+    "12",
+    "!",
+    "é",
+    "日本。",
+    "🙂",
+    "\u200b",
+    "don't",
+]
 
 
 def reading(block_bytes: int = 50, **changes: object) -> Reading:
-    values = {"text_column": "text", "block_bytes": block_bytes, "table_bytes": block_bytes,
-              "max_line_bytes": 10**6, "max_bytes": 10**9, "skip_bad": False} | changes  # fmt: skip
+    values = {
+        "text_column": "text",
+        "block_bytes": block_bytes,
+        "table_bytes": block_bytes,
+        "max_line_bytes": 10**6,
+        "max_bytes": 10**9,
+        "skip_bad": False,
+    } | changes
     return Reading(**values)  # type: ignore[arg-type] # by name
 
 
@@ -128,8 +158,18 @@ def test_memory_does_not_grow_with_the_document(tmp_path: Path) -> None:
     for n_mib in (4, 100):
         path = tmp_path / f"{n_mib}.txt"
         path.write_text("Some words of one very long document. " * (n_mib * 2**20 // 38))
-        peaks.append(peak_mib(str(path), "--out_dir", f"{tmp_path}/{n_mib}", "--quiet",
-                              "--val_tokens", "1000", "--workers", "2"))  # fmt: skip
+        peaks.append(
+            peak_mib(
+                str(path),
+                "--out_dir",
+                f"{tmp_path}/{n_mib}",
+                "--quiet",
+                "--val_tokens",
+                "1000",
+                "--workers",
+                "2",
+            )
+        )
     assert peaks[1] < peaks[0] + 60, peaks  # MiB, for 96 MiB more of text
 
 
@@ -141,6 +181,16 @@ def test_memory_does_not_grow_with_the_number_of_lines(tmp_path: Path) -> None:
         with gzip.open(tmp_path / f"{n_mib}.jsonl.gz", "wt", compresslevel=1) as file:
             for _ in range(n_mib * 2**20 // len(line)):
                 file.write(line)
-        peaks.append(peak_mib(f"{tmp_path}/{n_mib}.jsonl.gz", "--out_dir", f"{tmp_path}/{n_mib}",
-                              "--quiet", "--val_tokens", "1000", "--workers", "2"))  # fmt: skip
+        peaks.append(
+            peak_mib(
+                f"{tmp_path}/{n_mib}.jsonl.gz",
+                "--out_dir",
+                f"{tmp_path}/{n_mib}",
+                "--quiet",
+                "--val_tokens",
+                "1000",
+                "--workers",
+                "2",
+            )
+        )
     assert peaks[1] < peaks[0] + 60, peaks

@@ -81,8 +81,15 @@ def test_a_bad_text_is_named_or_left_out_as_a_whole(
 ) -> None:
     (tmp_path / "bad.txt").write_bytes(data)
     (tmp_path / "good.txt").write_text(GOOD[0])
-    options = (tmp_path, "--out_dir", tmp_path / "out", "--max_line_bytes", 150_000,
-               "--shard_tokens", 40)  # fmt: skip
+    options = (
+        tmp_path,
+        "--out_dir",
+        tmp_path / "out",
+        "--max_line_bytes",
+        150_000,
+        "--shard_tokens",
+        40,
+    )
     with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
         run(*options)
     assert run(*options, "--on_error", "skip").bad == {message.split(": ")[1]: 1}

@@ -8,8 +8,24 @@ from bench.fidelity.seed_prepare import tokenize
 from data import encode
 from data.encode import TRICKY, Encoder
 
-PIECES = [*TRICKY, "a", " the", "<|", "endoftext", "|>", "<|endoftext|>", "\n", " ", "é", "日本",
-          "'s", "\u2028", "Ⅷ", "ſ", "\U0010ffff"]  # fmt: skip
+PIECES = [
+    *TRICKY,
+    "a",
+    " the",
+    "<|",
+    "endoftext",
+    "|>",
+    "<|endoftext|>",
+    "\n",
+    " ",
+    "é",
+    "日本",
+    "'s",
+    "\u2028",
+    "Ⅷ",
+    "ſ",
+    "\U0010ffff",
+]
 
 
 def reference(texts: list[str]) -> list[int]:

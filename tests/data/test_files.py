@@ -39,10 +39,13 @@ def test_files_are_known_in_any_case_and_packing(tmp_path: Path) -> None:
     folder = tmp_path / "texts"
     folder.mkdir()
     contents = {
-        "a.TXT": TEXT.encode(), "b.JSONL": line(TEXT), "c.ndjson": line(TEXT),
-        "d.NdJson.GZ": gzip.compress(line(TEXT)), "e.jsonl.bz2": bz2.compress(line(TEXT)),
+        "a.TXT": TEXT.encode(),
+        "b.JSONL": line(TEXT),
+        "c.ndjson": line(TEXT),
+        "d.NdJson.GZ": gzip.compress(line(TEXT)),
+        "e.jsonl.bz2": bz2.compress(line(TEXT)),
         "f.json.bz2": bz2.compress(line(TEXT)),
-    }  # fmt: skip
+    }
     for name, content in contents.items():
         (folder / name).write_bytes(content)
     parquet.write_table(pyarrow.table({"text": [TEXT]}), folder / "g.PARQUET")

@@ -38,12 +38,27 @@ def prepare(
     source: Path, out_dir: Path, n_ranks: int, *options: str
 ) -> subprocess.CompletedProcess[str]:
     launcher = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", str(n_ranks)]
-    command = [sys.executable, "data/prepare.py", str(source), "--out_dir", str(out_dir),
-               "--shard_tokens", "20000", "--quiet", "--workers", "1", *options]  # fmt: skip
+    command = [
+        sys.executable,
+        "data/prepare.py",
+        str(source),
+        "--out_dir",
+        str(out_dir),
+        "--shard_tokens",
+        "20000",
+        "--quiet",
+        "--workers",
+        "1",
+        *options,
+    ]
     return subprocess.run(
         [*launcher, *command] if n_ranks > 1 else command,
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -97,11 +112,27 @@ def test_ranks_that_read_different_files_end_together(source: Path, tmp_path: Pa
         f"s.Opener.open = lambda self, i: open('{source}/c.txt', 'rb') if rank == '1' "
         "else whole(self, i); import data.prepare as p; sys.exit(p.main())"
     )
-    options = [f"{source}/a.jsonl", "--out_dir", str(tmp_path / "out"), "--val_tokens", "7001",
-               "--quiet", "--on_error", "skip", "--shard_tokens", "20000"]  # fmt: skip
+    options = [
+        f"{source}/a.jsonl",
+        "--out_dir",
+        str(tmp_path / "out"),
+        "--val_tokens",
+        "7001",
+        "--quiet",
+        "--on_error",
+        "skip",
+        "--shard_tokens",
+        "20000",
+    ]
     launcher = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "3", sys.executable, "-c"]
-    done = subprocess.run([*launcher, code, *options], cwd=ROOT, capture_output=True, text=True,
-                          check=False, timeout=60)  # fmt: skip
+    done = subprocess.run(
+        [*launcher, code, *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
     assert done.returncode == 2
     assert done.stderr.count("the ranks do not read the same files") == 1
 

@@ -82,9 +82,18 @@ def test_shards_are_the_seeds_byte_for_byte(
         shard_tokens = 701  # many shards of less than a document, each document over many
     expected = seed(tmp_path / "seed", DOCUMENTS, val_tokens, shard_tokens)
     run(
-        sources, "--out_dir", tmp_path / "out", "--val_tokens", val_tokens,
-        "--shard_tokens", shard_tokens, "--workers", workers, "--tokenizer", tokenizer,
-    )  # fmt: skip
+        sources,
+        "--out_dir",
+        tmp_path / "out",
+        "--val_tokens",
+        val_tokens,
+        "--shard_tokens",
+        shard_tokens,
+        "--workers",
+        workers,
+        "--tokenizer",
+        tokenizer,
+    )
     assert contents(tmp_path / "out") == expected
     assert {p.name for p in (tmp_path / "out").iterdir()} == {*expected, "shards.json"}
 
@@ -112,8 +121,15 @@ def test_globs_folders_and_files_come_in_the_order_given(sources: Path, tmp_path
 def test_another_column_holds_the_text(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"body": LONG}))
     expected = seed(tmp_path / "seed", [LONG], 500, 10**6)
-    run(tmp_path / "a.jsonl", "--out_dir", tmp_path / "out", "--val_tokens", 500,
-        "--text_column", "body")  # fmt: skip
+    run(
+        tmp_path / "a.jsonl",
+        "--out_dir",
+        tmp_path / "out",
+        "--val_tokens",
+        500,
+        "--text_column",
+        "body",
+    )
     assert contents(tmp_path / "out") == expected
 
 
@@ -123,8 +139,16 @@ def read(folder: Path, split: str) -> list[int]:
 
 def test_every_nth_document_is_validation(sources: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    manifest = run(sources / "a", sources / "b.jsonl", "--out_dir", out, "--val_every", 4,
-                   "--shard_tokens", 400)  # fmt: skip
+    manifest = run(
+        sources / "a",
+        sources / "b.jsonl",
+        "--out_dir",
+        out,
+        "--val_every",
+        4,
+        "--shard_tokens",
+        400,
+    )
     documents = [(0, LONG), (1, "one"), *enumerate(TEXTS * 3)]  # by file, then by line
     for split, is_val in (("val", True), ("train", False)):
         chosen = [text for number, text in documents if (number % 4 == 0) == is_val]
@@ -247,8 +271,12 @@ def test_progress_and_summary_say_what_was_done(sources: Path, tmp_path: Path) -
     command = [sys.executable, "data/prepare.py", str(sources), "--out_dir", str(tmp_path / "out")]
     done = subprocess.run(
         [*command, "--val_tokens", "5000", "--shard_tokens", "9000"],
-        cwd=ROOT, capture_output=True, text=True, check=True, timeout=60,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
     assert "100%" in done.stderr
     for text in ("tokens/s", "MB/s", "left", r"shard \d+ of about \d+", "110 documents"):
         assert re.search(text, done.stderr), text
@@ -270,13 +298,27 @@ def test_a_full_disk_is_one_line_status_1_and_nothing_half_written(
 ) -> None:
     limit = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (60_000, 60_000)); import signal; "
     ignore = "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-    options = [str(sources), "--out_dir", str(tmp_path), "--val_tokens", "5000", "--quiet",
-               "--shard_tokens", "40000", "--tokenizer", "tiktoken"]  # fmt: skip
+    options = [
+        str(sources),
+        "--out_dir",
+        str(tmp_path),
+        "--val_tokens",
+        "5000",
+        "--quiet",
+        "--shard_tokens",
+        "40000",
+        "--tokenizer",
+        "tiktoken",
+    ]
     code = f"{limit}{ignore}import sys; sys.argv[1:] = {options}; import data.prepare as p; "
     done = subprocess.run(
         [sys.executable, "-c", code + "sys.exit(p.main())"],
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
     assert done.returncode == 1
     assert "File too large" in done.stderr
     assert "text_train_000001.npy" in done.stderr

@@ -13,8 +13,16 @@ from data.mpi import Alone
 from data.prepare import build_parser, main, prepare
 from data.tokenizer import END_OF_TEXT, EOT_TOKEN, load_tokenizer
 
-STORIES = ["Once upon a time.\nThe end.\n", "one", "  Two words ", "Ünïcode, 日本語。", "x" * 90,
-           "A story with\n\n\nparagraphs.", "!<|", "|>?"]  # fmt: skip
+STORIES = [
+    "Once upon a time.\nThe end.\n",
+    "one",
+    "  Two words ",
+    "Ünïcode, 日本語。",
+    "x" * 90,
+    "A story with\n\n\nparagraphs.",
+    "!<|",
+    "|>?",
+]
 
 
 def run(*arguments: object) -> Manifest:
@@ -56,8 +64,15 @@ def test_separators_are_the_special_token_wherever_blocks_are_cut(
 ) -> None:
     text = stories(seed)
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    manifest = run(tmp_path / "a.txt", "--out_dir", tmp_path / "out", "--val_tokens", 50,
-                   "--shard_tokens", shard_tokens)  # fmt: skip
+    manifest = run(
+        tmp_path / "a.txt",
+        "--out_dir",
+        tmp_path / "out",
+        "--val_tokens",
+        50,
+        "--shard_tokens",
+        shard_tokens,
+    )
     assert tokens(tmp_path / "out") == encoded(documents(text))
     n_documents = sum(shard.documents for shard in manifest.shards)
     assert n_documents == len(documents(text)) > 150
@@ -66,8 +81,17 @@ def test_separators_are_the_special_token_wherever_blocks_are_cut(
 def test_one_word_documents_can_be_cut(tmp_path: Path) -> None:
     words = [f"{i:x}" * 30 for i in range(3000)]
     (tmp_path / "a.txt").write_text(END_OF_TEXT.join(words), encoding="utf-8")
-    run(tmp_path / "a.txt", "--out_dir", tmp_path / "out", "--val_tokens", 50,
-        "--shard_tokens", 5000, "--max_line_bytes", 10_000)  # fmt: skip
+    run(
+        tmp_path / "a.txt",
+        "--out_dir",
+        tmp_path / "out",
+        "--val_tokens",
+        50,
+        "--shard_tokens",
+        5000,
+        "--max_line_bytes",
+        10_000,
+    )
     assert tokens(tmp_path / "out") == encoded(words)
 
 
@@ -138,9 +162,11 @@ def test_a_flag_keeps_the_literal_reading(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("val_every", [2, 3, 5])
 def test_texts_of_both_splits_are_counted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
     val_every: int,
-) -> None:  # fmt: skip
+) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "some <|endoftext|> words"}\n' * 20, "utf-8")
     argv = ["prepare.py", str(tmp_path / "a.jsonl"), "--out_dir", str(tmp_path / "out")]
     monkeypatch.setattr("sys.argv", [*argv, "--val_every", str(val_every)])
@@ -150,15 +176,25 @@ def test_texts_of_both_splits_are_counted(
 
 @pytest.mark.parametrize("stopped", [False, True])
 def test_lines_stay_literal_and_are_counted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
     stopped: bool,
-) -> None:  # fmt: skip
+) -> None:
     from data.writing import write_manifest
 
     line = '{"text": "some <|endoftext|> words"}\n{"text": "others, and more of them"}\n'
     (tmp_path / "a.jsonl").write_text(line * 40, encoding="utf-8")
-    argv = ["prepare.py", str(tmp_path / "a.jsonl"), "--out_dir", str(tmp_path / "out"),
-            "--val_tokens", "50", "--shard_tokens", "200"]  # fmt: skip
+    argv = [
+        "prepare.py",
+        str(tmp_path / "a.jsonl"),
+        "--out_dir",
+        str(tmp_path / "out"),
+        "--val_tokens",
+        "50",
+        "--shard_tokens",
+        "200",
+    ]
     monkeypatch.setattr("sys.argv", argv)
     if stopped:
         with monkeypatch.context() as patch:

@@ -20,8 +20,18 @@ TEXTS = [f"Text number {i} has some words. " * (1 + i % 9) for i in range(60)]
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
-    command = [sys.executable, "data/prepare.py", str(tmp_path / "a.jsonl"), "--quiet", "--out_dir",
-               str(tmp_path / "out"), "--val_tokens", "300", "--shard_tokens", "900"]  # fmt: skip
+    command = [
+        sys.executable,
+        "data/prepare.py",
+        str(tmp_path / "a.jsonl"),
+        "--quiet",
+        "--out_dir",
+        str(tmp_path / "out"),
+        "--val_tokens",
+        "300",
+        "--shard_tokens",
+        "900",
+    ]
     subprocess.run(command, cwd=ROOT, check=True, timeout=60)
     return tmp_path / "out"
 
@@ -41,8 +51,13 @@ def show(
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "data/show.py", *map(str, arguments)],
-        cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", check=False, timeout=60,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+        timeout=60,
+    )
 
 
 def test_a_folder_is_shown_and_verified(folder: Path) -> None:

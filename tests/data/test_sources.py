@@ -53,13 +53,28 @@ def make_hub_folder(folder: Path) -> Path:
 def fineweb(
     tmp_path: Path, *arguments: object, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "data/fineweb.py", "--quiet", "--out_dir", str(tmp_path / "out"),
-               "--val_tokens", "500", "--shard_tokens", "2000", *map(str, arguments)]  # fmt: skip
+    command = [
+        sys.executable,
+        "data/fineweb.py",
+        "--quiet",
+        "--out_dir",
+        str(tmp_path / "out"),
+        "--val_tokens",
+        "500",
+        "--shard_tokens",
+        "2000",
+        *map(str, arguments),
+    ]
     home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
     return subprocess.run(
-        command, cwd=ROOT, env=os.environ | home | environment, capture_output=True, text=True,
-        check=False, timeout=120,
-    )  # fmt: skip
+        command,
+        cwd=ROOT,
+        env=os.environ | home | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -133,11 +148,14 @@ class Hub(BaseHTTPRequestHandler):
         if "/tree/" in path:
             under = path.split("/tree/")[1].partition("/")[2]
             recursive = "recursive=True" in self.path or "recursive=true" in self.path
-            self.send_json([
-                e for e in self.tree()
-                if str(e["path"]).startswith(f"{under}/" if under else "")
-                and (recursive or "/" not in str(e["path"])[len(under) + bool(under):])
-            ])  # fmt: skip
+            self.send_json(
+                [
+                    e
+                    for e in self.tree()
+                    if str(e["path"]).startswith(f"{under}/" if under else "")
+                    and (recursive or "/" not in str(e["path"])[len(under) + bool(under) :])
+                ]
+            )
         elif path.startswith("/api/datasets/"):
             files = [{"rfilename": e["path"]} for e in self.tree() if e["type"] == "file"]
             self.send_json({"id": REPO, "sha": COMMIT, "siblings": files, "tags": []})

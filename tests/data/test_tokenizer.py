@@ -7,8 +7,15 @@ def test_known_ids() -> None:
     tokenizer = load_tokenizer()
     # build-nanogpt's prompt, and the ids that it prints
     assert tokenizer.encode("Hello, I'm a language model,") == [
-        15496, 11, 314, 1101, 257, 3303, 2746, 11,
-    ]  # fmt: skip
+        15496,
+        11,
+        314,
+        1101,
+        257,
+        3303,
+        2746,
+        11,
+    ]
     assert tokenizer.eot_token == 50256
     assert tokenizer.n_vocab == 50257
 

@@ -72,10 +72,8 @@ def test_ranks_stay_in_step_and_change_no_bit(world_size: int) -> None:
             return model(*args, **kwargs)
 
         parts.append(
-            evaluate(
-                counting, examples, forward_tokens=800, rank=rank, world_size=world_size
-            )
-        )  # fmt: skip
+            evaluate(counting, examples, forward_tokens=800, rank=rank, world_size=world_size)
+        )
     assert len(set(forwards)) == 1
     assert len(plan_batches(examples, 800)) % world_size  # so that some rank had to wait
     assert torch.equal(sum(parts, torch.zeros_like(alone)), alone)
@@ -168,9 +166,12 @@ def test_files_that_are_none_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "damaged.jsonl.xz").write_bytes(VALIDATION.read_bytes()[:5000])
     (tmp_path / "text.jsonl.gz").write_bytes(b"\x1f\x8b\x08" + b"\xff" * 40)
-    for name, message in (("empty.jsonl", "no rows"), ("text.jsonl.gz", "cannot be read"),
-                          ("damaged.jsonl.xz", "cannot be read"),
-                          ("none.jsonl", "cannot be read")):  # fmt: skip
+    for name, message in (
+        ("empty.jsonl", "no rows"),
+        ("text.jsonl.gz", "cannot be read"),
+        ("damaged.jsonl.xz", "cannot be read"),
+        ("none.jsonl", "cannot be read"),
+    ):
         with pytest.raises(ValueError, match=f"{name}.*{message}"):
             load_examples(tmp_path / name)
 

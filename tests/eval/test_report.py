@@ -73,8 +73,15 @@ def test_the_page_holds_pictures_and_numbers_and_no_address(tmp_path: Path) -> N
         assert kind == "data:image/png;base64"
         assert base64.b64decode(content)[:8] == b"\x89PNG\r\n\x1a\n"
     assert "://" not in text
-    for word in (str(runs[0]), str(runs[1]), "9.0000 at 20", "0.2700 at 20", "GPT-2 350M: 0.3752",
-                 "GPT-3 350M: 0.4360", SAMPLE):  # fmt: skip
+    for word in (
+        str(runs[0]),
+        str(runs[1]),
+        "9.0000 at 20",
+        "0.2700 at 20",
+        "GPT-2 350M: 0.3752",
+        "GPT-3 350M: 0.4360",
+        SAMPLE,
+    ):
         assert word in page.words
     best = json.loads(done.stdout)["runs"][str(runs[0])]
     assert best == {
@@ -86,11 +93,24 @@ def test_the_page_holds_pictures_and_numbers_and_no_address(tmp_path: Path) -> N
 
 
 def test_build_nanogpts_log_is_read_and_a_restart_is_drawn_once(tmp_path: Path) -> None:
-    lines = ["0 val 10.9", "0 hella 0.25", "0 train 10.9", "1 train 9.5", "2 val 9.4",
-             "2 train 9.4", "3 train 9.3", "1 train 9.0", "2 val 8.9", "2 train 8.8"]  # fmt: skip
+    lines = [
+        "0 val 10.9",
+        "0 hella 0.25",
+        "0 train 10.9",
+        "1 train 9.5",
+        "2 val 9.4",
+        "2 train 9.4",
+        "3 train 9.3",
+        "1 train 9.0",
+        "2 val 8.9",
+        "2 train 8.8",
+    ]
     (tmp_path / "log.txt").write_text("\n".join(lines) + "\n")
-    expected = {"val": [(0, 10.9), (2, 8.9)], "hella": [(0, 0.25)],
-                "train": [(0, 10.9), (1, 9.0), (2, 8.8)]}  # fmt: skip
+    expected = {
+        "val": [(0, 10.9), (2, 8.9)],
+        "hella": [(0, 0.25)],
+        "train": [(0, 10.9), (1, 9.0), (2, 8.8)],
+    }
     for path in (tmp_path, tmp_path / "log.txt"):
         assert read_run(path).curves == expected
     assert report(tmp_path / "log.txt", "--out", tmp_path / "out").returncode == 0
@@ -131,7 +151,11 @@ def test_values_that_are_not_numbers_are_no_extremes(tmp_path: Path) -> None:
 def test_the_golden_curve_is_the_published_one() -> None:
     golden = {key: dict(curve) for key, curve in read_golden(NAME).items()}
     assert [golden["val"][step] for step in (250, 1000, 5000, 19_072)] == [
-        6.1732, 4.1585, 3.3573, 3.0729]  # fmt: skip
+        6.1732,
+        4.1585,
+        3.3573,
+        3.0729,
+    ]
     assert min(step for step, loss in golden["val"].items() if loss < 3.2924) == 6500
     assert min(step for step, score in golden["hella"].items() if score > 0.2945) == 11_000
 

@@ -47,10 +47,15 @@ def test_result_does_not_depend_on_batches_or_ranks(
         forwards.append(0)
         sums.append(
             evaluate(
-                counting, stream, seq_len=64, eval_tokens=2000, batch_size=batch_size,
-                rank=rank, world_size=world_size,
+                counting,
+                stream,
+                seq_len=64,
+                eval_tokens=2000,
+                batch_size=batch_size,
+                rank=rank,
+                world_size=world_size,
             )
-        )  # fmt: skip
+        )
     assert len(set(forwards)) == 1  # in lock-step
     total, n_tokens = map(sum, zip(*sums, strict=True))
     alone, n_alone = evaluate(model, stream, seq_len=64, eval_tokens=2000, batch_size=31)

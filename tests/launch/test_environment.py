@@ -9,10 +9,19 @@ def test_what_ranks_need_is_written_and_read_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     secret = "hf_" + 30 * "a"
-    monkeypatch.setattr("os.environ", {
-        "GLOO_SOCKET_IFNAME": "eth0", "NCCL_DEBUG": "INFO", "HF_HOME": "/a b", "EDITOR": "vi",
-        "HF_TOKEN": secret, "HF_X": secret, "OMP_NUM_THREADS": "4", "PATH": "/bin",
-    })  # fmt: skip
+    monkeypatch.setattr(
+        "os.environ",
+        {
+            "GLOO_SOCKET_IFNAME": "eth0",
+            "NCCL_DEBUG": "INFO",
+            "HF_HOME": "/a b",
+            "EDITOR": "vi",
+            "HF_TOKEN": secret,
+            "HF_X": secret,
+            "OMP_NUM_THREADS": "4",
+            "PATH": "/bin",
+        },
+    )
     out = tmp_path / ".deepspeed_env"
     monkeypatch.setattr("sys.argv", ["", "--out", str(out)])
     assert main() == 0

@@ -28,10 +28,22 @@ def test_a_byte_order_mark_is_dropped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["-oProxyCommand=touch${IFS}x slots=1", "w;id slots=2", "w$(id) slots=2", "w`id` slots=2",
-     "w slots=0", "w", "w slots=2 # eight", "user@w slots=2", "../w slots=2", "w- slots=1",
-     "a" * 300 + " slots=1", "w\x00 slots=1", "first slots=2"],
-)  # fmt: skip
+    [
+        "-oProxyCommand=touch${IFS}x slots=1",
+        "w;id slots=2",
+        "w$(id) slots=2",
+        "w`id` slots=2",
+        "w slots=0",
+        "w",
+        "w slots=2 # eight",
+        "user@w slots=2",
+        "../w slots=2",
+        "w- slots=1",
+        "a" * 300 + " slots=1",
+        "w\x00 slots=1",
+        "first slots=2",
+    ],
+)
 def test_what_is_no_host_is_refused_by_line(tmp_path: Path, line: str) -> None:
     path = write(tmp_path, f"first slots=1\n{line}\n")
     with pytest.raises(ValueError, match=f"{path}:2: .* Fix: "):
@@ -58,8 +70,14 @@ def test_an_empty_a_huge_and_an_open_file_are_refused(tmp_path: Path) -> None:
 def run(folder: Path, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
     script = Path(__file__).resolve().parents[2] / "launch" / "hostfile.py"
     environment = {"PATH": f"{folder}:/usr/bin:/bin", **variables}
-    return subprocess.run([sys.executable, script, *arguments], env=environment, cwd=folder,
-                          capture_output=True, text=True, timeout=30)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, script, *arguments],
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
 
 
 def test_the_command_writes_what_is_read_back(tmp_path: Path) -> None:

@@ -42,8 +42,9 @@ def test_the_manifest_is_what_kubernetes_accepts(
 def test_shellcheck_finds_nothing_in_its_scripts(container: dict[str, Any]) -> None:
     before_the_end = container["lifecycle"]["preStop"]["exec"]["command"][-1]
     for script in (container["args"][0], before_the_end):
-        done = subprocess.run([SHELLCHECK, "--shell=bash", "-"], input=script, text=True,
-                              capture_output=True)  # fmt: skip
+        done = subprocess.run(
+            [SHELLCHECK, "--shell=bash", "-"], input=script, text=True, capture_output=True
+        )
         assert done.returncode == 0, done.stdout
 
 
@@ -52,22 +53,32 @@ def start(
 ) -> "subprocess.Popen[bytes]":
     script = container["args"][0]
     arguments = ["--model debug --eval_tokens 256 --batch_tokens 256 --sample_tokens 1", *more]
-    small = {"--nnodes 4": "--nnodes 1", "--nproc_per_node 8": "--nproc_per_node 2",
-             "--master_addr nanospeed-0.nanospeed": "--master_addr 127.0.0.1",
-             "--master_port 29500": f"--master_port {20_000 + os.getpid() % 20_000}",
-             "/shared/tokens": str(data_dir), "--model gpt3-1.3b": " ".join(arguments)}  # fmt: skip
+    small = {
+        "--nnodes 4": "--nnodes 1",
+        "--nproc_per_node 8": "--nproc_per_node 2",
+        "--master_addr nanospeed-0.nanospeed": "--master_addr 127.0.0.1",
+        "--master_port 29500": f"--master_port {20_000 + os.getpid() % 20_000}",
+        "/shared/tokens": str(data_dir),
+        "--model gpt3-1.3b": " ".join(arguments),
+    }
     for old, new in small.items():
         assert old in script
         script = script.replace(old, new)
     with log.open("a") as file:
-        return subprocess.Popen([*container["command"], script], cwd=ROOT, stdout=file,
-                                stderr=file, env=pod(run_dir))  # fmt: skip
+        return subprocess.Popen(
+            [*container["command"], script], cwd=ROOT, stdout=file, stderr=file, env=pod(run_dir)
+        )
 
 
 def pod(run_dir: Path) -> dict[str, str]:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return os.environ | {"PATH": path, "RUN_DIR": str(run_dir), "JOB_COMPLETION_INDEX": "0",
-                         "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    return os.environ | {
+        "PATH": path,
+        "RUN_DIR": str(run_dir),
+        "JOB_COMPLETION_INDEX": "0",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def test_an_evicted_pod_saves_first_and_its_status_is_that_of_the_run(

@@ -33,9 +33,13 @@ def timed_run(*arguments: str) -> tuple[subprocess.CompletedProcess[str], float]
     return done, time.perf_counter() - started
 
 
-@pytest.mark.parametrize("where", [
-    ["--nodes", "128", "--batch_tokens", "4194304"], ["--nodes", "8", "--device", "h200"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "where",
+    [
+        ["--nodes", "128", "--batch_tokens", "4194304"],
+        ["--nodes", "8", "--device", "h200"],
+    ],
+)
 def test_175b_is_planned_in_a_second_without_torch(where: list[str]) -> None:
     done, seconds = min((timed_run(*OF_175B, *where) for _ in range(3)), key=lambda r: r[1])
     assert seconds < 1
@@ -51,28 +55,35 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_nearest(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main([*OF_175B, "--nodes", "128"]) == 2
-    assert "1536 sequences do not divide among 1024 ranks. Fix: --batch_tokens 2097152 or 4194304" \
-        in capsys.readouterr().err  # fmt: skip
+    assert (
+        "1536 sequences do not divide among 1024 ranks. Fix: --batch_tokens 2097152 or 4194304"
+        in capsys.readouterr().err
+    )
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["--device", "tpu"], "--device tpu: unknown. Fix: choose from a100-40, a100"),
-    (["--model", "gpt5"], "--model gpt5: unknown"),
-    (["--ds_config", "none.json"], "--ds_config none.json: no such file"),
-    (["--gpus", "9"], "--gpus 9: no whole machines of --gpus_per_node 8. Fix: give a multiple"),
-    (["--gpus", "8,x"], "--gpus 8,x: no numbers. Fix: give such as 8,64,1024"),
-    (["--nodes", "0"], "--nodes 0: out of range. Fix: give one above 0"),
-    (["--price_per_gpu_hour", "-3"], "--price_per_gpu_hour -3: out of range. Fix: "),
-    (["--price_per_gpu_hour", "inf"], "--price_per_gpu_hour inf: out of range. Fix: "),
-    (["--gpus", "8", "--nodes", "1"], "--nodes: a table has numbers of devices. Fix: "),
-    (["--model", "all", "--n_layer", "4"], "--n_layer: all has the presets' shapes. Fix: "),
-    (["--gpus", "8", "--gpus_per_node", "0"], "--gpus_per_node 0: out of range. Fix: "),
-    (["--batch_tokens", str(2**51)], f"--batch_tokens {2**51}: out of range. Fix: "),
-    (["--gpus", ""], "--gpus : no numbers. Fix: "),
-    (["--gpus", "8,1024", "--batch_tokens", "524288"],
-     "gpt2 on 1024: --batch_tokens 524288: 512 sequences do not divide among 1024 ranks. Fix: "),
-    (["--n_head", "7"], "n_embd = 768 is not a multiple of n_head = 7. Fix: correct --n_head"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device", "tpu"], "--device tpu: unknown. Fix: choose from a100-40, a100"),
+        (["--model", "gpt5"], "--model gpt5: unknown"),
+        (["--ds_config", "none.json"], "--ds_config none.json: no such file"),
+        (["--gpus", "9"], "--gpus 9: no whole machines of --gpus_per_node 8. Fix: give a multiple"),
+        (["--gpus", "8,x"], "--gpus 8,x: no numbers. Fix: give such as 8,64,1024"),
+        (["--nodes", "0"], "--nodes 0: out of range. Fix: give one above 0"),
+        (["--price_per_gpu_hour", "-3"], "--price_per_gpu_hour -3: out of range. Fix: "),
+        (["--price_per_gpu_hour", "inf"], "--price_per_gpu_hour inf: out of range. Fix: "),
+        (["--gpus", "8", "--nodes", "1"], "--nodes: a table has numbers of devices. Fix: "),
+        (["--model", "all", "--n_layer", "4"], "--n_layer: all has the presets' shapes. Fix: "),
+        (["--gpus", "8", "--gpus_per_node", "0"], "--gpus_per_node 0: out of range. Fix: "),
+        (["--batch_tokens", str(2**51)], f"--batch_tokens {2**51}: out of range. Fix: "),
+        (["--gpus", ""], "--gpus : no numbers. Fix: "),
+        (
+            ["--gpus", "8,1024", "--batch_tokens", "524288"],
+            "gpt2 on 1024: --batch_tokens 524288: 512 sequences do not divide among 1024 ranks. Fix: ",
+        ),
+        (["--n_head", "7"], "n_embd = 768 is not a multiple of n_head = 7. Fix: correct --n_head"),
+    ],
+)
 def test_bad_input_gets_one_line(
     arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -99,15 +110,21 @@ def test_a_table_in_which_nothing_fits_ends_with_1(capsys: pytest.CaptureFixture
     assert "none fits: lacks " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("asked", "n_ranks"), [
-    (["--model", "gpt3-13b", "--nodes", "4"], 32),
-    (["--model", "gpt2", "--nodes", "1", "--max_steps", "100", "--seq_len", "512"], 8),
-    (["--model", "gpt3-175b", "--nodes", "128", "--batch_tokens", "4194304"], 1024),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("asked", "n_ranks"),
+    [
+        (["--model", "gpt3-13b", "--nodes", "4"], 32),
+        (["--model", "gpt2", "--nodes", "1", "--max_steps", "100", "--seq_len", "512"], 8),
+        (["--model", "gpt3-175b", "--nodes", "128", "--batch_tokens", "4194304"], 1024),
+    ],
+)
 def test_the_flags_of_a_plan_are_the_run_that_it_is(
-    asked: list[str], n_ranks: int, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    asked: list[str],
+    n_ranks: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert main([*asked, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     main(asked)
@@ -203,13 +220,18 @@ def test_the_cheapest_fits_and_hardly_one_that_fits_is_faster() -> None:
     assert best.mfu < 1
 
 
-@pytest.mark.parametrize(("gib", "remedy"), [
-    (80, None), (24, "--micro_batch_size 8"), (9, "--micro_batch_size 1"),
-    (8, '--micro_batch_size 2, add "activation_checkpointing": {} to zero1.json'),
-    (7, "--ds_config ds_configs/zero2.json, --micro_batch_size 1"),
-    (5, "--ds_config ds_configs/zero3_offload.json, --micro_batch_size 1"),
-    (3, "take more devices: no ds_config fits"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("gib", "remedy"),
+    [
+        (80, None),
+        (24, "--micro_batch_size 8"),
+        (9, "--micro_batch_size 1"),
+        (8, '--micro_batch_size 2, add "activation_checkpointing": {} to zero1.json'),
+        (7, "--ds_config ds_configs/zero2.json, --micro_batch_size 1"),
+        (5, "--ds_config ds_configs/zero3_offload.json, --micro_batch_size 1"),
+        (3, "take more devices: no ds_config fits"),
+    ],
+)
 def test_advice_names_the_nearest_that_fits(gib: float, remedy: str | None) -> None:
     fields = {"model": "gpt2-large", "micro_batch_size": 16, "ds_config": Path("zero1.json")}
     config = resolve_train_config(TrainConfig(**fields))
@@ -258,10 +280,13 @@ def test_found_machines_are_those_of_the_ranks() -> None:
     )
 
 
-@pytest.mark.parametrize(("listed", "limit"), [
-    ("0::/slice/job_5/task_0", "slice/job_5/memory.max"),
-    ("1:name=systemd:/slice/job_5\n7:cpu:/a\n8:memory:/a/b", "memory/a/memory.limit_in_bytes"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("listed", "limit"),
+    [
+        ("0::/slice/job_5/task_0", "slice/job_5/memory.max"),
+        ("1:name=systemd:/slice/job_5\n7:cpu:/a\n8:memory:/a/b", "memory/a/memory.limit_in_bytes"),
+    ],
+)
 def test_a_limit_of_a_control_group_is_the_memory_of_the_machine(
     listed: str, limit: str, tmp_path: Path
 ) -> None:
@@ -277,7 +302,13 @@ def test_a_limit_of_a_control_group_is_the_memory_of_the_machine(
 
 
 def test_peaks_are_found_by_the_names_that_devices_give_themselves() -> None:
-    names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12,
-             "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA GeForce RTX 4090": 165e12,
-             "AMD Instinct MI300X": 1307e12, "Tesla T4": None}  # fmt: skip
+    names = {
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA H200": 989e12,
+        "NVIDIA A100-SXM4-80GB": 312e12,
+        "NVIDIA GeForce RTX 4090": 165e12,
+        "AMD Instinct MI300X": 1307e12,
+        "Tesla T4": None,
+    }
     assert {name: flops_of(name) for name in names} == names

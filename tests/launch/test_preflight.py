@@ -17,8 +17,13 @@ from training.ranks import Ranks
 from training.run import resolve_run
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMITS = {"open_files": 65536, "memlock_bytes": -1, "shm_bytes": 2**34, "has_infiniband": True,
-          "shards": 100}  # fmt: skip
+LIMITS = {
+    "open_files": 65536,
+    "memlock_bytes": -1,
+    "shm_bytes": 2**34,
+    "has_infiniband": True,
+    "shards": 100,
+}
 LINK = {"bytes_per_s": 1e11, "latency_s": 20e-6}
 
 
@@ -27,17 +32,33 @@ def healthy(n_nodes: int = 4, per_node: int = 2) -> list[Facts]:
     facts: list[Facts] = []
     for rank in range(n_nodes * per_node):
         node = rank // per_node + 1
-        facts.append({
-            "rank": rank, "host": f"node-{node}", "errors": {}, "answers": "in time",
-            "device": {"kind": "cuda", "name": "H100"}, "versions": {"torch": "2.13", "git": "d7"},
-            "flags": {"lr": "0.1"}, "variables": {"NCCL_DEBUG": "WARN"},
-            "plan": "fits", "clock": 1e9 + rank * 1e-3,
-            "names": [f"10.0.0.{node}"], "reach": [], "shards": {"train": "ab", "val": "cd"},
-            "run folder": {"room_bytes": 2**40, "needed_bytes": 2**38}, "run folder shared": True,
-            "limits": LIMITS, "jit locks": "none", "memory": 80e9, "matmul": 650e12 + 1e12 * rank,
-            "process group": "nccl", "pairs in a machine": LINK, "pairs of machines": LINK,
-            "all ranks": LINK,
-        })  # fmt: skip
+        facts.append(
+            {
+                "rank": rank,
+                "host": f"node-{node}",
+                "errors": {},
+                "answers": "in time",
+                "device": {"kind": "cuda", "name": "H100"},
+                "versions": {"torch": "2.13", "git": "d7"},
+                "flags": {"lr": "0.1"},
+                "variables": {"NCCL_DEBUG": "WARN"},
+                "plan": "fits",
+                "clock": 1e9 + rank * 1e-3,
+                "names": [f"10.0.0.{node}"],
+                "reach": [],
+                "shards": {"train": "ab", "val": "cd"},
+                "run folder": {"room_bytes": 2**40, "needed_bytes": 2**38},
+                "run folder shared": True,
+                "limits": LIMITS,
+                "jit locks": "none",
+                "memory": 80e9,
+                "matmul": 650e12 + 1e12 * rank,
+                "process group": "nccl",
+                "pairs in a machine": LINK,
+                "pairs of machines": LINK,
+                "all ranks": LINK,
+            }
+        )
     return copy.deepcopy(facts)
 
 
@@ -51,25 +72,28 @@ def test_a_healthy_cluster_has_no_findings() -> None:
         assert all(verdict.seen and not verdict.findings for verdict in verdicts)
 
 
-@pytest.mark.parametrize(("check", "value"), [
-    ("versions", {"torch": "2.12", "git": "d7"}),
-    ("versions", {"torch": "2.13"}),
-    ("flags", {"lr": "0.2"}),
-    ("variables", {}),
-    ("device", {"kind": "cuda", "name": "A100"}),
-    ("clock", 1e9 - 1.1),
-    ("reach", [0, 1, 2]),
-    ("shards", {"train": "ab", "val": "ce"}),
-    ("run folder", {"room_bytes": 2**37, "needed_bytes": 2**38}),
-    ("run folder shared", False),
-    ("limits", LIMITS | {"open_files": 256}),
-    ("limits", LIMITS | {"memlock_bytes": 65536}),
-    ("limits", LIMITS | {"shm_bytes": 2**26}),
-    ("memory", 60e9),
-    ("matmul", 500e12),
-    ("pairs in a machine", LINK | {"bytes_per_s": 6e10}),
-    ("pairs of machines", LINK | {"latency_s": 70e-6}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("check", "value"),
+    [
+        ("versions", {"torch": "2.12", "git": "d7"}),
+        ("versions", {"torch": "2.13"}),
+        ("flags", {"lr": "0.2"}),
+        ("variables", {}),
+        ("device", {"kind": "cuda", "name": "A100"}),
+        ("clock", 1e9 - 1.1),
+        ("reach", [0, 1, 2]),
+        ("shards", {"train": "ab", "val": "ce"}),
+        ("run folder", {"room_bytes": 2**37, "needed_bytes": 2**38}),
+        ("run folder shared", False),
+        ("limits", LIMITS | {"open_files": 256}),
+        ("limits", LIMITS | {"memlock_bytes": 65536}),
+        ("limits", LIMITS | {"shm_bytes": 2**26}),
+        ("memory", 60e9),
+        ("matmul", 500e12),
+        ("pairs in a machine", LINK | {"bytes_per_s": 6e10}),
+        ("pairs of machines", LINK | {"latency_s": 70e-6}),
+    ],
+)
 def test_what_is_off_on_one_rank_is_found_there_and_nowhere_else(check: str, value: Any) -> None:
     facts = healthy()
     facts[3][check] = value
@@ -137,8 +161,9 @@ def test_room_is_asked_for_as_many_checkpoints_as_are_kept(tmp_path: Path) -> No
     ranks = Ranks(0, 0, 1, 1)
     one = needed_bytes(resolve_run(config, ranks)) / 11
     assert one == 14 * config.gpt_config.n_params()  # bf16 weights, fp32 masters and moments
-    kept = TrainConfig(model="debug", run_dir=tmp_path, max_steps=100, checkpoint_every=10,
-                       keep_checkpoints=2)  # fmt: skip
+    kept = TrainConfig(
+        model="debug", run_dir=tmp_path, max_steps=100, checkpoint_every=10, keep_checkpoints=2
+    )
     assert needed_bytes(resolve_run(kept, ranks)) == 3 * one
 
 
@@ -184,8 +209,17 @@ def test_a_full_disk_is_named(data_dir: Path, tmp_path: Path) -> None:
     inside = 'mount -t tmpfs -o size=64k none "$1" && head -c 64k /dev/zero > "$1/full"'
     inside += ' && shift && exec "$@"'
     command = ["unshare", "--mount", "sh", "-c", inside, "sh", str(run_dir), sys.executable]
-    command += ["launch/preflight.py", "--model", "debug", "--data_dir", str(data_dir),
-                "--run_dir", str(run_dir), "--eval_tokens", "256"]  # fmt: skip
+    command += [
+        "launch/preflight.py",
+        "--model",
+        "debug",
+        "--data_dir",
+        str(data_dir),
+        "--run_dir",
+        str(run_dir),
+        "--eval_tokens",
+        "256",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

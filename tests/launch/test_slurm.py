@@ -44,11 +44,20 @@ def slurm(tmp_path: Path) -> dict[str, str]:
         path.write_text(text)
         path.chmod(0o755)
     with_python = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    job = {"SLURM_JOB_NODELIST": "node-[1-2]", "SLURM_JOB_ID": str(os.getpid()),
-           "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
-           "SLURM_CPUS_PER_TASK": "1"}  # fmt: skip
-    job |= {"PATH": with_python, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-            "TOLD": str(tmp_path / "told"), "TASKS": str(tmp_path / "tasks")}  # fmt: skip
+    job = {
+        "SLURM_JOB_NODELIST": "node-[1-2]",
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_CPUS_PER_TASK": "1",
+    }
+    job |= {
+        "PATH": with_python,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "TOLD": str(tmp_path / "told"),
+        "TASKS": str(tmp_path / "tasks"),
+    }
     return os.environ | job
 
 
@@ -62,9 +71,22 @@ def test_a_job_that_is_warned_saves_and_queues_itself_again(
     slurm: dict[str, str], data_dir: Path, tmp_path: Path
 ) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log"
-    arguments = ["--model", "debug", "--data_dir", data_dir, "--run_dir", run_dir,
-                 "--eval_tokens", 256, "--batch_tokens", 256, "--sample_tokens", 1,
-                 "--sample_prompt", "a b; $(c)"]  # fmt: skip
+    arguments = [
+        "--model",
+        "debug",
+        "--data_dir",
+        data_dir,
+        "--run_dir",
+        run_dir,
+        "--eval_tokens",
+        256,
+        "--batch_tokens",
+        256,
+        "--sample_tokens",
+        1,
+        "--sample_prompt",
+        "a b; $(c)",
+    ]
     job = submit(slurm, log, *arguments, "--max_steps", 100_000)
     metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + 90
     while not (metrics.exists() and '"step": 4' in metrics.read_text()):
@@ -77,8 +99,11 @@ def test_a_job_that_is_warned_saves_and_queues_itself_again(
     status = json.loads((run_dir / "run_status.json").read_text())
     assert (status["status"], status["reason"][:7]) == ("preempted", "SIGUSR1")
     told = (tmp_path / "told").read_text().splitlines()
-    assert told == ["srun --kill-on-bad-exit=0", "srun --wait=600",
-                    f"scontrol requeue {slurm['SLURM_JOB_ID']}"]  # fmt: skip
+    assert told == [
+        "srun --kill-on-bad-exit=0",
+        "srun --wait=600",
+        f"scontrol requeue {slurm['SLURM_JOB_ID']}",
+    ]
     config = json.loads((run_dir / "config.json").read_text())
     assert config["sample_prompt"] == "a b; $(c)"
     saved = max(int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step_*"))
@@ -96,10 +121,19 @@ def test_a_job_that_must_be_mended_is_not_queued_again(
     assert "requeue" not in (tmp_path / "told").read_text()
 
 
-@pytest.mark.parametrize(("status", "restarts", "again"), [
-    (1, 0, True), (70, 99, True), (137, 5, True), (75, 100, True),
-    (1, 100, False), (127, 0, False), (2, 0, False), (0, 0, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("status", "restarts", "again"),
+    [
+        (1, 0, True),
+        (70, 99, True),
+        (137, 5, True),
+        (75, 100, True),
+        (1, 100, False),
+        (127, 0, False),
+        (2, 0, False),
+        (0, 0, False),
+    ],
+)
 def test_a_job_that_cannot_begin_is_not_queued_for_ever(
     slurm: dict[str, str], tmp_path: Path, status: int, restarts: int, again: bool
 ) -> None:

@@ -15,8 +15,12 @@ NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 
 def test_every_cell_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, folder = PRESETS["debug"].config, tmp_path / "hf"
-    save_hf_folder(folder, config, GPT(config).named_parameters(),
-                   lambda partial: save_hf_tokenizer(partial, config.block_size))  # fmt: skip
+    save_hf_folder(
+        folder,
+        config,
+        GPT(config).named_parameters(),
+        lambda partial: save_hf_tokenizer(partial, config.block_size),
+    )
     for name, value in {"CKPT": folder, "HF_HUB_OFFLINE": 1, "MPLBACKEND": "agg"}.items():
         monkeypatch.setenv(name, str(value))
     notebook = nbformat.read(NOTEBOOKS / "play.ipynb", as_version=4)

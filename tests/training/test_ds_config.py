@@ -61,8 +61,13 @@ def test_buckets_grow_with_the_model_up_to_deepspeeds_own() -> None:
 
 
 def test_sizes_that_deepspeed_takes_are_taken() -> None:
-    zero = {"stage": 3, "reduce_bucket_size": 5e8, "stage3_param_persistence_threshold": 0,
-            "stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}  # fmt: skip
+    zero = {
+        "stage": 3,
+        "reduce_bucket_size": 5e8,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_prefetch_bucket_size": 0,
+        "stage3_max_reuse_distance": 0,
+    }
     assert resolve({"zero_optimization": zero})["zero_optimization"] == zero
 
 

@@ -19,8 +19,11 @@ from training.ds_keys import BF16, FP16, KEYS, Review
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = resolve_train_config(TrainConfig(model="debug"))
-ZERO = {key.removeprefix("zero_optimization."): row for key, row in KEYS.items()
-        if key.startswith("zero_optimization.")}  # fmt: skip
+ZERO = {
+    key.removeprefix("zero_optimization."): row
+    for key, row in KEYS.items()
+    if key.startswith("zero_optimization.")
+}
 
 
 def shipped(stage: int) -> dict[str, Any]:
@@ -117,17 +120,29 @@ def test_what_happens_anyway_needs_no_word(key: str, stage: int) -> None:
 
 
 def test_keys_that_do_nothing_are_named_and_taken_out() -> None:
-    found = review(2, {"offload_param": {"device": "cpu", "pin_memory": True},
-                       "stage3_max_live_parameters": 1e9, "allgather_partitions": False,
-                       "stage3_gather_16bit_weights_on_model_save": True},
-                   comms_logger={"enabled": True, "verbose": False}, wall_clock_breakdown=True,
-                   aio={"block_size": 1048576, "thread_count": 1})  # fmt: skip
+    found = review(
+        2,
+        {
+            "offload_param": {"device": "cpu", "pin_memory": True},
+            "stage3_max_live_parameters": 1e9,
+            "allgather_partitions": False,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+        comms_logger={"enabled": True, "verbose": False},
+        wall_clock_breakdown=True,
+        aio={"block_size": 1048576, "thread_count": 1},
+    )
     zero = "zero_optimization."
     assert set(found.ignored) == {
-        f"{zero}offload_param.device", f"{zero}stage3_max_live_parameters",
-        f"{zero}allgather_partitions", f"{zero}stage3_gather_16bit_weights_on_model_save",
-        "comms_logger.enabled", "wall_clock_breakdown", "aio.block_size", "aio.thread_count",
-    }  # fmt: skip
+        f"{zero}offload_param.device",
+        f"{zero}stage3_max_live_parameters",
+        f"{zero}allgather_partitions",
+        f"{zero}stage3_gather_16bit_weights_on_model_save",
+        "comms_logger.enabled",
+        "wall_clock_breakdown",
+        "aio.block_size",
+        "aio.thread_count",
+    }
     kept = found.ds_config
     assert kept["zero_optimization"] == shipped(2)["zero_optimization"] | {
         "offload_param": {"pin_memory": True}
@@ -170,13 +185,16 @@ def test_keys_without_a_test_are_named_and_remembered() -> None:
         ({}, {}, []),
         ({"enabled": True}, {}, []),
         ({"partition_activations": True}, {}, ["partition_activations"]),
-        ({"cpu_checkpointing": True, "number_checkpoints": 4}, {},
-         ["cpu_checkpointing", "number_checkpoints"]),
+        (
+            {"cpu_checkpointing": True, "number_checkpoints": 4},
+            {},
+            ["cpu_checkpointing", "number_checkpoints"],
+        ),
         ({"partition_activations": False, "cpu_checkpointing": False}, None, []),
         ({"enabled": False}, None, []),
         ({"number_checkpoints": None, "profile": False}, None, []),
     ],
-)  # fmt: skip
+)
 def test_activation_checkpointing_is_on_unless_all_of_it_is_off(
     block: dict[str, Any], kept: dict[str, Any] | None, ignored: list[str]
 ) -> None:
@@ -190,18 +208,24 @@ def test_activation_checkpointing_is_on_unless_all_of_it_is_off(
     [
         ({"data_types": {"grad_acum_dtype": "fp32"}}, "data_types.grad_accum_dtype"),
         ({"torch_autocast": {"enabled": True, "dtyp": "bf16"}}, "torch_autocast.dtype"),
-        ({"activation_checkpointing": {"partitioned_activations": True}},
-         "activation_checkpointing.partition_activations"),
+        (
+            {"activation_checkpointing": {"partitioned_activations": True}},
+            "activation_checkpointing.partition_activations",
+        ),
         ({"flops_profiler": {"profile_steps": 3}}, "flops_profiler.profile_step"),
-        ({"zero_optimization": {"stage": 1, "overlap_com": True}},
-         "zero_optimization.overlap_comm"),
-        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "pin": True}}},
-         "zero_optimization.offload_param.pin_memory"),
+        (
+            {"zero_optimization": {"stage": 1, "overlap_com": True}},
+            "zero_optimization.overlap_comm",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "pin": True}}},
+            "zero_optimization.offload_param.pin_memory",
+        ),
         ({"bf16": {"enabled": True, "imediate_grad_update": True}}, "bf16.immediate_grad_update"),
         ({"flops_profiler": True}, "flops_profiler.enabled"),
         ({"timers": {"thruput": {"enabled": True}}}, "timers.throughput"),
     ],
-)  # fmt: skip
+)
 def test_a_misspelt_key_is_refused(block: dict[str, Any], near: str) -> None:
     with pytest.raises(ValueError, match=rf"unknown key .* Fix: did you mean '{near}'"):
         review(1, {}, **block)
@@ -236,12 +260,16 @@ def test_fp16_is_refused_by_name_in_every_form(tmp_path: Path, asked: dict[str, 
 @pytest.mark.parametrize(
     "off",
     [
-        {"fp16": {"enabled": False, "loss_scale": 0}}, {"fp16": {"enabled": "auto"}},
-        {"fp16": {}}, {"fp16": "auto"}, {"fp16": False}, {"amp": {"enabled": "auto"}},
+        {"fp16": {"enabled": False, "loss_scale": 0}},
+        {"fp16": {"enabled": "auto"}},
+        {"fp16": {}},
+        {"fp16": "auto"},
+        {"fp16": False},
+        {"amp": {"enabled": "auto"}},
         {"torch_autocast": {"enabled": False, "dtype": "float16"}},
     ],
     ids=json.dumps,
-)  # fmt: skip
+)
 def test_fp16_that_is_off_is_no_fp16(tmp_path: Path, off: dict[str, Any]) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(shipped(2) | off), encoding="utf-8")

@@ -22,9 +22,15 @@ def shard(
     return shard_of(config, batch, resolve_ds_config(raw, config, batch).ds_config, on_gpu=True)
 
 
-@pytest.mark.parametrize(("stage", "bytes_each"), [
-    (0, lambda W: 16), (1, lambda W: 6 + 12 / W), (2, lambda W: 2 + 16 / W), (3, lambda W: 18 / W),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("stage", "bytes_each"),
+    [
+        (0, lambda W: 16),
+        (1, lambda W: 6 + 12 / W),
+        (2, lambda W: 2 + 16 / W),
+        (3, lambda W: 18 / W),
+    ],
+)
 def test_states_of_a_large_model_are_the_closed_form(stage: int, bytes_each: Any) -> None:
     # ZeRO (Rajbhandari et al. 2020), section 3, with gradients in fp32.
     for world_size in (8, 64):

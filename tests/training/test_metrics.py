@@ -42,11 +42,20 @@ def test_resume_leaves_no_gap_and_no_double(tmp_path: Path) -> None:
     write_steps(tmp_path, 4, 4, 7, -1)
     rows = [line.split() for line in (tmp_path / "log.txt").read_text().splitlines()]
     assert [(int(s), float(v)) for s, kind, v in rows if kind == "train"] == [
-        (0, 0), (1, 1), (2, 2), (3, 3), (4, -4), (5, -5), (6, -6),
-    ]  # fmt: skip
+        (0, 0),
+        (1, 1),
+        (2, 2),
+        (3, 3),
+        (4, -4),
+        (5, -5),
+        (6, -6),
+    ]
     assert [(int(s), float(v)) for s, kind, v in rows if kind == "val"] == [
-        (0, 0.5), (2, 2.5), (4, -3.5), (6, -5.5),
-    ]  # fmt: skip
+        (0, 0.5),
+        (2, 2.5),
+        (4, -3.5),
+        (6, -5.5),
+    ]
     json_rows = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in json_rows if "train/loss" in r] == list(range(7))
 
@@ -58,13 +67,20 @@ def test_tensorboard_reads_back_every_step_once(tmp_path: Path) -> None:
     events.Reload()
     tags = events.Tags()
     assert set(tags["scalars"]) >= {
-        "train/loss", "train/lr", "train/grad_norm", "val/loss", "perf/tokens_per_s",
-    }  # fmt: skip
+        "train/loss",
+        "train/lr",
+        "train/grad_norm",
+        "val/loss",
+        "perf/tokens_per_s",
+    }
     train = [(e.step, e.value) for e in events.Scalars("train/loss")]
     assert train == [(0, 0), (1, 1), (2, 2), (3, 3), (4, -4), (5, -5), (6, -6)]
     assert [(e.step, e.value) for e in events.Scalars("val/loss")] == [
-        (0, 0.5), (2, 2.5), (4, -3.5), (6, -5.5),
-    ]  # fmt: skip
+        (0, 0.5),
+        (2, 2.5),
+        (4, -3.5),
+        (6, -5.5),
+    ]
     # This reader purges scalars only (TensorBoard's own server purges texts too): the last counts.
     texts = events.Tensors("samples/0/text_summary")
     last = {e.step: e.tensor_proto.string_val[0].decode() for e in texts}

@@ -74,8 +74,14 @@ def test_the_tasks_of_a_slurm_step_are_ranks(
 def test_within_an_allocation_one_process_is_alone(
     bare: pytest.MonkeyPatch, left: dict[str, str]
 ) -> None:
-    job = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4",
-           "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "4"}  # fmt: skip
+    job = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NTASKS": "4",
+        "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_STEP_TASKS_PER_NODE": "4",
+    }
     if "SLURM_STEP_ID" not in left:
         del job["SLURM_STEP_NUM_TASKS"], job["SLURM_STEP_TASKS_PER_NODE"]
     give(bare, *zip(*(job | left).items(), strict=True))

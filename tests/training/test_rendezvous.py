@@ -63,21 +63,30 @@ part(store, ranks, 30)
 
 def slurm_step(task: int, address: str) -> dict[str, str]:
     """Return what srun says to one of two tasks on one machine."""
-    return {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2",
-            "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_PROCID": str(task),
-            "SLURM_LOCALID": str(task), "SLURM_NODEID": "0",
-            "SLURM_LAUNCH_NODE_IPADDR": address}  # fmt: skip
+    return {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "SLURM_PROCID": str(task),
+        "SLURM_LOCALID": str(task),
+        "SLURM_NODEID": "0",
+        "SLURM_LAUNCH_NODE_IPADDR": address,
+    }
 
 
 def test_the_tasks_of_srun_are_the_ranks_of_one_run() -> None:
     bare = {k: v for k, v in os.environ.items() if k not in OURS}
     tasks = [
         subprocess.Popen(
-            [sys.executable, "-c", TASK], cwd=Path(__file__).resolve().parents[2],
-            env=bare | slurm_step(task, "127.0.0.1"), stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-c", TASK],
+            cwd=Path(__file__).resolve().parents[2],
+            env=bare | slurm_step(task, "127.0.0.1"),
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for task in range(2)
-    ]  # fmt: skip
+    ]
     assert [task.communicate(timeout=60)[0] for task in tasks] == ["[0, 1]\n"] * 2
 
 
@@ -89,16 +98,24 @@ def test_srun_that_was_typed_elsewhere_says_how_to_name_rank_0(
     for name, value in slurm_step(0, "192.0.2.1").items():  # of nobody (RFC 5737)
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(ValueError, match=r"SLURM_LAUNCH_NODE_IPADDR: .*not rank 0's address. "
-                                         r"Fix: in the job, export MASTER_ADDR="):  # fmt: skip
+    with pytest.raises(
+        ValueError,
+        match=r"SLURM_LAUNCH_NODE_IPADDR: .*not rank 0's address. "
+        r"Fix: in the job, export MASTER_ADDR=",
+    ):
         meet(Ranks(rank=0, local_rank=0, world_size=2, local_world_size=2), timeout_s=1)
 
 
 @pytest.mark.parametrize(
-    "given", [{}, {"MASTER_ADDR": "127.0.0.1"}, {"MASTER_PORT": "1234"},
-              {"MASTER_ADDR": "", "MASTER_PORT": "1234"},
-              {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ""}],
-)  # fmt: skip
+    "given",
+    [
+        {},
+        {"MASTER_ADDR": "127.0.0.1"},
+        {"MASTER_PORT": "1234"},
+        {"MASTER_ADDR": "", "MASTER_PORT": "1234"},
+        {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ""},
+    ],
+)
 def test_half_an_address_is_named(given: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)

@@ -104,8 +104,9 @@ def test_old_handlers_come_back(one_rank: Ranks, tmp_path: Path) -> None:
 
 
 def test_the_second_interrupt_ends_at_once(tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", WAIT, tmp_path], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAIT, tmp_path], cwd=ROOT, text=True, stdout=subprocess.PIPE
+    )
     try:
         assert process.stdout
         assert process.stdout.readline() == "ready\n"

@@ -80,9 +80,14 @@ def run_ranks(tmp_path: Path, n_ranks: int, backend: str) -> list[list[dict[str,
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-             "WORLD_SIZE": str(n_ranks), "LOCAL_WORLD_SIZE": str(n_ranks),
-             "PYTHONPATH": str(ROOT)}  # fmt: skip
+    names = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(n_ranks),
+        "LOCAL_WORLD_SIZE": str(n_ranks),
+        "PYTHONPATH": str(ROOT),
+    }
     processes = [
         subprocess.Popen(
             [sys.executable, str(tmp_path / "program.py"), backend],

@@ -41,8 +41,13 @@ hanging_step()
 def test_a_hang_ends_with_the_stacks(tmp_path: Path, how: str) -> None:
     stacks = tmp_path / "stacks" / "rank_00000.txt"
     started = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", HANG, stacks, how, "20"], cwd=ROOT, timeout=60,
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", HANG, stacks, how, "20"],
+        cwd=ROOT,
+        timeout=60,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == HUNG == 70
     assert time.monotonic() - started < 1.5 + 1.5 + 1 + GRACE_S
     assert done.stdout.startswith(f"step: not done after 1 s; stacks are in {stacks}")

@@ -24,10 +24,15 @@ def parts() -> dict[str, Work]:
     return count_pass(GPT2)
 
 
-@pytest.mark.parametrize(("part", "launches", "moved"), [
-    ("loss", 200, 32 * GB), ("loss without Triton", 700, 100 * GB),
-    ("blocks", 360, 72 * GB), ("validation, forward", 240, 45 * GB),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("part", "launches", "moved"),
+    [
+        ("loss", 200, 32 * GB),
+        ("loss without Triton", 700, 100 * GB),
+        ("blocks", 360, 72 * GB),
+        ("validation, forward", 240, 45 * GB),
+    ],
+)
 def test_a_pass_at_64_times_1024_stays_within_its_bounds(
     parts: dict[str, Work], part: str, launches: int, moved: float
 ) -> None:
@@ -76,8 +81,17 @@ def test_the_page_says_what_its_commands_print() -> None:
 
 def test_stages_run_at_small_sizes_and_leave_their_rows(tmp_path: Path) -> None:
     """The other stages: make gpu-tiny."""
-    command = [sys.executable, "bench/gpu/run.py", "--out", str(tmp_path), "--tiny", "--slack", "3",
-               "--stages", "setup,gradients,losses,zero1"]  # fmt: skip
+    command = [
+        sys.executable,
+        "bench/gpu/run.py",
+        "--out",
+        str(tmp_path),
+        "--tiny",
+        "--slack",
+        "3",
+        "--stages",
+        "setup,gradients,losses,zero1",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = (tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines()
@@ -140,15 +154,21 @@ def test_what_the_budget_leaves_out_is_said_and_comes_next(
     assert begun == 3  # each stage once
 
 
-@pytest.mark.parametrize(("flags", "says"), [
-    (["--stages", "zero9"], "--stages zero9: unknown. Fix: of setup, "),
-    (["--budget", "9"], "--budget 9: too little. Fix: give more than 15"),
-    (["--data_dir", "no_such"], "--data_dir no_such: "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--stages", "zero9"], "--stages zero9: unknown. Fix: of setup, "),
+        (["--budget", "9"], "--budget 9: too little. Fix: give more than 15"),
+        (["--data_dir", "no_such"], "--data_dir no_such: "),
+    ],
+)
 def test_what_would_waste_a_gpus_time_is_refused(
-    flags: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    flags: list[str],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     assert run_with_child(tmp_path, monkeypatch, *flags) == 2
     line = capsys.readouterr().err
     assert line.startswith(f"error: {says}")
@@ -156,8 +176,15 @@ def test_what_would_waste_a_gpus_time_is_refused(
 
 
 def test_a_stop_ends_the_child_too(tmp_path: Path) -> None:
-    command = [sys.executable, "bench/gpu/run.py", "--out", str(tmp_path), "--tiny", "--stages",
-               "setup,parity,profile,curve"]  # fmt: skip
+    command = [
+        sys.executable,
+        "bench/gpu/run.py",
+        "--out",
+        str(tmp_path),
+        "--tiny",
+        "--stages",
+        "setup,parity,profile,curve",
+    ]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert process.stderr
     assert process.stderr.readline() == "setup\n"

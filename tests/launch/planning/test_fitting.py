@@ -26,13 +26,16 @@ def run_of(ranks: Ranks | None = None, **fields: object) -> Run:
     return resolve_run(TrainConfig(**fields), ranks or Ranks())  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize(("model", "gib", "sequences"), [
-    ("gpt2", 80, 64),  # 65,536 tokens, and no more
-    ("gpt2", 16, 32),
-    ("gpt2", 6, 4),
-    ("gpt2-xl", 80, 16),
-    ("gpt3-1.3b", 24, 1),  # nothing fits: the warning says so
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model", "gib", "sequences"),
+    [
+        ("gpt2", 80, 64),  # 65,536 tokens, and no more
+        ("gpt2", 16, 32),
+        ("gpt2", 6, 4),
+        ("gpt2-xl", 80, 16),
+        ("gpt3-1.3b", 24, 1),  # nothing fits: the warning says so
+    ],
+)
 def test_gpus_take_the_largest_that_their_memory_holds(
     model: str, gib: int, sequences: int
 ) -> None:
@@ -45,11 +48,17 @@ def test_a_cpu_takes_16_sequences_at_most() -> None:
     assert choose_micro_batch(run, CPU, 2**40, resumes=False) == run.batch.micro_batch_size == 16
 
 
-@pytest.mark.parametrize(("saved", "resumes", "sequences"), [
-    ('{"micro_batch_size": 4}', True, 4), ('{"micro_batch_size": 4}', False, 64),
-    ('{"micro_batch_size": 3}', True, 64), ('{"micro_batch_size"', True, 64), ("{}", True, 64),
-    ("[]", True, 64),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("saved", "resumes", "sequences"),
+    [
+        ('{"micro_batch_size": 4}', True, 4),
+        ('{"micro_batch_size": 4}', False, 64),
+        ('{"micro_batch_size": 3}', True, 64),
+        ('{"micro_batch_size"', True, 64),
+        ("{}", True, 64),
+        ("[]", True, 64),
+    ],
+)
 def test_a_run_that_goes_on_keeps_what_divides(
     saved: str, resumes: bool, sequences: int, tmp_path: Path
 ) -> None:
@@ -74,8 +83,9 @@ def test_dry_run_says_that_a_gpu_may_take_more(
     assert ("16, or more where the GPU holds it" in capsys.readouterr().out) == says
 
 
-@pytest.mark.parametrize(("gib", "use"), [(80, MEMORY_USES[0]), (23, MEMORY_USES[1]),
-                                          (20, MEMORY_USES[3])])  # fmt: skip
+@pytest.mark.parametrize(
+    ("gib", "use"), [(80, MEMORY_USES[0]), (23, MEMORY_USES[1]), (20, MEMORY_USES[3])]
+)
 def test_the_loss_and_gelu_take_what_leaves_a_tenth_free(gib: float, use: MemoryUse) -> None:
     config = resolve_train_config(TrainConfig(model="gpt2", micro_batch_size=64))
     raw = load_ds_config(config.ds_config)
@@ -106,10 +116,15 @@ def test_ranks_take_what_rank_0_chooses_for_the_smallest(monkeypatch: pytest.Mon
     assert len(seen) == 1
 
 
-@pytest.mark.parametrize(("flags", "value"), [
-    ([], "false"), (["--compile"], "true"), (["--compile", "AUTO"], "auto"),
-    (["--compile", "--model", "debug"], "true"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "value"),
+    [
+        ([], "false"),
+        (["--compile"], "true"),
+        (["--compile", "AUTO"], "auto"),
+        (["--compile", "--model", "debug"], "true"),
+    ],
+)
 def test_compile_alone_means_true(flags: list[str], value: str) -> None:
     assert parse_train_config(flags, "").compile == value
 
