@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from checkpoint.run_folder import write_json
 from launch.planning.fitting import advice, explain_out_of_memory, plan_here, settle_micro_batch
-from training.config import TrainConfig, parse_train_config, profiled_steps, to_json
+from training.config import TrainConfig, parse_flags, profiled_steps, to_json
 from training.ds_config import precision, zero_stage
 from training.ranks import leave, ranks_or_exit, say_once
 from training.run import Inputs, Run, describe_run, open_inputs, resolve_run, take_run_dir
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     """Run the command line; return the exit status."""
     ranks = ranks_or_exit()
     try:
-        run = resolve_run(parse_train_config(argv, __doc__ or ""), ranks)
+        run = resolve_run(parse_flags(argv, __doc__ or ""), ranks)
         for remark in run.remarks if ranks.is_main else []:
             print(f"warning: {remark}", file=sys.stderr)
         if run.config.dry_run:

@@ -19,6 +19,7 @@ if not __package__:  # run as a file: import from the repository root, exactly a
 
 from eval.session import add_model_flags, check_gpt2_tokens, run_as_program, start_session
 from model import GPTConfig
+from model.presets import PROMPT
 from training.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from eval.session import Session
 
 N_SAMPLES, TOP_K = 4, 50  # of a run's own samples, as in build-nanogpt
-PROMPT = "Hello, I'm a language model,"  # build-nanogpt's
 UNKNOWN_BYTE = b"\xff"  # shown as U+FFFD: a column of the model beyond GPT-2's vocabulary
 
 

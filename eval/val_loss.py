@@ -17,6 +17,7 @@ if not __package__:  # run as a file: import from the repository root, exactly a
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from eval.session import add_model_flags, run_as_program, say, start_session
+from model.presets import EVAL_TOKENS
 from training.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from eval.session import Session
 
 LARGEST_EXPONENT = 700  # of e, in fp64
-EVAL_TOKENS = 10_485_760  # build-nanogpt's 20 batches of 64 x 1,024 on 8 GPUs
 
 
 def evaluate(

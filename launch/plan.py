@@ -21,7 +21,7 @@ if not __package__:  # run as a file: import from the repository root, exactly a
 
 from launch.planning.estimate import Cluster, Estimate, estimate, largest_fitting, rank_candidates
 from launch.planning.printing import describe, table, to_json
-from model import PRESETS
+from model import PRESETS, Preset
 from model.presets import get_preset
 from training.config import OneLineParser, TrainConfig, largest_micro_batch, resolve_train_config
 from training.devices import DEVICES, get_device
@@ -42,7 +42,8 @@ def main(argv: list[str]) -> int:
             said = [to_json(row, price) for row in rows]
             print(json.dumps(said) if args.json else table(rows, price))
             return 0 if any(row.fits for row in rows) else 1
-        chosen, *others = plan(resolve(shape(args), args, args.batch_tokens), cluster, args)
+        config = resolve(*preset_of(args), args, args.batch_tokens)
+        chosen, *others = plan(config, cluster, args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -98,30 +99,32 @@ def given_shape(args: argparse.Namespace) -> dict[str, int]:
     return {name: value for name in SHAPE if (value := getattr(args, name)) is not None}
 
 
-def shape(args: argparse.Namespace) -> str:
-    """Return the preset's name; a shape of one's own becomes a preset of this process.
+def preset_of(args: argparse.Namespace) -> tuple[str, Preset]:
+    """Return name and preset of --model, with the shape that the other flags give.
 
     Raises:
         ValueError: There is no such preset, or no such shape.
     """
     preset, given = get_preset(args.model), given_shape(args)
     if not given:
-        return args.model
+        return args.model, preset
     try:
         config = dataclasses.replace(preset.config, **given)
     except ValueError as error:
         flags = " or ".join(f"--{name}" for name in given)
         raise ValueError(f"{error}. Fix: correct {flags}") from error
     name = f"{config.n_layer} layers x {config.n_embd}"
-    PRESETS[name] = dataclasses.replace(preset, config=config)
-    return name
+    return name, dataclasses.replace(preset, config=config)
 
 
-def resolve(model: str, args: argparse.Namespace, batch_tokens: int | None) -> TrainConfig:
-    """Return the resolved run of the command line."""
-    given = {name: getattr(args, name) for name in ("micro_batch_size", "seq_len", "max_steps")}
-    given |= {"batch_tokens": batch_tokens, "ds_config": args.ds_config or Path()}
-    return resolve_train_config(TrainConfig(model=model, **given))
+def resolve(
+    model: str, preset: Preset, args: argparse.Namespace, batch_tokens: int | None
+) -> TrainConfig:
+    """Return the run of a preset with the flags of the command line."""
+    flags = {name: getattr(args, name) for name in ("micro_batch_size", "seq_len", "max_steps")}
+    flags |= {"batch_tokens": batch_tokens, "ds_config": args.ds_config}
+    given = {name: value for name, value in flags.items() if value is not None}
+    return resolve_train_config(model=model, preset=preset, **given)
 
 
 def plan(config: TrainConfig, cluster: Cluster, args: argparse.Namespace) -> list[Estimate]:
@@ -178,15 +181,18 @@ def plan_table(cluster: Cluster, args: argparse.Namespace) -> list[Estimate]:
         numbers = [int(number) for number in gpus.split(",")]
     except ValueError as error:
         raise ValueError(f"--gpus {args.gpus}: no numbers. Fix: give such as 8,64,1024") from error
-    is_all = args.model == "all"
+    if args.model == "all":
+        models = {name: preset for name, preset in PRESETS.items() if name.startswith("gpt")}
+    else:
+        models = dict([preset_of(args)])
     found = []
-    for model in [n for n in PRESETS if n.startswith("gpt")] if is_all else [shape(args)]:
+    for model, preset in models.items():
         for n_devices in numbers:
             there, batch_tokens = split(n_devices, cluster), args.batch_tokens
             if batch_tokens is None:
-                batch_tokens = next_batch(resolve(model, args, None), n_devices)
+                batch_tokens = next_batch(resolve(model, preset, args, None), n_devices)
             try:
-                found.append(plan(resolve(model, args, batch_tokens), there, args)[0])
+                found.append(plan(resolve(model, preset, args, batch_tokens), there, args)[0])
             except ValueError as error:
                 what, _, remedy = str(error).partition(". Fix: ")
                 raise ValueError(f"{model} on {n_devices}: {what}. Fix: {remedy}") from error

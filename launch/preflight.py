@@ -23,7 +23,7 @@ if not __package__:  # run as a file: import from the repository root, exactly a
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from launch.checks.verdicts import Facts, Verdict, judge
-from training.config import parse_train_config
+from training.config import parse_flags
 from training.ranks import leave, ranks_or_exit, say_once
 from training.run import resolve_run
 from training.supervise import BAD_INPUT, FAILED, FINISHED, error_line
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     """Run the command line (all ranks); return the exit status, the same on all."""
     ranks = ranks_or_exit()
     try:
-        run = resolve_run(parse_train_config(argv, __doc__ or ""), ranks)
+        run = resolve_run(parse_flags(argv, __doc__ or ""), ranks)
     except ValueError as error:  # every rank of a machine finds the same
         say_once(ranks, f"error: {error_line(error)}")
         return BAD_INPUT

@@ -13,6 +13,8 @@ from model.config import GPTConfig
 GPT2_TOKENS = 10_000_000_000  # FineWeb-Edu sample-10BT, one epoch: 19,073 steps of 2^19 tokens
 GPT3_TOKENS = 300_000_000_000
 GPT3_DECAY_TOKENS = 260_000_000_000
+EVAL_TOKENS = 10_485_760  # build-nanogpt: 20 batches of 64 x 1,024 tokens on 8 GPUs
+PROMPT = "Hello, I'm a language model,"  # build-nanogpt's
 WARMUP_TOKENS = 375_000_000  # 715 steps of 2^19 tokens
 HALF_M, ONE_M, TWO_M = 2**19, 2**20, 2**21
 GPT3_175B_BATCH = 1536 * 2048  # "3.2M" of the table, in whole sequences

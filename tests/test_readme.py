@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from launch.planning.estimate import Cluster, estimate
-from training.config import parse_train_config, resolve_train_config
+from training.config import parse_flags, resolve_train_config
 from training.devices import get_device
 from training.ds_config import load_ds_config
 
@@ -76,7 +76,7 @@ def check_python(words: list[str], partial: bool) -> None:
     path, *argv = words
     assert (ROOT / path).is_file(), path
     if path == "train.py":
-        config = resolve_train_config(parse_train_config(argv, ""))
+        config = resolve_train_config(**parse_flags(argv, ""))
         load_ds_config(ROOT / config.ds_config)
     elif path == "launch/cluster.py":
         check_deepspeed(argv or ["train.py"], partial)
@@ -192,7 +192,7 @@ RUNS = [
 def test_a_documented_run_fits_on_machines_of_8_h100(line: str) -> None:
     words = next(split(line))
     script = next(i for i, word in enumerate(words) if word.endswith(("train.py", "preflight.py")))
-    config = resolve_train_config(parse_train_config(words[script + 1 :], ""))
+    config = resolve_train_config(**parse_flags(words[script + 1 :], ""))
     cluster = Cluster(get_device("h100"), 2 if "--hostfile" in words else 1, 8)
     assert estimate(config, load_ds_config(ROOT / config.ds_config), "", cluster).fits
 

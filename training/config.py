@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from errors import BadInput
 from model import GPTConfig
-from model.presets import Preset, get_preset
+from model.presets import EVAL_TOKENS, PROMPT, Preset, get_preset
 from training.watchdog import parse_timeouts
 
 MAX_SEQUENCES = 16  # of a micro-batch that nobody asked for
@@ -22,29 +23,35 @@ def _flag(default: object, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """One training run.
+def _from_preset(text: str) -> Any:
+    return field(metadata={"help": text})
 
-    A field whose default is None is None until `resolve_train_config` takes it from the preset.
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run; a flag for each field but `preset`.
+
     Counts are tokens or optimizer steps, as their names say; paths are relative to the working
-    folder.
+    folder. `resolve_train_config` makes one from the flags of a command line.
     """
 
+    preset: Preset
     model: str = _flag("gpt2", "preset: the model, its batch and its learning rate")
     data_dir: Path = _flag(Path("edu_fineweb10B"), "folder of token shards")
     verify: bool = _flag(False, "compare every byte of the shards with shards.json at the start")
-    run_dir: Path = _flag(None, "folder for everything the run writes (runs/MODEL)")
+    run_dir: Path = _from_preset("folder for everything the run writes (runs/MODEL)")
     ds_config: Path = _flag(Path("ds_configs/zero1.json"), "the engine's JSON")
     resume: str = _flag("auto", "auto: if there is a checkpoint; must; none: start anew")
     init_from: str = _flag("", "start from these weights: Hugging Face folder or hub name")
-    batch_tokens: int = _flag(None, "tokens per optimizer step, over all ranks (preset's)")
-    micro_batch_size: int = _flag(None, "sequences per forward and rank (GPU: what fits; CPU: 16)")
-    seq_len: int = _flag(None, "tokens per sequence (the model's block_size)")
-    max_steps: int = _flag(None, "optimizer steps (preset's tokens / batch_tokens)")
-    lr: float = _flag(None, "peak learning rate (preset's)")
-    warmup_steps: int = _flag(None, "steps of linear warm-up (preset's tokens)")
-    decay_steps: int = _flag(None, "step at which the cosine ends (preset's tokens)")
+    batch_tokens: int = _from_preset("tokens per optimizer step, over all ranks (preset's)")
+    micro_batch_size: int = _flag(
+        0, "sequences per forward and rank; 0: a GPU takes what fits, a CPU 16"
+    )
+    seq_len: int = _from_preset("tokens per sequence (the model's block_size)")
+    max_steps: int = _from_preset("optimizer steps (preset's tokens / batch_tokens)")
+    lr: float = _from_preset("peak learning rate (preset's)")
+    warmup_steps: int = _from_preset("steps of linear warm-up (preset's tokens)")
+    decay_steps: int = _from_preset("step at which the cosine ends (preset's tokens)")
     min_lr_ratio: float = _flag(0.1, "learning rate after decay_steps, as a fraction of lr")
     beta1: float = _flag(0.9, "AdamW")
     beta2: float = _flag(0.95, "AdamW")
@@ -55,11 +62,11 @@ class TrainConfig:
     seed: int = _flag(1337, "of initial weights, data order, dropout and samples")
     shuffle: bool = _flag(True, "permute the windows in each epoch; false: in stream order")
     eval_every: int = _flag(250, "steps between validations and samples")
-    eval_tokens: int = _flag(10_485_760, "validation tokens, the first of the split")
-    hellaswag_every: int = _flag(None, "steps between HellaSwag scores; 0: none (preset's)")
+    eval_tokens: int = _flag(EVAL_TOKENS, "validation tokens, the first of the split")
+    hellaswag_every: int = _from_preset("steps between HellaSwag scores; 0: none (preset's)")
     hellaswag_limit: int = _flag(10_042, "HellaSwag rows, the first of the validation set")
     sample_tokens: int = _flag(32, "tokens of each in-loop sample")
-    sample_prompt: str = _flag("Hello, I'm a language model,", "prompt of the in-loop samples")
+    sample_prompt: str = _flag(PROMPT, "prompt of the in-loop samples")
     checkpoint_every: int = _flag(5000, "steps between checkpoints")
     keep_checkpoints: int = _flag(0, "checkpoints to keep, the newest; 0: all")
     keep_every: int = _flag(0, "of older ones keep those of a multiple of this step; 0: none")
@@ -68,15 +75,12 @@ class TrainConfig:
     deterministic: bool = _flag(False, "deterministic kernels: the same bits on a GPU too, slower")
     profile: str = _flag("", "FIRST:END: trace steps FIRST to END - 1 into RUN_DIR/profile")
     max_bad_steps: int = _flag(10, "steps in a row without a finite loss, then the run stops")
-    timeouts: str = _flag("", "seconds after which a phase is hung: start=1800,step=1800,"
-                              "eval=7200,save=3600, or some of these")  # fmt: skip
+    timeouts: str = _flag(
+        "",
+        "seconds after which a phase is hung: start=1800,step=1800,eval=7200,save=3600, or some",
+    )
     debug: bool = _flag(False, "print the traceback of an error")
     dry_run: bool = _flag(False, "print the resolved run and stop")
-
-    @property
-    def preset(self) -> Preset:
-        """The preset that `model` names."""
-        return get_preset(self.model)
 
     @property
     def gpt_config(self) -> GPTConfig:
@@ -94,43 +98,48 @@ class BatchArithmetic:
     world_size: int
 
 
-def resolve_train_config(config: TrainConfig) -> TrainConfig:
-    """Fill every None from the preset and check each value.
+def resolve_train_config(
+    *, model: str = "gpt2", preset: Preset | None = None, **given: Any
+) -> TrainConfig:
+    """Return the complete run of some flags; the preset has what they leave open.
+
+    Args:
+        model: Name of the preset.
+        preset: In place of the one called `model`.
+        given: Fields of TrainConfig.
 
     Raises:
-        ValueError: A value out of range; names the flag and the limit.
+        BadInput: A value is out of range; names the flag and the limit.
     """
-    preset = config.preset
-    batch_tokens = preset.batch_tokens if config.batch_tokens is None else config.batch_tokens
+    preset = preset or get_preset(model)
+    batch_tokens = given.get("batch_tokens", preset.batch_tokens)
     if batch_tokens < 1:
-        raise ValueError(f"--batch_tokens {batch_tokens}: out of range. Fix: give one above 0")
-    steps = {
-        "max_steps": preset.max_tokens,
-        "warmup_steps": preset.warmup_tokens,
-        "decay_steps": preset.decay_tokens,
-    }
-    filled: dict[str, Any] = {
-        "run_dir": Path("runs") / config.model,
+        raise BadInput(f"--batch_tokens {batch_tokens}", "out of range", "give one above 0")
+    fields: dict[str, Any] = {
+        "run_dir": Path("runs") / model,
         "batch_tokens": batch_tokens,
         "seq_len": preset.config.block_size,
+        "max_steps": max(1, preset.max_tokens // batch_tokens),
         "lr": preset.lr,
+        "warmup_steps": max(1, preset.warmup_tokens // batch_tokens),
+        "decay_steps": max(1, preset.decay_tokens // batch_tokens),
         "hellaswag_every": preset.hellaswag_every,
-    } | {name: max(1, tokens // batch_tokens) for name, tokens in steps.items()}
-    given = {k: v for k in filled if (v := getattr(config, k)) is not None}
-    config = dataclasses.replace(config, **(filled | given))
+    }
+    config = TrainConfig(model=model, preset=preset, **(fields | given))
     _check_ranges(config)
     return config
 
 
 CHOICES = {"resume": ("auto", "must", "none"), "compile": ("auto", "true", "false")}
-# Fields, what must hold of their values unless they are None, and how to say it.
+# Fields, what must hold of their values and how to say it.
 RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
-    (("batch_tokens", "micro_batch_size", "seq_len", "max_steps", "lr", "eps", "eval_every",
+    (("batch_tokens", "seq_len", "max_steps", "lr", "eps", "eval_every",
       "eval_tokens", "hellaswag_limit", "sample_tokens", "checkpoint_every", "log_every",
       "max_bad_steps"), lambda x: x > 0, "above 0"),
     (("lr", "eps", "weight_decay", "grad_clip", "min_lr_ratio"), math.isfinite, "that is finite"),
     (("warmup_steps", "decay_steps", "weight_decay", "grad_clip", "min_lr_ratio", "seed",
-      "hellaswag_every", "keep_checkpoints", "keep_every"), lambda x: x >= 0, "of at least 0"),
+      "hellaswag_every", "keep_checkpoints", "keep_every", "micro_batch_size"),
+     lambda x: x >= 0, "of at least 0"),
     (("seed",), lambda x: x < 2**32, "below 2^32"),
     (("batch_tokens",), lambda x: x <= 2**50, "of at most 2^50"),
     (("beta1", "beta2", "dropout"), lambda x: 0 <= x < 1, "in [0, 1)"),
@@ -143,7 +152,7 @@ def _check_ranges(config: TrainConfig) -> None:
     for names, is_within, words in RANGES:
         for name in names:
             value = getattr(config, name)
-            if value is not None and not is_within(value):
+            if not is_within(value):
                 raise ValueError(f"--{name} {value}: out of range. Fix: give one {words}")
     for name, values in CHOICES.items():
         if (value := getattr(config, name)) not in values:
@@ -179,7 +188,7 @@ def profiled_steps(config: TrainConfig) -> tuple[int, int]:
 
 
 def resolve_batch(config: TrainConfig, world_size: int) -> BatchArithmetic:
-    """Split `batch_tokens` over `world_size` ranks; `config` is resolved.
+    """Split `batch_tokens` over `world_size` ranks.
 
     Raises:
         ValueError: It does not divide; the message suggests a value that does.
@@ -230,18 +239,20 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
-    """Return a parser with one flag per field of TrainConfig."""
+    """Return a parser with one flag for each field of TrainConfig but `preset`."""
     parser = OneLineParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     hints = typing.get_type_hints(TrainConfig)
     for f in dataclasses.fields(TrainConfig):
+        if f.name == "preset":
+            continue
         hint = hints[f.name]
-        text = f.metadata["help"]
-        if f.default is not None:
+        text = f.metadata["help"].replace("%", "%%")
+        if f.default is not dataclasses.MISSING:
             shown = str(f.default).lower() if hint is bool else f.default
-            text += f" (default: {shown})".replace("%", "%%")
-        options: dict[str, Any] = {"default": f.default, "help": text, "type": hint}
+            text += f" (default: {shown})"
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text, "type": hint}
         if hint is bool:
             options |= {"type": _parse_bool, "nargs": "?", "const": True, "metavar": "true|false"}
         if f.name == "compile":  # alone it means true
@@ -253,17 +264,18 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def parse_train_config(argv: list[str], description: str) -> TrainConfig:
-    """Parse the command line into a TrainConfig that is not resolved yet."""
-    values = vars(build_parser(description).parse_args(argv))
-    values.pop("local_rank")
-    return TrainConfig(**values)
+def parse_flags(argv: list[str], description: str) -> dict[str, Any]:
+    """Return what a command line gives of TrainConfig's fields; `resolve_train_config` takes it."""
+    given = vars(build_parser(description).parse_args(argv))
+    given.pop("local_rank", None)
+    return given
 
 
 def to_json(config: TrainConfig) -> dict[str, object]:
-    """Return the fields as JSON values."""
-    values = dataclasses.asdict(config)
-    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+    """Return the values of all flags as JSON values."""
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    del values["preset"]
+    return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
 
 
 def largest_micro_batch(seq_len: int, on_gpu: bool) -> int:

@@ -23,7 +23,7 @@ from training.extension_locks import check_extension_locks
 from training.ranks import Ranks
 
 if TYPE_CHECKING:
-    from data.shards import TokenStream, require_targets
+    from data.shards import TokenStream
 
 
 @dataclass
@@ -64,19 +64,19 @@ class Inputs:
     order: dict[str, Any]  # what decides on which tokens a step is taken
 
 
-def resolve_run(config: TrainConfig, ranks: Ranks) -> Run:
-    """Return the run of a command line, with every value filled in.
+def resolve_run(flags: dict[str, Any], ranks: Ranks) -> Run:
+    """Return the run of a command line, with every value filled in; `parse_flags` gives `flags`.
 
     Raises:
         ValueError: A value is out of range, or does not go with another; names the flag or file.
     """
-    is_given = config.micro_batch_size is not None
-    config = resolve_train_config(config)
+    config = resolve_train_config(**flags)
+    is_settled = config.micro_batch_size > 0
     batch = resolve_batch(config, ranks.world_size)
     config = replace(config, micro_batch_size=batch.micro_batch_size)
     found = resolve_ds_config(load_ds_config(config.ds_config), config, batch)
     remarks = found.remarks(f"--ds_config {config.ds_config}")
-    return Run(config, batch, found.ds_config, ranks, remarks, found.unverified, is_given)
+    return Run(config, batch, found.ds_config, ranks, remarks, found.unverified, is_settled)
 
 
 def describe_run(config: TrainConfig, batch: BatchArithmetic, ds_config: dict[str, Any]) -> str:
@@ -109,7 +109,7 @@ def open_inputs(run: Run) -> Inputs:
     from checkpoint.hub import locate_hf_folder
     from checkpoint.resuming import find_checkpoints
     from data.order import Order
-    from data.shards import TokenStream
+    from data.shards import TokenStream, require_targets
 
     config, gpt = run.config, run.config.gpt_config
     refuse_credentials(to_json(config), "--")

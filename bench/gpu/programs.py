@@ -123,17 +123,20 @@ def _apart_after_a_resume(options: Options, stage: str) -> float:
     from checkpoint.manifest import read_manifest, step_name
     from checkpoint.resuming import load_checkpoint
     from checkpoint.saving import save_checkpoint
-    from training.config import TrainConfig, resolve_batch, resolve_train_config
+    from training.config import resolve_batch, resolve_train_config
     from training.ds_config import load_ds_config, precision, resolve_ds_config
     from training.engine import build_engine, build_model
     from training.step import take_step
 
     sizes = options.sizes("parity", grad_accum=1)
     config = resolve_train_config(
-        TrainConfig(model=sizes.model, seq_len=sizes.seq_len, batch_tokens=sizes.tokens,
-                    micro_batch_size=sizes.micro_batch_size, dropout=0.1,
-                    ds_config=ROOT / f"ds_configs/{stage}.json")
-    )  # fmt: skip
+        model=sizes.model,
+        seq_len=sizes.seq_len,
+        batch_tokens=sizes.tokens,
+        micro_batch_size=sizes.micro_batch_size,
+        dropout=0.1,
+        ds_config=ROOT / f"ds_configs/{stage}.json",
+    )
     batch = resolve_batch(config, 1)
     ds_config = resolve_ds_config(load_ds_config(config.ds_config), config, batch).ds_config
 

@@ -21,7 +21,7 @@ from bench.record import markdown
 from launch.planning.estimate import CHECKPOINTING, DS_CONFIGS, Cluster, estimate
 from model import GPTConfig
 from model.presets import PRESETS, get_preset
-from training.config import TrainConfig, resolve_train_config
+from training.config import resolve_train_config
 from training.devices import get_device
 from training.ds_config import load_ds_config
 
@@ -91,10 +91,8 @@ def planned(run: Published) -> float:
     raw = load_ds_config(DS_CONFIGS / f"{name}.json")
     raw |= {CHECKPOINTING: {}} if run.checkpointing else {}
     tokens = run.n_devices * run.seq_len * run.micro_batch_size * run.grad_accum
-    config = resolve_train_config(
-        TrainConfig(model=run.model, seq_len=run.seq_len, batch_tokens=tokens,
-                    micro_batch_size=run.micro_batch_size)
-    )  # fmt: skip
+    config = resolve_train_config(model=run.model, seq_len=run.seq_len, batch_tokens=tokens,
+                    micro_batch_size=run.micro_batch_size)  # fmt: skip
     cluster = Cluster(get_device(run.device), run.n_devices // 8, 8)
     return estimate(config, raw, name, cluster).tokens_per_s / run.n_devices
 

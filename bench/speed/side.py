@@ -31,7 +31,7 @@ if not __package__:  # run as a file: import from the repository root, exactly a
 
 from model import GPTConfig
 from model.presets import PRESETS
-from training.config import TrainConfig, resolve_batch, resolve_train_config
+from training.config import resolve_batch, resolve_train_config
 from training.ds_config import load_ds_config, resolve_ds_config
 from training.ranks import Ranks, read_ranks
 
@@ -83,13 +83,11 @@ def build_run(args: argparse.Namespace, run_dir: Path, ranks: Ranks) -> Run:
     ds_config = ROOT / "ds_configs" / f"{engine if engine.startswith('zero') else 'zero1'}.json"
     tokens = args.micro_batch_size * args.seq_len * args.grad_accum * ranks.world_size
     config = resolve_train_config(
-        TrainConfig(
             model=args.model, data_dir=args.data_dir, run_dir=run_dir, ds_config=ds_config,
             batch_tokens=tokens, micro_batch_size=args.micro_batch_size, seq_len=args.seq_len,
             lr=LR, warmup_steps=0, min_lr_ratio=1.0, eval_tokens=args.seq_len, hellaswag_every=0,
             compile="true" if how == "compile" else "false",
-        )
-    )  # fmt: skip
+        )  # fmt: skip
     batch = resolve_batch(config, ranks.world_size)
     raw = load_ds_config(ds_config)
     if how == "checkpointing":

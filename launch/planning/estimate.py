@@ -218,7 +218,7 @@ def rank_candidates(config: TrainConfig, cluster: Cluster) -> list[Estimate]:
     """
     limit = largest_micro_batch(config.seq_len, cluster.device.on_gpu)
     size = functools.partial(largest_fitting, limit=limit)
-    plan = size if config.micro_batch_size is None else estimate
+    plan = estimate if config.micro_batch_size else size
     found = [plan(config, raw, name, cluster) for name, raw in candidates().items()]
     first = [(e.lacking_bytes, offloads(e.ds_config, "optimizer"), e.step_s) for e in found]
     hardly_slower = min(first)[2] * (1 + HARDLY)

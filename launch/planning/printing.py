@@ -16,6 +16,7 @@ from launch.planning.estimate import (
     Estimate,
     largest_fitting,
 )
+from model import PRESETS
 from training.devices import GIB
 
 # Keys of zero_optimization that change memory or traffic, which the plan does not count.
@@ -60,7 +61,7 @@ def describe(chosen: Estimate, others: list[Estimate], price: float | None) -> s
         lines["host"] = f"{_gib(chosen.host_bytes)} of a machine's memory for each rank"
     if others:
         lines["why"] = _reason(chosen, others)
-    if others and chosen.fits and " " not in config.model:  # train.py knows presets only
+    if others and chosen.fits and PRESETS.get(config.model) == config.preset:  # train.py takes it
         lines["flags"] = _flags(chosen)
     zero = chosen.ds_config.get("zero_optimization", {})
     left_out = ["evaluation", "saving", "faults", *(key for key in NOT_COUNTED if zero.get(key))]

@@ -12,7 +12,7 @@ import pytest
 from launch.checks.machine import look, needed_bytes, read_flags
 from launch.checks.network import pairs_between_machines, pairs_within_machines
 from launch.checks.verdicts import Facts, judge
-from training.config import TrainConfig
+from model import PRESETS
 from training.ranks import Ranks
 from training.run import resolve_run
 
@@ -157,13 +157,17 @@ def test_everybody_is_in_two_pairs_and_in_one_at_a_time(sizes: list[int]) -> Non
 
 
 def test_room_is_asked_for_as_many_checkpoints_as_are_kept(tmp_path: Path) -> None:
-    config = TrainConfig(model="debug", run_dir=tmp_path, max_steps=100, checkpoint_every=10)
+    config = {"model": "debug", "run_dir": tmp_path, "max_steps": 100, "checkpoint_every": 10}
     ranks = Ranks(0, 0, 1, 1)
     one = needed_bytes(resolve_run(config, ranks)) / 11
-    assert one == 14 * config.gpt_config.n_params()  # bf16 weights, fp32 masters and moments
-    kept = TrainConfig(
-        model="debug", run_dir=tmp_path, max_steps=100, checkpoint_every=10, keep_checkpoints=2
-    )
+    assert one == 14 * PRESETS["debug"].config.n_params()  # bf16 weights, fp32 masters and moments
+    kept = {
+        "model": "debug",
+        "run_dir": tmp_path,
+        "max_steps": 100,
+        "checkpoint_every": 10,
+        "keep_checkpoints": 2,
+    }
     assert needed_bytes(resolve_run(kept, ranks)) == 3 * one
 
 
@@ -171,7 +175,7 @@ def test_shards_that_cannot_be_read_are_an_error_with_its_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    config = TrainConfig(model="debug", data_dir=tmp_path, run_dir=tmp_path / "run")
+    config = {"model": "debug", "data_dir": tmp_path, "run_dir": tmp_path / "run"}
     facts = look(resolve_run(config, Ranks(0, 0, 1, 1)))
     assert "no shard" in facts["errors"]["shards"]
     assert "Fix: " in facts["errors"]["shards"]
@@ -182,7 +186,12 @@ def test_a_run_that_cannot_start_or_fit_is_found(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    config = TrainConfig(model="gpt3-175b", data_dir=data_dir, run_dir=tmp_path, eval_tokens=10_000)
+    config = {
+        "model": "gpt3-175b",
+        "data_dir": data_dir,
+        "run_dir": tmp_path,
+        "eval_tokens": 10_000,
+    }
     errors = look(resolve_run(config, Ranks(0, 0, 1, 1)))["errors"]
     assert "has 3000 tokens, not --eval_tokens 10000" in errors["shards"]
     assert "this run needs " in errors["plan"]
@@ -190,7 +199,7 @@ def test_a_run_that_cannot_start_or_fit_is_found(
 
 
 def test_flags_that_are_credentials_are_not_told(tmp_path: Path) -> None:
-    config = TrainConfig(model="debug", run_dir=tmp_path, init_from="https://me:secret@host/x")
+    config = {"model": "debug", "run_dir": tmp_path, "init_from": "https://me:secret@host/x"}
     with pytest.raises(ValueError, match="--init_from: looks like a password") as refused:
         read_flags(resolve_run(config, Ranks(0, 0, 1, 1)))
     assert "secret" not in str(refused.value)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import train
-from training.config import TrainConfig, to_json
+from training.config import resolve_train_config, to_json
 from training.credentials import refuse_credentials
 
 SECRET = "hf_" + 30 * "a"
@@ -28,7 +28,7 @@ def test_so_is_what_is_named_so(key: str) -> None:
 
 
 def test_the_shipped_configuration_holds_none() -> None:
-    refuse_credentials(to_json(TrainConfig(sample_prompt="a key, a token: sk-1")), "--")
+    refuse_credentials(to_json(resolve_train_config(sample_prompt="a key, a token: sk-1")), "--")
     for path in Path("ds_configs").glob("*.json"):
         refuse_credentials(json.loads(path.read_text()), "")
 

@@ -9,7 +9,7 @@ from training.config import TrainConfig, resolve_batch, resolve_train_config
 from training.ds_config import load_ds_config, precision, resolve_ds_config, zero_stage
 
 SHIPPED = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
-CONFIG = resolve_train_config(TrainConfig(model="gpt2", lr=1e-3, grad_clip=0.5))
+CONFIG = resolve_train_config(model="gpt2", lr=1e-3, grad_clip=0.5)
 
 
 def resolve(raw: dict[str, Any], config: TrainConfig = CONFIG) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def test_buckets_grow_with_the_model_up_to_deepspeeds_own() -> None:
     raw = load_ds_config(SHIPPED[3])
     sizes = []
     for model in ("gpt2", "gpt2-xl", "gpt3-175b"):
-        zero = resolve(raw, resolve_train_config(TrainConfig(model=model)))["zero_optimization"]
+        zero = resolve(raw, resolve_train_config(model=model))["zero_optimization"]
         sizes.append(zero["reduce_bucket_size"])
     assert sizes[0] == 4 * 12 * 768**2
     assert sizes[0] < sizes[1] < sizes[2] == 500_000_000

@@ -13,12 +13,12 @@ from deepspeed.runtime.zero.offload_config import (
 
 from bench.fidelity.keys import COLUMNS, find_cells, read_table
 from train import main
-from training.config import TrainConfig, resolve_batch, resolve_train_config
+from training.config import resolve_batch, resolve_train_config
 from training.ds_config import load_ds_config, resolve_ds_config, review_ds_config
 from training.ds_keys import BF16, FP16, KEYS, Review
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = resolve_train_config(TrainConfig(model="debug"))
+CONFIG = resolve_train_config(model="debug")
 ZERO = {
     key.removeprefix("zero_optimization."): row
     for key, row in KEYS.items()

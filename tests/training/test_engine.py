@@ -14,7 +14,7 @@ from deepspeed.utils import groups
 
 from model import GPT, GPTConfig
 from model.presets import PRESETS
-from training.config import TrainConfig, resolve_batch, resolve_train_config
+from training.config import resolve_batch, resolve_train_config
 from training.ds_config import load_ds_config, resolve_ds_config, zero_stage
 from training.engine import (
     build_engine,
@@ -27,7 +27,7 @@ from training.ranks import Ranks
 from training.step import optimizer_step, set_optimizer
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = resolve_train_config(TrainConfig(model="debug", batch_tokens=4 * 64, micro_batch_size=4))
+CONFIG = resolve_train_config(model="debug", batch_tokens=4 * 64, micro_batch_size=4)
 STAGES = [0, 1, 2, 3]
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from training.config import TrainConfig, resolve_batch, resolve_train_config
+from training.config import resolve_batch, resolve_train_config
 from training.ds_config import load_ds_config, resolve_ds_config
 from training.memory import Shard, host_bytes, moments, peak, shard_of
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def shard(
     ds_config: str, world_size: int, *, more: dict[str, Any] | None = None, **fields: Any
 ) -> Shard:
-    config = resolve_train_config(TrainConfig(**fields))
+    config = resolve_train_config(**fields)
     batch = resolve_batch(config, world_size)
     raw = load_ds_config(ROOT / "ds_configs" / ds_config) | (more or {})
     return shard_of(config, batch, resolve_ds_config(raw, config, batch).ds_config, on_gpu=True)

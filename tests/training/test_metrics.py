@@ -11,7 +11,7 @@ from training.metrics import Metrics, peak_flops
 
 
 def config_of(run_dir: Path) -> TrainConfig:
-    return resolve_train_config(TrainConfig(model="debug", max_steps=10, run_dir=run_dir))
+    return resolve_train_config(model="debug", max_steps=10, run_dir=run_dir)
 
 
 def write_steps(run_dir: Path, resume_step: int | None, first: int, last: int, sign: int) -> None:

@@ -39,8 +39,8 @@ if backend == "nccl":  # a stand-in: the average of all, and of it each rank's o
         dist.all_reduce(whole, group=group)
         part.copy_(whole.chunk(ranks.world_size)[ranks.rank])
     dist.reduce_scatter_tensor = reduce_scatter_tensor
-config = resolve_train_config(TrainConfig(model="debug", seq_len=16, micro_batch_size=1,
-                                          batch_tokens=16 * ranks.world_size))
+config = resolve_train_config(model="debug", seq_len=16, micro_batch_size=1,
+                                          batch_tokens=16 * ranks.world_size)
 batch = resolve_batch(config, ranks.world_size)
 ds_config = resolve_ds_config(load_ds_config(config.ds_config), config, batch).ds_config
 engine, _ = build_engine(build_model(config, ds_config, device), config, ds_config, ranks)

@@ -13,7 +13,7 @@ from launch.planning.estimate import Cluster, estimate
 from launch.planning.fitting import choose_micro_batch
 from model.config import MEMORY_USES, MemoryUse
 from train import main
-from training.config import TrainConfig, parse_train_config, resolve_train_config
+from training.config import parse_flags, resolve_train_config
 from training.devices import DEVICES, GIB
 from training.ds_config import load_ds_config
 from training.ranks import Ranks
@@ -23,7 +23,7 @@ GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
 
 def run_of(ranks: Ranks | None = None, **fields: object) -> Run:
-    return resolve_run(TrainConfig(**fields), ranks or Ranks())  # pyright: ignore[reportArgumentType]
+    return resolve_run(fields, ranks or Ranks())
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_dry_run_says_that_a_gpu_may_take_more(
     ("gib", "use"), [(80, MEMORY_USES[0]), (23, MEMORY_USES[1]), (20, MEMORY_USES[3])]
 )
 def test_the_loss_and_gelu_take_what_leaves_a_tenth_free(gib: float, use: MemoryUse) -> None:
-    config = resolve_train_config(TrainConfig(model="gpt2", micro_batch_size=64))
+    config = resolve_train_config(model="gpt2", micro_batch_size=64)
     raw = load_ds_config(config.ds_config)
     device = dataclasses.replace(DEVICES["h100"], memory_bytes=int(gib * GIB))
     planned = estimate(config, raw, "", Cluster(device, 1, 1))
@@ -126,7 +126,7 @@ def test_ranks_take_what_rank_0_chooses_for_the_smallest(monkeypatch: pytest.Mon
     ],
 )
 def test_compile_alone_means_true(flags: list[str], value: str) -> None:
-    assert parse_train_config(flags, "").compile == value
+    assert resolve_train_config(**parse_flags(flags, "")).compile == value
 
 
 @pytest.mark.usefixtures("one_rank")
