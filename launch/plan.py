@@ -19,11 +19,12 @@ from pathlib import Path
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from command_line import OneLineParser
 from launch.planning.estimate import Cluster, Estimate, estimate, largest_fitting, rank_candidates
 from launch.planning.printing import describe, table, to_json
 from model import PRESETS, Preset
 from model.presets import get_preset
-from training.config import OneLineParser, TrainConfig, largest_micro_batch, resolve_train_config
+from training.config import TrainConfig, largest_micro_batch, resolve_train_config
 from training.devices import DEVICES, get_device
 from training.ds_config import load_ds_config
 
@@ -58,9 +59,7 @@ def is_table(args: argparse.Namespace) -> bool:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__)
     add = parser.add_argument
     add("--model", default="gpt2", help="preset, or all (default: gpt2)")
     for name in SHAPE:

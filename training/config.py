@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from command_line import OneLineParser
 from errors import BadInput
 from model import GPTConfig
 from model.presets import EVAL_TOKENS, PROMPT, Preset, get_preset
@@ -231,18 +232,9 @@ def _parse_bool(text: str) -> bool:
     return text.lower() == "true"
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """A parser that says in one line what is wrong with a command line."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        self.exit(2, f"error: {message}. Fix: {self.prog} --help lists the flags\n")
-
-
 def build_parser(description: str) -> argparse.ArgumentParser:
     """Return a parser with one flag for each field of TrainConfig but `preset`."""
-    parser = OneLineParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=description)
     hints = typing.get_type_hints(TrainConfig)
     for f in dataclasses.fields(TrainConfig):
         if f.name == "preset":
