@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from checkpoint.run_folder import write_json
 from launch.planning.fitting import advice, explain_out_of_memory, plan_here, settle_micro_batch
-from training.config import TrainConfig, parse_flags, profiled_steps, to_json
+from training.config import TrainConfig, parse_flags, to_json
 from training.ds_config import precision, zero_stage
 from training.ranks import leave, ranks_or_exit, say_once
 from training.run import Inputs, Run, describe_run, open_inputs, resolve_run, take_run_dir
@@ -25,23 +26,15 @@ from training.watchdog import Watchdog, group_timeout_s
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
-    from checkpoint.manifest import Manifest
-    from data.loader import Loader
     from eval.packing import Example
     from eval.session import Session
     from training.health import Health
     from training.metrics import Metrics
+    from training.saver import Saver
+    from training.step import StepClock
     from training.stops import Stops
-
-
-@dataclass
-class Progress:
-    """Where a run stands: updates done, samples consumed, and the step of its last checkpoint."""
-
-    step: int
-    samples: int
-    saved_step: int
 
 
 def main(argv: list[str]) -> int:
@@ -85,8 +78,23 @@ def open_hellaswag(config: TrainConfig) -> list[Example]:
     return crop_contexts(rows, config.gpt_config.block_size)
 
 
-def start_engine(run: Run, inputs: Inputs, device: torch.device) -> tuple[Any, Manifest | None]:
-    """Build the engine, with fresh, given or resumed weights (all ranks)."""
+def join_ranks(run: Run, watchdog: Watchdog) -> torch.device:
+    """Wait for all ranks, form the process group (all ranks), and return this rank's device."""
+    from training.rendezvous import init_process_group
+
+    start_s, limit_s = watchdog.timeouts_s["start"], group_timeout_s(run.config.timeouts)
+    watchdog.phase("start", times=3)  # a missing rank is named before this clock runs out
+    device = init_process_group(run.ranks, limit_s, start_s)
+    watchdog.phase("start")
+    return device
+
+
+def start_engine(run: Run, inputs: Inputs, device: torch.device) -> tuple[Any, int]:
+    """Build the engine, with fresh, given or resumed weights (all ranks).
+
+    Returns:
+        The engine, and the optimizer steps that are done: 0 where no checkpoint was loaded.
+    """
     from checkpoint.hf_folder import load_hf_weights
     from checkpoint.resuming import load_checkpoint, newest_intact
     from training.engine import (
@@ -98,7 +106,7 @@ def start_engine(run: Run, inputs: Inputs, device: torch.device) -> tuple[Any, M
     )
 
     settle_micro_batch(run, device, resumes=bool(inputs.checkpoints))
-    config, stage = run.config, zero_stage(run.ds_config)
+    config, ds_config = run.config, run.ds_config
     planned = plan_here(run, device)
     warning = advice(planned)
     if warning and run.ranks.is_main:
@@ -106,20 +114,23 @@ def start_engine(run: Run, inputs: Inputs, device: torch.device) -> tuple[Any, M
     checkpoint = newest_intact(inputs.checkpoints, config.resume)
     if config.deterministic:
         ask_for_determinism()
-    model = build_model(config, run.ds_config, device)
+    model = build_model(config, ds_config, device)
     model.use_memory(planned.memory_use)
     if inputs.init_folder:
-        load_weights(model, load_hf_weights(inputs.init_folder, config.gpt_config), stage)
-    engine, groups = build_engine(model, config, run.ds_config, run.ranks)
+        weights = load_hf_weights(inputs.init_folder, config.gpt_config)
+        load_weights(model, weights, zero_stage(ds_config))
+    engine, groups = build_engine(model, config, ds_config, run.ranks)
     if checkpoint:
-        load_checkpoint(engine, *checkpoint, precision(run.ds_config))
-        if run.ranks.is_main:
-            print(f"resumed from {checkpoint[0]}", file=sys.stderr)
+        load_checkpoint(engine, *checkpoint, precision(ds_config))
         set_clipping(engine, config.grad_clip)
     if run.ranks.is_main:
-        print(describe_run(config, run.batch, run.ds_config), file=sys.stderr)
+        if checkpoint:
+            print(f"resumed from {checkpoint[0]}", file=sys.stderr)
+        print(describe_run(config, run.batch, ds_config), file=sys.stderr)
         print(groups, file=sys.stderr)
-    return engine, checkpoint[1] if checkpoint else None
+        write_json(config.run_dir / "config.json", to_json(config))
+        write_json(config.run_dir / "ds_config.json", ds_config)
+    return engine, checkpoint[1].step if checkpoint else 0
 
 
 def open_session(run: Run, engine: Any, stops: Stops, device: torch.device) -> Session:
@@ -133,166 +144,154 @@ def open_session(run: Run, engine: Any, stops: Stops, device: torch.device) -> S
     return Session(forward, device, run.ranks)
 
 
-def evaluate(
-    run: Run,
-    inputs: Inputs,
-    examples: list[Example],
-    session: Session,
-    step: int,
-    metrics: Metrics | None,
-) -> None:
-    """Do the evaluations that are due after `step` updates (all ranks, in step)."""
-    from eval import hellaswag, packing
+@dataclass
+class Parts:
+    """What the loop works with; every rank has its own."""
+
+    engine: Any  # DeepSpeed's
+    session: Session  # the engine as evaluations take it
+    batches: Iterator[tuple[Tensor, Tensor]]  # tokens and targets of the next micro-batch
+    saver: Saver
+    metrics: Metrics
+    health: Health
+    profile: torch.profiler.profile
+    clock: StepClock
+    device: torch.device
+
+
+@contextlib.contextmanager
+def start(
+    run: Run, inputs: Inputs, watchdog: Watchdog, stops: Stops
+) -> Iterator[tuple[Parts, int]]:
+    """Prepare what the loop works with; return the steps that are done, too (all ranks)."""
+    from data.loader import Loader, split_windows
+    from data.order import Order
+    from training.health import Health
+    from training.metrics import Metrics
+    from training.saver import Saver
+    from training.step import StepClock
+    from training.tracing import profile_steps
+
+    device = join_ranks(run, watchdog)
+    engine, step = start_engine(run, inputs, device)
+    config, batch, ranks = run.config, run.batch, run.ranks
+    health = Health(config.max_bad_steps)
+    order = Order(len(inputs.train_stream), config.seq_len, config.seed, config.shuffle)
+    loader = Loader(
+        inputs.train_stream,
+        order,
+        batch.micro_batch_size,
+        batch.grad_accum_steps,
+        ranks.rank,
+        ranks.world_size,
+        samples=step * batch.batch_sequences,
+    )
+    with (
+        contextlib.closing(loader),
+        contextlib.closing(Metrics(config, step, ranks, device)) as metrics,
+        profile_steps(config, step, ranks.rank) as profile,
+        stops.at_step_boundaries(),
+    ):
+        parts = Parts(
+            engine=engine,
+            session=open_session(run, engine, stops, device),
+            batches=(split_windows(windows, device) for windows in loader),
+            saver=Saver(run, inputs.order, engine, health, watchdog, saved_step=step),
+            metrics=metrics,
+            health=health,
+            profile=profile,
+            clock=StepClock(device),
+            device=device,
+        )
+        yield parts, step
+
+
+@contextlib.contextmanager
+def evaluating(parts: Parts, watchdog: Watchdog) -> Iterator[Session]:
+    """Put the engine into evaluation mode; the time does not count as that of training steps."""
+    parts.clock.pause()
+    watchdog.phase("eval")
+    parts.engine.eval()
+    yield parts.session
+    parts.engine.train()
+
+
+def validate(run: Run, inputs: Inputs, session: Session) -> tuple[float, list[str]]:
+    """Return the validation loss in nats, and samples (all ranks, the same forwards)."""
     from eval.sample import sample_texts
     from eval.val_loss import mean_loss
 
     config = run.config
-    if is_due(config, step, config.eval_every):
-        loss = mean_loss(
-            session,
-            inputs.val_stream,
-            seq_len=config.seq_len,
-            eval_tokens=config.eval_tokens,
-            batch_size=run.batch.micro_batch_size,
-        )
-        texts = sample_texts(
-            session, config.gpt_config, config.sample_prompt, config.sample_tokens, config.seed
-        )
-        if metrics:
-            metrics.evaluation(step, loss, texts)
-    if examples and is_due(config, step, config.hellaswag_every):
-        losses = packing.evaluate(session.model, examples, **session.share)
-        result = hellaswag.score(session.sum(losses), examples)
-        if metrics:
-            metrics.hellaswag(step, result)
-
-
-def is_due(config: TrainConfig, step: int, every: int) -> bool:
-    """Return whether what happens every so many steps, and at the end, happens after `step`."""
-    return step == config.max_steps or step % every == 0
-
-
-def is_pause_due(config: TrainConfig, step: int) -> bool:
-    """Return whether a checkpoint or an evaluation happens after `step`."""
-    intervals = (config.checkpoint_every, config.eval_every, config.hellaswag_every)
-    return any(is_due(config, step, every) for every in intervals if every)
-
-
-def save(
-    run: Run, inputs: Inputs, engine: Any, progress: Progress, health: Health, watchdog: Watchdog
-) -> None:
-    """Leave a checkpoint of this step, unless there is one (all ranks)."""
-    from checkpoint.saving import save_checkpoint
-
-    if progress.step == progress.saved_step:
-        return
-    watchdog.phase("save")
-    save_checkpoint(
-        engine,
-        run.config.run_dir / "checkpoints",
-        step=progress.step,
-        samples=progress.samples,
-        precision=precision(run.ds_config),
-        order=inputs.order,
-        keep=0 if health.last_was_bad() else run.config.keep_checkpoints,  # 0: all, good ones too
-        keep_every=run.config.keep_every,
-        unverified=run.unverified,
+    loss = mean_loss(
+        session,
+        inputs.val_stream,
+        seq_len=config.seq_len,
+        eval_tokens=config.eval_tokens,
+        batch_size=run.batch.micro_batch_size,
     )
-    progress.saved_step = progress.step
-
-
-def open_loader(run: Run, inputs: Inputs, samples: int) -> Loader:
-    """Return this rank's micro-batches after so many samples of the run."""
-    from data.loader import Loader
-    from data.order import Order
-
-    config, batch, ranks = run.config, run.batch, run.ranks
-    order = Order(len(inputs.train_stream), config.seq_len, config.seed, config.shuffle)
-    return Loader(inputs.train_stream, order, batch.micro_batch_size, batch.grad_accum_steps,
-                  ranks.rank, ranks.world_size, samples)  # fmt: skip
+    texts = sample_texts(
+        session, config.gpt_config, config.sample_prompt, config.sample_tokens, config.seed
+    )
+    return loss, texts
 
 
 def train(
     run: Run, inputs: Inputs, examples: list[Example], watchdog: Watchdog, stops: Stops
 ) -> tuple[str, str]:
-    """Train until `max_steps`, then leave a consolidated folder (all ranks).
-
-    Returns:
-        How it ended, a key of STATUS, and why.
-
-    Raises:
-        ValueError: Damaged data, checkpoint or initial weights; names the file.
-    """
-    import torch
-
+    """Train until `max_steps`, then write a consolidated folder (all ranks); return how and why."""
     from checkpoint.consolidate import consolidate_engine
-    from data.loader import split_windows
-    from training.health import Health
-    from training.metrics import Metrics
-    from training.rendezvous import init_process_group
-    from training.step import StepClock, take_step
+    from eval.hellaswag import score_model
+    from training.step import take_step
     from training.stops import StopRequested
-    from training.tracing import Trace
 
-    start_s, limit_s = watchdog.timeouts_s["start"], group_timeout_s(run.config.timeouts)
-    watchdog.phase("start", times=3)  # whoever does not come is named before this clock runs out
-    device = init_process_group(run.ranks, limit_s, start_s)
-    watchdog.phase("start")
-    engine, manifest = start_engine(run, inputs, device)
-    config, batch, ranks = run.config, run.batch, run.ranks
-    resumed = manifest.step if manifest else None
-    progress = Progress(resumed or 0, manifest.samples if manifest else 0, resumed or 0)
-    metrics = None
-    if ranks.is_main:
-        write_json(config.run_dir / "config.json", to_json(config))
-        write_json(config.run_dir / "ds_config.json", run.ds_config)
-        metrics = Metrics(config, resumed, ranks.world_size, device)
-    loader = open_loader(run, inputs, progress.samples)
-    batches = (split_windows(windows, device) for windows in loader)
-    session = open_session(run, engine, stops, device)
-    health = Health(config.max_bad_steps)
-    trace = Trace(*profiled_steps(config), config.run_dir / "profile", ranks.rank)
-    stops.wait_for_check, clock = True, StepClock()
-    try:
-        while True:
-            step = progress.step
-            stops.check(device)
-            if is_pause_due(config, step):
-                clock.pause(device)
-            if is_due(config, step, config.checkpoint_every):  # first: evaluation may be stopped
-                save(run, inputs, engine, progress, health, watchdog)
-            watchdog.phase("eval")
-            engine.eval()
-            evaluate(run, inputs, examples, session, step, metrics)
-            engine.train()
-            if step == config.max_steps:
-                break
-            watchdog.phase("step")
-            trace.before(step)
-            clock.resume()
-            loss_sum, norm, lr = take_step(engine, config, step, batch.grad_accum_steps, batches)
-            health.add(step, loss_sum, norm)
-            if step % config.log_every == 0:
-                with torch.profiler.record_function("log"):
-                    verdicts = health.judge(batch.grad_accum_steps * ranks.world_size)
-                if metrics:
-                    metrics.train(verdicts, lr, clock.lap() / len(verdicts))
-            trace.after(step)
-            progress.step += 1
-            progress.samples += batch.batch_sequences
-            if health.is_lost:
-                save(run, inputs, engine, progress, health, watchdog)
-                return "diverged", health.farewell(step)
-    except StopRequested as stop:
-        save(run, inputs, engine, progress, health, watchdog)
-        return "preempted", f"{stop} before step {progress.step}"
-    finally:
-        loader.close()
-        if metrics:
-            metrics.close()
-    watchdog.phase("save")
-    folder = consolidate_engine(engine, config.run_dir, progress.step, run.unverified)
-    return "finished", str(folder)
+    with start(run, inputs, watchdog, stops) as (parts, step):
+        config, metrics, health = run.config, parts.metrics, parts.health
+
+        def is_due(every: int) -> bool:
+            return every > 0 and (step == config.max_steps or step % every == 0)
+
+        try:
+            while True:
+                stops.check(parts.device)  # all ranks: a request to one stops all at this step
+
+                # once in a while: a checkpoint (all ranks); first, as a stop may cut evaluation
+                if is_due(config.checkpoint_every):
+                    parts.clock.pause()
+                    parts.saver.save(step)
+
+                # once in a while: validation loss and samples (all ranks, the same forwards)
+                if is_due(config.eval_every):
+                    with evaluating(parts, watchdog) as session:
+                        metrics.evaluation(step, *validate(run, inputs, session))
+
+                # once in a while: HellaSwag (all ranks, the same forwards)
+                if is_due(config.hellaswag_every):
+                    with evaluating(parts, watchdog) as session:
+                        metrics.hellaswag(step, score_model(session, examples))
+
+                if step == config.max_steps:
+                    watchdog.phase("save")
+                    folder = consolidate_engine(parts.engine, config.run_dir, step, run.unverified)
+                    return "finished", str(folder)
+
+                # one optimizer step: micro-batches forward and backward, then the update
+                watchdog.phase("step")
+                parts.clock.resume()
+                loss_sum, norm, lr = take_step(
+                    parts.engine, config, step, run.batch.grad_accum_steps, parts.batches
+                )
+                health.add(step, loss_sum, norm)
+                if step % config.log_every == 0:  # all ranks: sums; the host waits for the device
+                    verdicts = health.judge(run.batch.losses_per_step)
+                    metrics.train(verdicts, lr, parts.clock.lap() / len(verdicts))
+                parts.profile.step()  # does nothing outside --profile
+                step += 1
+                if health.is_lost:
+                    parts.saver.save(step)
+                    return "diverged", health.why_lost(step)
+        except StopRequested as stop:
+            parts.saver.save(step)
+            return "preempted", f"{stop} before step {step}"
 
 
 if __name__ == "__main__":

@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, Any
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from eval.packing import FORWARD_TOKENS, N_ENDINGS, Example, crop_contexts, evaluate
+from eval.packing import FORWARD_TOKENS, N_ENDINGS, Example, crop_contexts, sum_losses
 from eval.session import add_model_flags, check_gpt2_tokens, run_as_program, say, start_session
 from training.ranks import Ranks
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from eval.session import Session
 
 VALIDATION = Path(__file__).parent / "published" / "hellaswag_val.jsonl.xz"
 VALIDATION_SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # unpacked
@@ -111,6 +113,22 @@ def score(losses: Tensor, examples: Sequence[Example]) -> dict[str, float | int 
     return result
 
 
+def ending_losses(session: Session, examples: Sequence[Example], **options: Any) -> Tensor:
+    """Return the summed loss of each ending over all ranks, (n, 4) (all ranks).
+
+    Args:
+        session: The model.
+        examples: Rows that fit the model.
+        options: Of `eval.packing.sum_losses`.
+    """
+    return session.sum(sum_losses(session.model, examples, **options, **session.share))
+
+
+def score_model(session: Session, examples: Sequence[Example]) -> dict[str, Any]:
+    """Return the score of the session's model on rows that fit it (all ranks)."""
+    return score(ending_losses(session, examples), examples)
+
+
 def write_details(path: Path, losses: Tensor, examples: Sequence[Example]) -> None:
     """Write one JSON line per row: its losses in nats, what was predicted, and the label."""
     columns = (losses.tolist(), *(column.tolist() for column in predict(losses, examples)))
@@ -170,7 +188,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     session = start_session(model, args.dtype or run_precision, ranks)
     with session.context():
         options = {"forward_tokens": args.forward_tokens, "show_progress": ranks.is_main}
-        losses = session.sum(evaluate(session.model, fitting, **options, **session.share))
+        losses = ending_losses(session, fitting, **options)
     if not losses.isfinite().all():
         raise ValueError(
             f"{ckpt}: gives losses that are no finite numbers. Fix: score an earlier step"

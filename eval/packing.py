@@ -99,7 +99,7 @@ def pack(examples: Sequence[Example], T: int) -> Packed:
     return Packed(*(torch.as_tensor(column) for column in columns))
 
 
-def evaluate(
+def sum_losses(
     model: Callable[..., Tensor],
     examples: Sequence[Example],
     *,

@@ -44,7 +44,7 @@ class Session:
 
     @property
     def share(self) -> dict[str, Any]:
-        """Where the work is done, and which part of it by this rank: arguments of `evaluate`."""
+        """Where the work is done, and which part of it by this rank: arguments of `sum_losses`."""
         ranks = self.ranks
         return {"device": self.device, "rank": ranks.rank, "world_size": ranks.world_size}
 

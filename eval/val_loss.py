@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 LARGEST_EXPONENT = 700  # of e, in fp64
 
 
-def evaluate(
+def sum_losses(
     model: Callable[[Tensor, Tensor], Tensor],
     stream: TokenStream,
     *,
@@ -84,11 +84,11 @@ def evaluate(
 def mean_loss(
     session: Session, stream: TokenStream, *, seq_len: int, eval_tokens: int, batch_size: int
 ) -> float:
-    """Return the mean cross-entropy in nats per token over all ranks; as `evaluate` (all ranks)."""
+    """Return the mean cross-entropy in nats per token; as `sum_losses` (all ranks)."""
     import torch
 
     sizes = {"seq_len": seq_len, "eval_tokens": eval_tokens, "batch_size": batch_size}
-    sums = evaluate(session.model, stream, **sizes, **session.share)
+    sums = sum_losses(session.model, stream, **sizes, **session.share)
     total, n_tokens = session.sum(torch.tensor(sums, dtype=torch.float64)).tolist()
     return total / n_tokens
 

@@ -27,7 +27,7 @@ from checkpoint.manifest import complete_steps
 from checkpoint.reader import load_model
 from data.shards import TokenStream
 from data.tokenizer import VOCAB_SIZE
-from eval.packing import evaluate
+from eval.packing import sum_losses
 from eval.val_loss import build_parser, run
 from model import GPT, PRESETS
 from train import main
@@ -112,7 +112,7 @@ def same_predictions_as_hugging_face(folder: Path) -> None:
     expected = torch.stack(
         [reference_row(lambda t: hf(t).logits, e.context, e.endings) for e in examples]
     )
-    losses = evaluate(model, examples)
+    losses = sum_losses(model, examples)
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-4)
     for a, b in zip(
         hellaswag.predict(expected, examples), hellaswag.predict(losses, examples), strict=True

@@ -98,6 +98,11 @@ class BatchArithmetic:
     grad_accum_steps: int
     world_size: int
 
+    @property
+    def losses_per_step(self) -> int:
+        """Return how many micro-batches all ranks have in one step: each gives one mean loss."""
+        return self.grad_accum_steps * self.world_size
+
 
 def resolve_train_config(
     *, model: str = "gpt2", preset: Preset | None = None, **given: Any

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from training.rendezvous import sum_tensor
 
@@ -50,11 +51,11 @@ class Health:
         numbers = torch.stack([loss_sum, norm.to(loss_sum.dtype)])
         return not bool(sum_tensor(numbers, numbers.device).isfinite().all())
 
-    def farewell(self, step: int) -> str:
-        """Say why a run ends after `step`, and what to do."""
+    def why_lost(self, step: int) -> str:
+        """Say why a run ends after `step` updates, and what to do."""
         return (
             f"{self.bad_in_row} steps in a row were not finite. Fix: delete the checkpoints after "
-            f"step {step + 1 - self.bad_in_row} and go on with a lower --lr; without earlier ones "
+            f"step {step - self.bad_in_row} and go on with a lower --lr; without earlier ones "
             "begin in another --run_dir"
         )
 
@@ -63,17 +64,18 @@ class Health:
         self.pending.append((step, loss_sum, torch.as_tensor(norm, device=loss_sum.device)))
 
     def judge(self, n_losses: int) -> list[Verdict]:
-        """Return the verdicts on the steps since the last call (all ranks).
+        """Return the verdicts on the steps since the last call (all ranks); syncs host and device.
 
         Args:
             n_losses: Losses in a step, over all ranks.
         """
         steps, loss_sums, norms = zip(*self.pending, strict=True)
         self.pending = []
-        sums = torch.stack(loss_sums).double()
-        losses = sum_tensor(sums, sums.device) / n_losses  # all ranks
-        columns = losses.tolist(), torch.stack(norms).double().tolist()
-        return [self._judge(*row) for row in zip(steps, *columns, strict=True)]
+        with record_function("log"):  # its name in a trace
+            sums = torch.stack(loss_sums).double()
+            losses = (sum_tensor(sums, sums.device) / n_losses).tolist()  # all ranks
+            grad_norms = torch.stack(norms).double().tolist()
+        return [self._judge(*row) for row in zip(steps, losses, grad_norms, strict=True)]
 
     def _judge(self, step: int, loss: float, norm: float) -> Verdict:
         if not (math.isfinite(loss) and math.isfinite(norm)):

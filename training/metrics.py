@@ -19,6 +19,7 @@ import torch
 from training.config import TrainConfig, to_json
 from training.devices import flops_of
 from training.health import Verdict
+from training.ranks import Ranks
 
 Row = dict[str, Any]
 
@@ -47,38 +48,44 @@ def memory_line(device: torch.device) -> str:
 
 
 class Metrics:
-    """Writes the numbers of a run; one object, on rank 0.
+    """Writes the numbers of a run on rank 0; on the other ranks it does nothing.
 
     Args:
-        config: The run, resolved.
-        resume_step: Updates done at the checkpoint resumed from, or None for a new run. Rows of
-            this step and later ones are dropped, for they come again: no gaps, no doubles.
-        world_size: Ranks, for MFU.
+        config: The run.
+        first_step: Updates done at the checkpoint resumed from; 0 for a new run, which starts the
+            files anew. Rows of this step and later ones are dropped: they come again.
+        ranks: This process and the others.
         device: Of this rank.
     """
 
     def __init__(
-        self, config: TrainConfig, resume_step: int | None, world_size: int, device: torch.device
+        self, config: TrainConfig, first_step: int, ranks: Ranks, device: torch.device
     ) -> None:
+        self.config, self.device, self.is_main = config, device, ranks.is_main
+        peak = peak_flops(device)
+        self.peak_flops = peak * ranks.world_size if peak else None
+        if self.is_main:
+            self._open(first_step)
+
+    def _open(self, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
-        self.config, self.device, run_dir = config, device, config.run_dir
-        peak = peak_flops(device)
-        self.peak_flops = peak * world_size if peak else None
-        if resume_step is not None:
-            _rewrite(run_dir / "metrics.jsonl", lambda row: json.loads(row)["step"] < resume_step)
-            _rewrite(run_dir / "log.txt", lambda line: int(line.split()[0]) < resume_step)
-        mode = "w" if resume_step is None else "a"  # without a checkpoint a run starts over
+        run_dir = self.config.run_dir
+        if first_step > 0:
+            _rewrite(run_dir / "metrics.jsonl", lambda row: json.loads(row)["step"] < first_step)
+            _rewrite(run_dir / "log.txt", lambda line: int(line.split()[0]) < first_step)
+        mode = "a" if first_step > 0 else "w"  # without a checkpoint a run starts over
         self.log = (run_dir / "log.txt").open(mode, encoding="utf-8")
         self.jsonl = (run_dir / "metrics.jsonl").open(mode, encoding="utf-8")
-        self.board = SummaryWriter(str(run_dir), purge_step=resume_step or 0)
-        values = {k: v for k, v in to_json(config).items() if v is not None}
-        for summary in hparams(values, {"val/loss": 0.0}):
+        self.board = SummaryWriter(str(run_dir), purge_step=first_step)
+        for summary in hparams(to_json(self.config), {"val/loss": 0.0}):
             self.board._get_file_writer().add_summary(summary)
 
     def train(self, verdicts: list[Verdict], lr: float, dt_s: float) -> None:
         """Write the last of some updates, its wall time in seconds, and complaints about all."""
+        if not self.is_main:
+            return
         step, loss, grad_norm, _ = verdicts[-1]
         config = self.config
         tokens_per_s = config.batch_tokens / dt_s
@@ -99,13 +106,17 @@ class Metrics:
 
     def evaluation(self, step: int, loss: float, samples: list[str]) -> None:
         """Write what was evaluated after `step` updates: validation loss in nats, and texts."""
+        if not self.is_main:
+            return
         _say(f"step {step:5d} | validation loss: {loss:.4f}")
         for text in samples:
             _say(f"step {step:5d} | sample: {text!r}")
         self._write({"step": step, "val/loss": loss, "samples": samples}, f"{step} val {loss:.4f}")
 
     def hellaswag(self, step: int, result: dict[str, Any]) -> None:
-        """Write the HellaSwag score after `step` updates: `eval.hellaswag.score`'s."""
+        """Write the HellaSwag score after `step` updates, as `eval.hellaswag` returns it."""
+        if not self.is_main:
+            return
         acc, acc_norm = result["acc"], result["acc_norm"]
         _say(
             f"step {step:5d} | HellaSwag: acc {acc:.4f} acc_norm {acc_norm:.4f} "
@@ -116,7 +127,7 @@ class Metrics:
 
     def close(self) -> None:
         """Close every file."""
-        for file in (self.log, self.jsonl, self.board):
+        for file in (self.log, self.jsonl, self.board) if self.is_main else ():
             with contextlib.suppress(OSError):  # said when the row was written
                 file.close()
 

@@ -18,14 +18,15 @@ NORM_ELEMENTS = 2**20  # at a time: PyTorch makes an fp64 copy of them, 8 MiB
 class StepClock:
     """Wall time of the optimizer steps since the last log, without evaluation and saving."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.spent_s = 0.0
         self.started_s: float | None = None
 
-    def pause(self, device: torch.device) -> None:
+    def pause(self) -> None:
         """Stop, once the device has done what is queued: it is part of the steps."""
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         self.spent_s += self._running_s()
         self.started_s = None
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -36,8 +37,8 @@ class Stops:
 
     Args:
         run_dir: Where a STOP file may appear.
-        on_early_stop: Called from the thread with the reason, for requests before `wait_for_check`
-            is set: there is nothing to save, and `check` may be far away.
+        on_early_stop: Called from the thread with the reason, for requests outside
+            `at_step_boundaries`: there is nothing to save, and `check` may be far away.
         on_second_interrupt: Called from the thread before the process ends at once.
     """
 
@@ -49,7 +50,7 @@ class Stops:
     ) -> None:
         self.stop_file, self.on_early_stop = run_dir / "STOP", on_early_stop
         self.on_second_interrupt = on_second_interrupt
-        self.wait_for_check = False
+        self._wait_for_check = False
         self._asked = 0  # why this rank was
         self._interrupts = 0
         self._earlier: tuple[torch.Tensor, torch.cuda.Event] | None = None
@@ -82,6 +83,12 @@ class Stops:
         self._thread.join()
         os.close(self._read_fd)
         os.close(self._write_fd)
+
+    @contextlib.contextmanager
+    def at_step_boundaries(self) -> Iterator[None]:
+        """Leave requests to `check`, which the training loop calls before each step."""
+        self._wait_for_check = True
+        yield
 
     def check(self, device: torch.device) -> None:
         """Raise if any rank was asked to stop since the start (all ranks).
@@ -126,7 +133,7 @@ class Stops:
                     os._exit(INTERRUPTED)
             if not all(map(is_alive, self._launchers)):
                 self._asked = self._asked or LAUNCHER_GONE
-            if self._asked and not self.wait_for_check:
+            if self._asked and not self._wait_for_check:
                 self.on_early_stop(REASONS[self._asked])
 
 

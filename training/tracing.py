@@ -1,34 +1,37 @@
 """A torch.profiler trace of chosen steps, for TensorBoard's plugin and https://ui.perfetto.dev."""
 
-from pathlib import Path
-
 import torch
-from torch.profiler import ProfilerActivity, profile, tensorboard_trace_handler
+from torch.profiler import ProfilerAction, ProfilerActivity, profile, tensorboard_trace_handler
+
+from training.config import TrainConfig, profiled_steps
 
 
-class Trace:
-    """Traces the steps `first` to `end` - 1 of this rank into one file of `folder`.
+def profile_steps(config: TrainConfig, first_step: int, rank: int) -> profile:
+    """Return a profiler that traces the steps of --profile; its `step` is called after each step.
 
-    The file is `rankN.<time>.pt.trace.json.gz`; the phases of a step (data, forward, backward,
-    reduce, optimizer, log) bear their names.
+    The file is `profile/rankN.<time>.pt.trace.json.gz` in the run folder; the phases of a step
+    (data, forward, backward, reduce, optimizer, log) bear their names.
+
+    Args:
+        config: The run.
+        first_step: The first that this process does: later than 0 in a resumed run.
+        rank: This process.
     """
+    first, end = profiled_steps(config)
 
-    def __init__(self, first: int, end: int, folder: Path, rank: int) -> None:
-        self.first, self.end, self.running = first, end, False
-        activities = [ProfilerActivity.CPU]
-        if torch.cuda.is_initialized():
-            activities.append(ProfilerActivity.CUDA)
-        written = tensorboard_trace_handler(str(folder), f"rank{rank}", use_gzip=True)
-        self.profile = profile(activities=activities, record_shapes=True, on_trace_ready=written)
+    def action(n_steps: int) -> ProfilerAction:
+        step = first_step + n_steps
+        if not first <= step < end:
+            return ProfilerAction.NONE
+        return ProfilerAction.RECORD_AND_SAVE if step == end - 1 else ProfilerAction.RECORD
 
-    def before(self, step: int) -> None:
-        """Start at the first step, or at a later one where the run was resumed."""
-        if self.first <= step < self.end and not self.running:
-            self.profile.start()
-            self.running = True
-
-    def after(self, step: int) -> None:
-        """Write the file after the last one."""
-        if self.running and step + 1 == self.end:
-            self.profile.stop()
-            self.running = False
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_initialized():
+        activities.append(ProfilerActivity.CUDA)
+    folder = str(config.run_dir / "profile")
+    return profile(
+        activities=activities,
+        schedule=action,
+        on_trace_ready=tensorboard_trace_handler(folder, f"rank{rank}", use_gzip=True),
+        record_shapes=True,
+    )

@@ -13,7 +13,7 @@ import eval.hellaswag as hellaswag
 from bench.fidelity.reference_hellaswag import reference_losses
 from checkpoint.hf_folder import save_hf_folder
 from eval.hellaswag import VALIDATION, load_examples, score
-from eval.packing import Example, crop_contexts, evaluate, plan_batches
+from eval.packing import Example, crop_contexts, plan_batches, sum_losses
 from eval.session import check_gpt2_tokens
 from model import GPT, GPTConfig
 
@@ -54,7 +54,7 @@ def test_losses_are_those_of_one_ending_at_a_time(
     hf = GPT2LMHeadModel.from_pretrained(folder).eval()  # pyright: ignore[reportArgumentType]  # takes paths too
     expected = reference_losses(lambda tokens: hf(tokens).logits, lines[:60])
     model, _ = load_model(str(folder))
-    losses = evaluate(model, load_examples(tmp_path / "rows.jsonl"))
+    losses = sum_losses(model, load_examples(tmp_path / "rows.jsonl"))
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-4)
     assert torch.equal(losses.argmin(1), expected.argmin(1))
 
@@ -62,7 +62,7 @@ def test_losses_are_those_of_one_ending_at_a_time(
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_stay_in_step_and_change_no_bit(world_size: int) -> None:
     model, examples = GPT(CONFIG).eval(), load_examples(limit=40)
-    alone = evaluate(model, examples, forward_tokens=800)
+    alone = sum_losses(model, examples, forward_tokens=800)
     forwards = [0] * world_size
     parts = []
     for rank in range(world_size):
@@ -72,7 +72,7 @@ def test_ranks_stay_in_step_and_change_no_bit(world_size: int) -> None:
             return model(*args, **kwargs)
 
         parts.append(
-            evaluate(counting, examples, forward_tokens=800, rank=rank, world_size=world_size)
+            sum_losses(counting, examples, forward_tokens=800, rank=rank, world_size=world_size)
         )
     assert len(set(forwards)) == 1
     assert len(plan_batches(examples, 800)) % world_size  # so that some rank had to wait

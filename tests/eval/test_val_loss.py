@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data.shards import TokenStream, require_targets
-from eval.val_loss import build_parser, evaluate, run, unigram_entropy
+from eval.val_loss import build_parser, run, sum_losses, unigram_entropy
 from model import GPT, GPTConfig
 from training.ranks import read_ranks
 
@@ -20,7 +20,7 @@ def model() -> GPT:
 
 def test_loss_is_the_mean_over_all_tokens_of_the_windows(model: GPT, data_dir: Path) -> None:
     stream = TokenStream(data_dir, "val", 50257)
-    total, n_tokens = evaluate(model, stream, seq_len=64, eval_tokens=46 * 64 + 55, batch_size=7)
+    total, n_tokens = sum_losses(model, stream, seq_len=64, eval_tokens=46 * 64 + 55, batch_size=7)
     tokens = torch.from_numpy(stream.read(0, 3000).astype(np.int64))  # all: the last has no target
     whole = model(tokens[: 46 * 64].view(46, 64)).flatten(0, 1)
     rest = model(tokens[46 * 64 : -1][None])[0]
@@ -46,7 +46,7 @@ def test_result_does_not_depend_on_batches_or_ranks(
     for rank in range(world_size):
         forwards.append(0)
         sums.append(
-            evaluate(
+            sum_losses(
                 counting,
                 stream,
                 seq_len=64,
@@ -58,7 +58,7 @@ def test_result_does_not_depend_on_batches_or_ranks(
         )
     assert len(set(forwards)) == 1  # in lock-step
     total, n_tokens = map(sum, zip(*sums, strict=True))
-    alone, n_alone = evaluate(model, stream, seq_len=64, eval_tokens=2000, batch_size=31)
+    alone, n_alone = sum_losses(model, stream, seq_len=64, eval_tokens=2000, batch_size=31)
     assert n_tokens == n_alone == 2000
     assert total / n_tokens == pytest.approx(alone / n_alone, abs=1e-5)
 

@@ -8,15 +8,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training.config import TrainConfig, resolve_train_config
 from training.health import Verdict
 from training.metrics import Metrics, peak_flops
+from training.ranks import Ranks
 
 
 def config_of(run_dir: Path) -> TrainConfig:
     return resolve_train_config(model="debug", max_steps=10, run_dir=run_dir)
 
 
-def write_steps(run_dir: Path, resume_step: int | None, first: int, last: int, sign: int) -> None:
+def write_steps(run_dir: Path, resume_step: int, first: int, last: int, sign: int) -> None:
     """Write what a run with an evaluation at every second step writes."""
-    metrics = Metrics(config_of(run_dir), resume_step, 1, torch.device("cpu"))
+    metrics = Metrics(config_of(run_dir), resume_step, Ranks(), torch.device("cpu"))
     for step in range(first, last):
         if step % 2 == 0:
             metrics.evaluation(step, sign * step + 0.5, [f"text {sign * step}"])
@@ -25,7 +26,7 @@ def write_steps(run_dir: Path, resume_step: int | None, first: int, last: int, s
 
 
 def test_log_has_build_nanogpts_format(tmp_path: Path) -> None:
-    write_steps(tmp_path, None, 0, 3, 1)
+    write_steps(tmp_path, 0, 0, 3, 1)
     assert (tmp_path / "log.txt").read_text().splitlines() == [
         "0 val 0.5000",
         "0 train 0.000000",
@@ -36,7 +37,7 @@ def test_log_has_build_nanogpts_format(tmp_path: Path) -> None:
 
 
 def test_resume_leaves_no_gap_and_no_double(tmp_path: Path) -> None:
-    write_steps(tmp_path, None, 0, 8, 1)
+    write_steps(tmp_path, 0, 0, 8, 1)
     with (tmp_path / "log.txt").open("a") as log:
         log.write("garbage\n8 tra")  # torn by a kill
     write_steps(tmp_path, 4, 4, 7, -1)
@@ -61,7 +62,7 @@ def test_resume_leaves_no_gap_and_no_double(tmp_path: Path) -> None:
 
 
 def test_tensorboard_reads_back_every_step_once(tmp_path: Path) -> None:
-    write_steps(tmp_path, None, 0, 8, 1)
+    write_steps(tmp_path, 0, 0, 8, 1)
     write_steps(tmp_path, 4, 4, 7, -1)
     events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
@@ -91,7 +92,7 @@ def test_tensorboard_reads_back_every_step_once(tmp_path: Path) -> None:
 def test_console_line_has_all_that_people_watch(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    metrics = Metrics(config_of(tmp_path), None, 1, torch.device("cpu"))
+    metrics = Metrics(config_of(tmp_path), 0, Ranks(), torch.device("cpu"))
     metrics.train([Verdict(3, 2.5, 0.25, "")], 1e-3, dt_s=0.5)
     bad = Verdict(4, float("nan"), float("inf"), "skipped")
     metrics.train([bad, bad._replace(step=5, complaint="")], 1e-3, dt_s=600.0)

@@ -20,7 +20,7 @@ import sys, time
 from pathlib import Path
 from training.stops import Stops
 with Stops(Path(sys.argv[1]), print, lambda: print("again", flush=True)) as stops:
-    stops.wait_for_check = True
+    stops._wait_for_check = True
     print("ready", flush=True)
     time.sleep(60)
 """
@@ -34,7 +34,7 @@ program, folder, command_line, *names = sys.argv[1:]
 if names == ["rank"]:
     from training.stops import REASONS, Stops
     with Stops(Path(folder), print, print) as stops:
-        stops.wait_for_check = True
+        stops._wait_for_check = True
         print("rank", os.getpid(), flush=True)
         while not stops._asked:
             time.sleep(0.1)
@@ -49,7 +49,7 @@ else:
 @pytest.fixture
 def stops(one_rank: Ranks, tmp_path: Path) -> Iterator[Stops]:
     with Stops(tmp_path, pytest.fail, pytest.fail) as stops:
-        stops.wait_for_check = True
+        stops._wait_for_check = True
         stops.check(CPU)  # nobody has asked
         yield stops
 
@@ -74,7 +74,7 @@ def test_a_signal_stops_at_the_next_check(stops: Stops, name: str) -> None:
 def test_a_hangup_that_is_ignored_stays_ignored(one_rank: Ranks, tmp_path: Path) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup and setsid leave it
     with Stops(tmp_path, pytest.fail, pytest.fail) as stops:
-        stops.wait_for_check = True
+        stops._wait_for_check = True
         os.kill(os.getpid(), signal.SIGHUP)
         time.sleep(0.2)
         stops.check(CPU)
