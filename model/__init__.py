@@ -1,4 +1,4 @@
-"""What is trained: the shape, the presets and the network, in pure PyTorch."""
+"""The shape, the presets and the network of a GPT, in pure PyTorch."""
 
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ __all__ = ["GPT", "PRESETS", "GPTConfig", "Preset"]
 
 
 def __getattr__(name: str) -> object:
-    # GPT comes lazily, so that shapes and presets cost no torch import (--help, --dry_run).
+    # GPT is imported at its first use: shapes and presets need no torch (--help, --dry_run).
     if name == "GPT":
         from model.gpt import GPT
 

@@ -1,4 +1,4 @@
-"""The keys and values that attention has computed: sampling does not compute them again."""
+"""Cache the keys and values of attention, so that sampling computes them once."""
 
 from torch import Tensor
 

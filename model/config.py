@@ -3,25 +3,25 @@
 from dataclasses import dataclass
 
 VOCAB_ALIGNMENT = 128  # rows of wte: whole tiles of every matrix unit
-CHUNK_LOGITS = 2**25  # that the loss holds at a time on a CPU: 64 MiB in bf16
+CHUNK_LOGITS = 2**25  # logits that the loss holds at a time on a CPU: 64 MiB in bf16
 
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """What a training pass on a GPU holds to be faster; a CPU has other limits.
+    """What a training pass keeps in a GPU's memory: more memory, more speed.
 
     Attributes:
-        keeps_gelu: Until the backward pass; else it is computed again.
-        chunk_rows: Of logits that the loss holds at a time: whole tiles of the matrix units, and
-            the more there are, the less often the head's gradient is added up. 16,384 rows of
-            GPT-2's vocabulary are 1.6 GB in bf16.
+        keeps_gelu: Whether the GELU's output is kept for the backward pass, or computed again.
+        chunk_rows: Rows of logits that the loss holds at a time: whole tiles of the matrix units.
+            With more of them the head's gradient is summed less often. 16,384 rows of GPT-2's
+            vocabulary are 1.6 GB in bf16.
     """
 
     keeps_gelu: bool
     chunk_rows: int
 
 
-# The fastest first: a run takes the first for which there is room.
+# The fastest first: a run takes the first that fits.
 MEMORY_USES = (
     MemoryUse(keeps_gelu=True, chunk_rows=16_384),
     MemoryUse(keeps_gelu=False, chunk_rows=16_384),
@@ -79,7 +79,7 @@ class GPTConfig:
 
 
 def chunk_rows(n_rows: int, vocab_size: int, on_gpu: bool, gpu_rows: int) -> int:
-    """Return how many of so many rows of logits the loss holds at a time."""
+    """Return how many of `n_rows` rows of logits the loss holds at a time."""
     if on_gpu:
         return min(n_rows, gpu_rows)
     n_chunks = -(-n_rows * vocab_size // CHUNK_LOGITS)

@@ -10,11 +10,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.cache import KVCache, LayerCache
 from model.config import MEMORY_USES, GPTConfig, MemoryUse
-from model.linear import Linear, linear
+from model.linear import Linear, linear, linear_gelu_linear
 from model.loss import linear_cross_entropy, token_losses
 
-# Evaluation and sampling have many shapes, and cuDNN would plan each anew, for up to a second.
-PLANLESS_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# Without cuDNN, which plans each new shape for up to a second: evaluation has many shapes.
+EVAL_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 INIT_STD = 0.02  # GPT-2's N(0, 0.02) for Linear and Embedding weights
 
 
@@ -26,9 +26,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
 
-    def forward(
-        self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None, mask: Tensor | None) -> Tensor:
         B, T, C = x.shape
         H, D = self.n_head, C // self.n_head
         q, k, v = self.c_attn(x).split(C, dim=2)
@@ -39,13 +37,13 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.append(k, v)  # (B, H, S, D), S = cached + T
         S = k.shape[2]
         is_causal = mask is None and T == S > 1
-        if (
-            mask is None and 1 < T < S
-        ):  # new tokens after cached ones: token t sees the first S - T + t + 1 keys
+        if mask is None and 1 < T < S:
+            # New tokens after cached ones: token t sees the first S - T + t + 1 keys. `is_causal`
+            # would align the triangle with the first key.
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
         dropout = self.dropout if self.training else 0.0
         has_gradient = torch.is_grad_enabled()
-        with contextlib.nullcontext() if has_gradient else sdpa_kernel(PLANLESS_KERNELS):
+        with contextlib.nullcontext() if has_gradient else sdpa_kernel(EVAL_KERNELS):
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal
             )
@@ -60,13 +58,10 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
         self.gelu = config.gelu
         self.dropout = config.dropout
-        self.keeps_gelu = False  # for the backward pass
+        self.keeps_gelu = False  # for the backward pass, which otherwise computes it again
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and not self.keeps_gelu:
-            x = self.c_proj(self.c_fc(x), before=self.gelu)
-        else:
-            x = self.c_proj(self.c_fc(x, after=self.gelu))
+        x = linear_gelu_linear(x, self.c_fc, self.c_proj, self.gelu, self.keeps_gelu)
         return F.dropout(x, self.dropout, self.training)
 
 
@@ -78,9 +73,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None, mask: Tensor | None) -> Tensor:
         x = x + self.attn(self.ln_1(x), cache, mask)
         return x + self.mlp(self.ln_2(x))
 
@@ -106,7 +99,7 @@ class GPT(nn.Module):
     def _initialise(self, seed: int) -> None:
         # Through Module.apply, the one path on which zero.Init gathers the weights, and in float32
         # from a generator of our own: the same values at every ZeRO stage and dtype. By
-        # torch.normal, because zero.Init has torch.empty and its like make bf16 tensors.
+        # torch.normal, because under zero.Init torch.empty and the like make bf16 tensors.
         device = self.ln_f.weight.device
         if device.type == "meta":  # a shape without values
             return
@@ -152,13 +145,14 @@ class GPT(nn.Module):
             targets: (B, T) ids to predict; -100 is ignored. In training mode the softmax runs
                 over all padded columns, otherwise over `vocab_size`. With predict_at: (N,).
             predict_at: (N,) indices into the flattened B·T positions to predict at; else all.
-            position_ids: (B, T) positions of tokens that share a beginning; else 0 to T - 1.
+            position_ids: (B, T) positions, for sequences that share a prefix; else 0 to T - 1.
             attn_mask: (B, 1, T, T), True where a token (row) sees another; causal without.
             cache: Keys and values of the tokens before these; extended in place.
 
         Returns:
-            Mean cross-entropy in nats (scalar, fp32) with targets, with predict_at too that of
-            each (N,), without a gradient; else logits (B, T, V), or (N, V) with predict_at.
+            Without targets logits, (B, T, V), or (N, V) with predict_at. With targets the mean
+            cross-entropy in nats, an fp32 scalar; with predict_at too, in evaluation mode, the
+            cross-entropy of each, (N,), without a gradient.
 
         Raises:
             ValueError: More tokens than `block_size`.
@@ -176,7 +170,8 @@ class GPT(nn.Module):
         for i, block in enumerate(self.h):
             x = block(x, None if cache is None else cache.layers[i], attn_mask)
         x = self.ln_f(x).flatten(0, 1)  # (B·T, C)
-        head, V = self.wte.weight, self.config.vocab_size
+        head = self.wte.weight
+        V = self.config.vocab_size
         if targets is not None and self.training:
             return linear_cross_entropy(x, head, targets.flatten(), gpu_rows=self.chunk_rows)
         if predict_at is not None:

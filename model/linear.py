@@ -1,10 +1,10 @@
-"""Linear layers with a GELU before or after them, each with less than PyTorch's own would take.
+"""nn.Linear fused with GELU: less memory in training, faster fp32 on CPUs.
 
-Where no gradient is wanted, fp32 products on a CPU go to oneDNN, with the GELU in the same pass:
-PyTorch sends them to MKL, which is 1.3 to 1.9 times slower on AMD's processors (docs/LOG.md); in
-bf16 it takes oneDNN by itself. Where one is wanted, the GELU is not kept but computed again.
+Without a gradient, fp32 products on a CPU go to oneDNN, with the GELU in the same pass: PyTorch
+sends them to MKL, which is 1.3 to 1.9 times slower on AMD's processors (docs/LOG.md); in bf16
+PyTorch takes oneDNN by itself. With a gradient, the GELU is not kept but computed again.
 On a CPU for which oneDNN has no bf16 (below AVX-512), operands are widened to fp32 for the product:
-PyTorch's own loops for it are 6 to 160 times slower.
+PyTorch's own loops for bf16 are 6 to 160 times slower there.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ def is_widened(x: Tensor) -> bool:
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: str | None = None
 ) -> Tensor:
-    """Return `x @ weight.T + bias`: (..., C) by (V, C) to (..., V); its GELU, if one is named."""
+    """Return `x @ weight.T + bias`, (..., C) by (V, C) to (..., V), or its GELU if one is named."""
     takes_onednn = (
         HAS_ONEDNN
         and x.device.type == "cpu"
@@ -49,14 +49,15 @@ def linear(
 
 
 def _fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # In two dimensions on a GPU: ZeRO-3 replaces F.linear, and adds the bias by itself in three.
+    # On a GPU in two dimensions: with three, the F.linear that ZeRO-3 puts in place of PyTorch's
+    # adds the bias in a kernel of its own.
     if x.device.type == "cpu":
         return F.linear(x, weight, bias)
     return F.linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
 
 
 class _Linear(torch.autograd.Function):
-    # Of x, or of its GELU, which is not kept.
+    # A linear layer of x, or of the GELU of x, which is computed again in the backward pass.
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None
@@ -74,18 +75,16 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides names
-        ctx: Any, *grad_outputs: Any
-    ) -> tuple[Tensor, Tensor, Tensor | None, None]:
-        (grad,) = grad_outputs  # (..., V)
-        x, weight = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides names
+        x, weight = ctx.saved_tensors  # grad: (..., V)
         rows = grad.flatten(0, -2)
         activation = _activation(x, ctx.gelu).flatten(0, -2).to(grad.dtype)
         dweight = _product(rows.T, activation).to(weight.dtype)
         dx = _product(grad, weight.to(grad.dtype)).to(x.dtype)
         if ctx.gelu is not None:
             dx = torch.ops.aten.gelu_backward(dx, x, approximate=ctx.gelu)
-        return dx, dweight, rows.sum(0).to(weight.dtype) if ctx.has_bias else None, None
+        dbias = rows.sum(0).to(weight.dtype) if ctx.has_bias else None
+        return dx, dweight, dbias, None
 
 
 def _activation(x: Tensor, gelu: str | None) -> Tensor:
@@ -97,11 +96,12 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def linear_of_gelu(x: Tensor, weight: Tensor, bias: Tensor, gelu: str) -> Tensor:
-    """Return `gelu(x) @ weight.T + bias`, keeping x for the backward pass, but not its GELU.
+    """Return `gelu(x) @ weight.T + bias`; keep x for the backward pass, but not its GELU.
 
-    A quarter of a block's activations less, for one more GELU: little beside the products.
+    This saves a quarter of a block's activations and costs one more GELU, which is cheap beside
+    the products.
     """
-    if torch.compiler.is_compiling():  # the compiler chooses for itself what to compute again
+    if torch.compiler.is_compiling():  # the compiler itself chooses what to compute again
         return F.linear(F.gelu(x, approximate=gelu), weight, bias)
     return _Linear.apply(x, weight, bias, gelu)
 
@@ -113,3 +113,13 @@ class Linear(nn.Linear):
         if before is not None:
             return linear_of_gelu(input, self.weight, self.bias, before)
         return linear(input, self.weight, self.bias, after)
+
+
+def linear_gelu_linear(
+    x: Tensor, first: Linear, second: Linear, gelu: str, keeps_gelu: bool
+) -> Tensor:
+    """Return `second(gelu(first(x)))`; `keeps_gelu` for the backward pass, or compute it again."""
+    # Both layers are called as modules: in the hooks of a call ZeRO-3 gathers a module's weights.
+    if torch.is_grad_enabled() and not keeps_gelu:
+        return second(first(x), before=gelu)
+    return second(first(x, after=gelu))

@@ -1,11 +1,11 @@
 """Next-token cross-entropy that never holds fp32 logits for the whole batch.
 
 The rows go through the head in chunks: matrix products in the dtype of the activations,
-log-softmax in fp32, gradients formed at once in the forward pass, so that a chunk's logits are
-computed once and freed. docs/LOG.md holds the measurements against the alternatives.
+log-softmax in fp32, gradients already in the forward pass, so that a chunk's logits are computed
+once and freed. docs/LOG.md holds the measurements against the alternatives.
 
-On a CPU a chunk is small enough for the caches; on a GPU it is large enough for the products, and
-one kernel turns its logits into losses and gradients (model/loss_kernel.py).
+On a CPU a chunk fits into the caches; on a GPU it is large enough for fast products, and one kernel
+turns its logits into losses and gradients (model/loss_kernel.py).
 """
 
 import functools
@@ -58,10 +58,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides names
-        ctx: Any, *grad_outputs: Any
-    ) -> tuple[Tensor, Tensor, None, None, None]:
-        (grad,) = grad_outputs
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides names
         dx, *dw = ctx.saved_tensors
         dweight = torch.empty(ctx.shape, dtype=ctx.dtype, device=dx.device)
         for dweight_part, part in zip(_product_parts(dweight), dw, strict=True):
@@ -70,30 +67,31 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _to_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
-    # (n, V) and (n,): returns each row's loss, (n,), and leaves its gradient in `logits`.
+    # (n, V) and (n,): returns each row's loss, (n,), and writes its gradient over `logits`.
     on_gpu = _is_on_gpu(logits)
     kernel = _kernel(logits.device) if on_gpu else None
     if kernel:
         return kernel(logits, targets)
     losses = []
     rows = ROWS_WITHOUT_KERNEL if on_gpu else CACHED_ROWS
-    for some, target in zip(logits.split(rows), targets[:, None].split(rows), strict=True):
-        log_probs = some.log_softmax(1, dtype=torch.float32)
+    for chunk, target in zip(logits.split(rows), targets[:, None].split(rows), strict=True):
+        log_probs = chunk.log_softmax(1, dtype=torch.float32)
         losses.append(-log_probs.gather(1, target)[:, 0])
         gradient = log_probs.exp_()  # probabilities, less 1 at the target
-        some.copy_(gradient.scatter_add_(1, target, -torch.ones_like(target).float()))
+        chunk.copy_(gradient.scatter_add_(1, target, -torch.ones_like(target).float()))
     return torch.cat(losses)
 
 
 @functools.cache
 def _kernel(device: torch.device) -> Callable[[Tensor, Tensor], Tensor] | None:
-    # Tried out first: it is compiled for this GPU, which takes a compiler and Python's headers.
+    # Run once to see whether it works: it is compiled for this GPU, which needs a C compiler and
+    # Python's headers.
     try:
         from model.loss_kernel import to_gradient_
 
         target = torch.zeros(1, dtype=torch.int64, device=device)
         to_gradient_(torch.zeros(1, 1, device=device), target)
-    except Exception as error:  # of any of the tools on its way
+    except Exception as error:  # of Triton, the compiler or the driver: each has its own type
         what = f"the loss goes without its Triton kernel, and is slower: {error!r}"
         warnings.warn(f"{what}. Fix: install Triton, a C compiler, Python's headers", stacklevel=1)
         return None
@@ -101,8 +99,8 @@ def _kernel(device: torch.device) -> Callable[[Tensor, Tensor], Tensor] | None:
 
 
 def _product_parts(rows: Tensor) -> tuple[Tensor, ...]:
-    # On a CPU so few rows of the head that their product is cached when it is added, and that
-    # glibc finds room for their gradient between the activations.
+    # On a CPU so few rows of the head that their product is still cached when it is added, and that
+    # glibc can place their gradient in the gaps between the activations.
     return rows.split(len(rows) if _is_on_gpu(rows) else CACHED_PRODUCT_ROWS)
 
 
@@ -127,7 +125,7 @@ def linear_cross_entropy(
         x: (N, C) final hidden states.
         weight: (V, C) head.
         targets: (N,) token ids; -100 does not count. With no target at all the loss is 0.
-        n_tokens: Of the head's rows these first ones count; default: all.
+        n_tokens: How many of the head's rows count, from the first; default: all.
         gpu_rows: Rows of logits that a GPU holds at a time; fewer take less memory and more time.
     """
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
@@ -148,7 +146,7 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor, n_tokens: int | Non
     """
     dtype = _product_dtype(x)
     on_gpu = _is_on_gpu(x)
-    if not on_gpu:  # a GPU's product is faster with all rows: a multiple of 128
+    if not on_gpu:  # on a GPU the product of all rows is faster: their number is a multiple of 128
         weight = weight[:n_tokens]
     x, head = x.to(dtype), weight.to(dtype)
     rows = MEMORY_USES[-1].chunk_rows if on_gpu else max(1, EVAL_CHUNK_LOGITS // len(weight))
@@ -163,5 +161,5 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor, n_tokens: int | Non
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
     if not _is_on_gpu(logits):
         return F.cross_entropy(logits.float(), targets, reduction="none")
-    losses = _to_gradient_(logits, targets.clamp(min=0))  # the gradient is of no use here
+    losses = _to_gradient_(logits, targets.clamp(min=0))  # the gradient is not used
     return losses.where(targets != IGNORE_INDEX, 0)

@@ -8,6 +8,7 @@ learning rate: its sizes take the row of the GPT-3 model of the same size, as bu
 
 from dataclasses import dataclass
 
+from errors import BadInput
 from model.config import GPTConfig
 
 GPT2_TOKENS = 10_000_000_000  # FineWeb-Edu sample-10BT, one epoch: 19,073 steps of 2^19 tokens
@@ -70,8 +71,8 @@ def get_preset(name: str) -> Preset:
     """Return the preset called `name`.
 
     Raises:
-        ValueError: No such preset; the message lists them all.
+        BadInput: There is no such preset; the message lists all.
     """
     if name not in PRESETS:
-        raise ValueError(f"--model {name}: unknown. Fix: choose from {', '.join(PRESETS)}")
+        raise BadInput(f"--model {name}", "unknown", f"choose from {', '.join(PRESETS)}")
     return PRESETS[name]
