@@ -69,13 +69,10 @@ def test_initial_weights_are_the_plain_models(one_rank: Ranks, stage: int, fp32:
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_initial_weights_of_odd_sizes_are_the_plain_models_too(
-    one_rank: Ranks, stage: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_initial_weights_of_odd_sizes_are_the_plain_models_too(one_rank: Ranks, stage: int) -> None:
     """zero.Init makes bf16 tensors of torch.empty, whose normal_ draws others at such sizes."""
     config = GPTConfig(n_layer=1, n_head=2, n_embd=50, block_size=64)
-    monkeypatch.setitem(PRESETS, "odd", replace(PRESETS["debug"], config=config))
-    run = replace(CONFIG, model="odd")
+    run = replace(CONFIG, preset=replace(PRESETS["debug"], config=config))
     resolved = ds_config(stage, fp32=False)
     engine, _ = build_engine(build_model(run, resolved, CPU), run, resolved, one_rank)
     plain = dict(GPT(config, run.seed).named_parameters())

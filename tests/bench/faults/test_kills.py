@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def campaign(folder: Path, name: str, *more: str) -> dict[str, Any]:
     """Run a campaign; return what it recorded."""
-    command = [sys.executable, f"bench/{name}.py", "--folder", str(folder), *more]
+    command = [sys.executable, f"bench/faults/{name}.py", "--folder", str(folder), *more]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     (entry,) = json.loads((folder / "faults.json").read_text()).values()
@@ -21,7 +21,7 @@ def campaign(folder: Path, name: str, *more: str) -> dict[str, Any]:
 
 
 def test_a_run_killed_in_a_save_loses_nothing(tmp_path: Path) -> None:
-    values = campaign(tmp_path, "faults", "--campaign", "save", "--tries", "1")
+    values = campaign(tmp_path, "kills", "--campaign", "save", "--tries", "1")
     assert all(t["ok"] and -9 in t["statuses"].values() for t in values["tries"])
     (trace,) = values["traces"].values()
     assert trace["steps"] >= 4
