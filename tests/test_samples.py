@@ -13,11 +13,11 @@ from bench.fidelity.parity import launch, run_with_children
 from checkpoint.reader import load_model
 from data.shards import TokenStream
 from data.tokenizer import VOCAB_SIZE, load_tokenizer
-from model import GPTConfig
+from model import PRESETS, GPTConfig
+from tests.samples import train as sample
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = ROOT / "tests" / "samples"
-DRIVER = str(SAMPLES / "train.py")
 # What b0924dd itself made of them: the sha256 of model.safetensors at step 3, and log.txt of the
 # next two steps, which was the same on one and on two ranks.
 EXPORTED = {
@@ -47,8 +47,13 @@ def test_a_checkpoint_of_b0924dd_is_consolidated_to_the_same_bytes(
 @pytest.mark.parametrize("n_ranks", [1, 2])
 @pytest.mark.parametrize("stage", CONTINUED)
 def test_a_checkpoint_of_b0924dd_is_continued_as_it_was_there(
-    stage: str, n_ranks: int, tmp_path: Path
+    stage: str,
+    n_ranks: int,
+    one_rank: object,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setitem(PRESETS, "sample", sample.PRESET)
     shutil.copytree(SAMPLES / stage, tmp_path / "run")
     arguments = [
         "--model",
@@ -60,7 +65,7 @@ def test_a_checkpoint_of_b0924dd_is_continued_as_it_was_there(
         "--run_dir",
         str(tmp_path / "run"),
         "--ds_config",
-        f"ds_configs/{stage}.json",
+        str(ROOT / "ds_configs" / f"{stage}.json"),
         "--max_steps",
         "5",
         "--decay_steps",
@@ -77,10 +82,10 @@ def test_a_checkpoint_of_b0924dd_is_continued_as_it_was_there(
         "1",
     ]
     if n_ranks == 1:
-        done = run_with_children([sys.executable, DRIVER, *arguments], timeout_s=100)
+        assert sample.main(arguments) == 0
     else:
-        done = launch(n_ranks, arguments, DRIVER)
-    assert done.returncode == 0, done.stderr
+        done = launch(n_ranks, arguments, sample.__file__)
+        assert done.returncode == 0, done.stderr
     lines = (tmp_path / "run" / "log.txt").read_text().splitlines()
     logged = {key: float(value) for key, _, value in (line.rpartition(" ") for line in lines)}
     assert logged == pytest.approx(CONTINUED[stage], abs=5e-5)

@@ -12,9 +12,10 @@ from train import main
 from training.ranks import leave
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=32, vocab_size=250)
-PRESETS["sample"] = Preset(
+PRESET = Preset(
     SHAPE, 256, 1e-2, max_tokens=2048, decay_tokens=2048, warmup_tokens=512, hellaswag_every=0
 )
 
 if __name__ == "__main__":
+    PRESETS["sample"] = PRESET
     leave(main(sys.argv[1:]))
