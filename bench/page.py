@@ -1,4 +1,4 @@
-"""Writes the documents that hold measurements.
+"""Write the documents that hold measurements.
 
     python bench/page.py runs/bench/*.json --out docs/BENCHMARKS.md    a table for each measurement
     python bench/page.py docs/SCALING.md                               run its commands again
@@ -10,7 +10,6 @@ as it is, anything else as a block of code.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shlex
@@ -22,6 +21,7 @@ if not __package__:  # run as a file: import from the repository root, exactly a
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.record import markdown
+from command_line import OneLineParser
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND_BLOCK = re.compile(
@@ -49,12 +49,15 @@ def benchmarks(results: list[Path]) -> str:
 
 def fill(document: str) -> str:
     """Return a document with the output of its commands in place."""
-    return COMMAND_BLOCK.sub(
-        lambda block: f"{block[1]}{_output(block['command'])}{block[3]}", document
-    )
+
+    def filled(block: re.Match[str]) -> str:
+        return f"{block[1]}{output_of(block['command'])}{block[3]}"
+
+    return COMMAND_BLOCK.sub(filled, document)
 
 
-def _output(command: str) -> str:
+def output_of(command: str) -> str:
+    """Return what a command prints: a table as it is, anything else as a block of code."""
     done = subprocess.run(
         [sys.executable, *shlex.split(command)],
         cwd=ROOT,
@@ -72,9 +75,7 @@ def _output(command: str) -> str:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("files", type=Path, nargs="+", help="JSON files, or Markdown files")
     parser.add_argument("--out", type=Path, help="the page of the JSON files")
     args = parser.parse_args()

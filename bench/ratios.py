@@ -1,10 +1,8 @@
-"""Paired ratios of timings that were taken in turns, with a bootstrap interval."""
+"""Compare timings that were taken in turns: paired ratios with a bootstrap interval."""
 
-import platform
 import random
 import statistics
 from dataclasses import dataclass
-from pathlib import Path
 
 RESAMPLES = 10_000
 
@@ -22,7 +20,7 @@ class Ratio:
 
 
 def paired_ratio(theirs: list[float], ours: list[float]) -> Ratio:
-    """Return how many times theirs is ours, pair by pair; bootstrap interval."""
+    """Return how many times ours theirs is, pair by pair, with its bootstrap interval."""
     ratios = [a / b for a, b in zip(theirs, ours, strict=True)]
     rng = random.Random(0)
     medians = sorted(
@@ -32,15 +30,7 @@ def paired_ratio(theirs: list[float], ours: list[float]) -> Ratio:
     return Ratio(statistics.median(ratios), low, high)
 
 
-def in_turns(names: list[str], blocks: int) -> list[list[str]]:
-    """Return the order of each block: forwards, backwards, forwards …"""
-    return [names if block % 2 == 0 else names[::-1] for block in range(blocks)]
-
-
-def describe_machine() -> str:
-    """Return processor, cores and Python for people."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    name = models[0] if models else platform.processor()
-    return f"{len(models)} x {name}, Python {platform.python_version()}"
+def in_turns(sides: list[str], blocks: int) -> list[str]:
+    """Return who is timed when: all forwards, all backwards, all forwards … one block each."""
+    there_and_back = sides + sides[::-1]
+    return (there_and_back * blocks)[: len(sides) * blocks]

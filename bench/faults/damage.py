@@ -1,4 +1,4 @@
-"""Damage to checkpoints of every kind, and a shard cut while it is read (for mishaps.py)."""
+"""Damage checkpoints in every way, and cut a shard while it is read (for mishaps.py)."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ import os
 import random
 import shutil
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 CUTS = (0, 1, 0.3, 0.999)  # bytes, or parts of a file
 FLIPS = 50
-START_S = 60  # to say no
+START_S = 60  # for a start that must be refused
 
 Result = dict[str, Any]
 
 
 def damage(step: Path, other_step: Path, copy: Path, rng: random.Random) -> Result:
-    """Damage each file of a checkpoint in every way; each must be named by somebody."""
+    """Damage each file of a checkpoint in every way; an error must name each."""
     from checkpoint.manifest import read_manifest, verify_files
 
     def is_named(name: str) -> bool:
@@ -31,7 +30,8 @@ def damage(step: Path, other_step: Path, copy: Path, rng: random.Random) -> Resu
             return name in str(error)
         return False
 
-    n_tries, missed = 0, []
+    n_tries = 0
+    missed = []
     for path in sorted(step.iterdir()):
         for way, changed in damages(path, other_step, rng):
             shutil.copytree(step, copy)
@@ -52,7 +52,8 @@ def damages(path: Path, other_step: Path, rng: random.Random) -> Iterator[tuple[
     raw = path.read_bytes()
     yield "missing", None
     for cut in CUTS:
-        yield f"cut to {cut}", raw[: cut if isinstance(cut, int) else int(cut * len(raw))]
+        size = cut if isinstance(cut, int) else int(cut * len(raw))
+        yield f"cut to {cut}", raw[:size]
     for i in range(FLIPS):
         yield f"bit flip {i}", flip(raw, rng)
     if path.name != MANIFEST:
@@ -61,8 +62,10 @@ def damages(path: Path, other_step: Path, rng: random.Random) -> Iterator[tuple[
 
 def flip(raw: bytes, rng: random.Random) -> bytes:
     """Return the bytes with one bit flipped."""
+    flipped = bytearray(raw)
     position = rng.randrange(len(raw))
-    return raw[:position] + bytes([raw[position] ^ 1 << rng.randrange(8)]) + raw[position + 1 :]
+    flipped[position] ^= 1 << rng.randrange(8)
+    return bytes(flipped)
 
 
 def two_checkpoints(folder: Path) -> list[Path]:
@@ -81,27 +84,25 @@ def cut_shard(folder: Path, run_dir: Path) -> Result:
     from bench.faults.forks import Run
     from bench.faults.kills import END_S, arguments, judge, newest_step
 
-    data, log = run_dir.with_suffix(".data"), run_dir.with_suffix(".log")
+    data = run_dir.with_suffix(".data")
+    log = run_dir.with_suffix(".log")
     for path in (run_dir, data):
         shutil.rmtree(path, ignore_errors=True)
     shutil.copytree(folder / "data", data)
     shard = min(data.glob("*_train_*"))
     command = [*arguments(folder, run_dir, 1, 10**6), "--data_dir", str(data)]
     run = Run(command, 2, log)
-    while newest_step(run_dir) < 3 and not run.poll():
-        time.sleep(0.05)
+    run.wait_until(lambda: newest_step(run_dir) >= 3)
     os.truncate(shard, 4096)
     ended_s = run.wait(END_S)
     result = judge(run_dir, ended_s, run.statuses)
-    if -signal.SIGBUS not in run.statuses.values() or "Fatal Python error" not in log.read_text(
-        encoding="utf-8"
-    ):
+    has_stack = "Fatal Python error" in log.read_text(encoding="utf-8")
+    if -signal.SIGBUS not in run.statuses.values() or not has_stack:
         result |= {"ok": False, "problem": "no rank died of SIGBUS with its stack"}
     log.unlink()
     again = Run(command, 2, log)
     again.wait(START_S)
-    if set(again.statuses.values()) != {2} or f"error: {shard}: " not in log.read_text(
-        encoding="utf-8"
-    ):
+    is_named = f"error: {shard}: " in log.read_text(encoding="utf-8")
+    if set(again.statuses.values()) != {2} or not is_named:
         result |= {"ok": False, "problem": "the next start did not name the shard"}
     return result

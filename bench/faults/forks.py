@@ -1,23 +1,36 @@
-"""Ranks of a command as forks of one process that has imported everything: a run in seconds.
+"""Fork the ranks of a command from a process that has imported everything: a run takes seconds.
 
-What a kill leaves is the same as with a launcher; that nobody survives one is shown elsewhere,
+What a kill leaves is the same as with a launcher. That no process survives one is shown elsewhere,
 through the launchers themselves.
 """
 
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-IMPORTS = ("deepspeed", "torch.utils.tensorboard", "checkpoint.consolidate", "checkpoint.resuming",
-           "data.loader", "eval.packing", "eval.sample", "eval.val_loss", "training.engine",
-           "training.health", "training.stops", "train")  # fmt: skip
+from bench.processes import free_port, rank_variables, wait_until
+
+IMPORTS = (
+    "deepspeed",
+    "torch.utils.tensorboard",
+    "checkpoint.consolidate",
+    "checkpoint.resuming",
+    "data.loader",
+    "eval.packing",
+    "eval.sample",
+    "eval.val_loss",
+    "training.engine",
+    "training.health",
+    "training.stops",
+    "train",
+)
 KILLED = -signal.SIGKILL
 
 
@@ -47,15 +60,14 @@ class Run:
         sabotage: Callable[[int], None] = lambda rank: None,
         module: str = "train",
     ) -> None:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+        port = free_port()
         self.statuses: dict[int, int] = {}  # by rank, of those that have ended
         self.pids = []
         for rank in range(n_ranks):
             pid = os.fork()
             if not pid:
-                _become_rank(rank, n_ranks, port, log)
+                os.environ |= rank_variables(rank, n_ranks, port)
+                _redirect_output(log)
                 sabotage(rank)
                 _run(module, argv)
             self.pids.append(pid)
@@ -69,17 +81,19 @@ class Run:
                     self.statuses[rank] = os.waitstatus_to_exitcode(status)
         return len(self.statuses) == len(self.pids)
 
+    def wait_until(self, condition: Callable[[], object], timeout_s: float = math.inf) -> bool:
+        """Return whether a condition comes to hold in time, while a rank runs."""
+        wait_until(lambda: condition() or self.poll(), timeout_s)
+        return bool(condition())
+
     def wait(self, timeout_s: float) -> float | None:
         """Return after how many seconds all had ended; None: some had to be killed."""
         started = time.monotonic()
-        while not self.poll():
-            if time.monotonic() - started > timeout_s:
-                self.kill(range(len(self.pids)))
-                while not self.poll():
-                    time.sleep(0.01)
-                return None
-            time.sleep(0.01)
-        return time.monotonic() - started
+        if wait_until(self.poll, timeout_s):
+            return time.monotonic() - started
+        self.kill(range(len(self.pids)))
+        wait_until(self.poll, math.inf)
+        return None
 
     def kill(self, ranks: range | list[int], number: signal.Signals = signal.SIGKILL) -> None:
         """Send a signal to those of the ranks that still run."""
@@ -88,10 +102,7 @@ class Run:
                 os.kill(self.pids[rank], number)
 
 
-def _become_rank(rank: int, n_ranks: int, port: int, log: Path) -> None:
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n_ranks, "LOCAL_WORLD_SIZE": n_ranks}
-    os.environ |= {name: str(number) for name, number in numbers.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _redirect_output(log: Path) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

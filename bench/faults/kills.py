@@ -14,8 +14,7 @@ Resumable: the JSON and the run in --folder go on where they were. `make faults`
 
 from __future__ import annotations
 
-import argparse
-import json
+import itertools
 import os
 import random
 import select
@@ -24,37 +23,50 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if not __package__:  # run as a file: import from the repository root, exactly as train.py does
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from bench.processes import flags
+from bench.record import Rows, load_json, load_json_lines, record
+from command_line import OneLineParser
 
 ROOT = Path(__file__).resolve().parents[2]
-if not __package__:  # run as a file: import from the repository root, exactly as train.py does
-    sys.path[0] = str(ROOT)
-
 N_RANKS, INTERVAL = 2, 3  # steps between checkpoints
-START_S, END_S = 120, 15  # for a start and some steps; for the others to follow a killed rank
+START_S = 120  # for a start and some steps
+END_S = 15  # for the others to follow a killed rank
 
 Result = dict[str, Any]
+
+if TYPE_CHECKING:
+    from bench.faults.forks import Run
 
 
 def arguments(folder: Path, run_dir: Path, stage: int, max_steps: int) -> list[str]:
     """Return the command line of the run: dropout, and two micro-batches per step and rank."""
-    return [
-        "--model", "debug", "--data_dir", str(folder / "data"), "--run_dir", str(run_dir),
-        "--ds_config", str(ROOT / "ds_configs" / f"zero{stage}.json"), "--dropout", "0.1",
-        "--batch_tokens", "512", "--micro_batch_size", "2", "--max_steps", str(max_steps),
-        "--decay_steps", "1000", "--eval_every", "1000000", "--eval_tokens", "64",
-        "--sample_tokens", "1", "--checkpoint_every", str(INTERVAL), "--keep_checkpoints", "3",
-    ]  # fmt: skip
+    return flags(
+        model="debug",
+        data_dir=folder / "data",
+        run_dir=run_dir,
+        ds_config=ROOT / "ds_configs" / f"zero{stage}.json",
+        dropout=0.1,
+        batch_tokens=512,
+        micro_batch_size=2,
+        max_steps=max_steps,
+        decay_steps=1000,
+        eval_every=1_000_000,
+        eval_tokens=64,
+        sample_tokens=1,
+        checkpoint_every=INTERVAL,
+        keep_checkpoints=3,
+    )
 
 
 def losses(run_dir: Path) -> dict[int, float]:
     """Return the loss of every step that the run has logged."""
-    found, path = {}, run_dir / "metrics.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        if line.endswith("}") and "train/loss" in line:
-            row = json.loads(line)
-            found[row["step"]] = row["train/loss"]
-    return found
+    rows = load_json_lines(run_dir / "metrics.jsonl")
+    return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
 
 
 def newest_step(run_dir: Path) -> int:
@@ -85,95 +97,99 @@ def judge(run_dir: Path, ended_s: float | None, statuses: dict[int, int]) -> Res
     if lost > INTERVAL:
         problem = f"{lost} steps lost"
     statuses = dict(sorted(statuses.items()))
-    return {"ended_s": ended_s, "statuses": statuses, "lost": lost, "problem": problem,
-            "ok": not problem}  # fmt: skip
+    return {
+        "ended_s": ended_s,
+        "statuses": statuses,
+        "lost": lost,
+        "problem": problem,
+        "ok": not problem,
+    }
+
+
+def start(
+    folder: Path, run_dir: Path, sabotage: Callable[[int], None] = lambda rank: None, stage: int = 1
+) -> Run:
+    """Start the ranks of a long run; `sabotage` is called with the rank in each."""
+    from bench.faults.forks import Run
+
+    return Run(
+        arguments(folder, run_dir, stage, 10**6), N_RANKS, run_dir.with_suffix(".log"), sabotage
+    )
 
 
 def kill_in_step(folder: Path, run_dir: Path, rng: random.Random) -> Result:
     """Kill one rank or both at any moment of a few steps."""
-    from bench.faults.forks import Run
-
     begun = newest_step(run_dir)
-    run = Run(arguments(folder, run_dir, 1, 10**6), N_RANKS, run_dir.with_suffix(".log"))
-    steps = rng.randint(INTERVAL + 1, 3 * INTERVAL)
-    deadline = time.monotonic() + START_S
-    while begun + steps not in losses(run_dir) and time.monotonic() < deadline and not run.poll():
-        time.sleep(0.02)
-    reached = begun + steps in losses(run_dir)
+    run = start(folder, run_dir)
+    step = begun + rng.randint(INTERVAL + 1, 3 * INTERVAL)
+    reached = run.wait_until(lambda: step in losses(run_dir), START_S)
     time.sleep(rng.uniform(0, 0.4))
     victims = rng.choice([[0], [1], [0, 1]])
     run.kill(victims)
-    result = {"victims": victims, "step": begun + steps}
-    return result | _after(run_dir, run, reached)
+    return {"victims": victims, "step": step} | judge_end(run_dir, run, reached)
 
 
 def kill_in_save(folder: Path, run_dir: Path, rng: random.Random) -> Result:
     """Kill one rank or both at any moment of the second save and the time thereafter."""
-    from bench.faults.forks import Run
-    from bench.faults.sabotage import tell_of_saves
+    from bench.faults.sabotage import report_saves
 
     reader, writer = os.pipe()
-    run = Run(arguments(folder, run_dir, 1, 10**6), N_RANKS, run_dir.with_suffix(".log"),
-              lambda rank: tell_of_saves(writer, rank))  # fmt: skip
-    os.close(writer)
-    events = [at for _ in range(3) if (at := _next_event(reader))]  # begin, end, begin
-    duration_s = events[1] - events[0] if len(events) == 3 else 0.0
+    run = start(folder, run_dir, lambda rank: report_saves(writer, rank))
+    os.close(writer)  # the ranks have theirs: when they end, so does the pipe
+    events_s = []
+    for _ in range(3):  # begin, end, begin
+        readable, _, _ = select.select([reader], [], [], START_S)
+        if readable and os.read(reader, 1):
+            events_s.append(time.monotonic())
+    reached = len(events_s) == 3
+    duration_s = events_s[1] - events_s[0] if reached else 0.0
     victims = rng.choice([[0], [1], [0, 1]])
     share = rng.uniform(0, 1.2)
     time.sleep(share * duration_s)
     run.kill(victims)
     os.close(reader)
     result = {"victims": victims, "share_of_save": share, "save_s": duration_s}
-    return result | _after(run_dir, run, len(events) == 3)
+    return result | judge_end(run_dir, run, reached)
 
 
 def kill_after_grace(folder: Path, run_dir: Path, rng: random.Random) -> Result:
     """Ask both ranks to stop, and kill them while they still save."""
-    from bench.faults.forks import Run
     from bench.faults.sabotage import slow_saves
 
     step = newest_step(run_dir) + INTERVAL + 1
-    run = Run(arguments(folder, run_dir, 1, 10**6), N_RANKS, run_dir.with_suffix(".log"),
-              lambda rank: slow_saves())  # fmt: skip
-    deadline = time.monotonic() + START_S
-    while step not in losses(run_dir) and time.monotonic() < deadline and not run.poll():
-        time.sleep(0.02)
-    reached = step in losses(run_dir)
+    run = start(folder, run_dir, lambda rank: slow_saves())
+    reached = run.wait_until(lambda: step in losses(run_dir), START_S)
     run.kill(range(N_RANKS), signal.SIGTERM)
     grace_s = rng.uniform(0.1, 4)
     time.sleep(grace_s)
     run.kill(range(N_RANKS))
-    return {"grace_s": grace_s} | _after(run_dir, run, reached)
-
-
-def _after(run_dir: Path, run: Any, reached: bool) -> Result:
-    ended_s = run.wait(END_S)
-    result = judge(run_dir, ended_s, run.statuses)
-    if not reached:
-        result |= {"ok": False, "problem": "the moment of the kill never came"}
-    return result
-
-
-def _next_event(reader: int) -> float | None:
-    readable, _, _ = select.select([reader], [], [], START_S)
-    return time.monotonic() if readable and os.read(reader, 1) else None
+    return {"grace_s": grace_s} | judge_end(run_dir, run, reached)
 
 
 def kill_at_point(folder: Path, run_dir: Path, stage: int, point: str, victim: int) -> Result:
     """Have one rank die at a point of the second save."""
-    from bench.faults.forks import KILLED, Run
+    from bench.faults.forks import KILLED
     from bench.faults.sabotage import die_at
 
-    run = Run(arguments(folder, run_dir, stage, 10**6), N_RANKS, run_dir.with_suffix(".log"),
-              lambda rank: die_at(point) if rank == victim else None)  # fmt: skip
-    deadline = time.monotonic() + START_S
-    while not run.statuses and time.monotonic() < deadline:
-        run.poll()
-        time.sleep(0.01)
+    def sabotage(rank: int) -> None:
+        if rank == victim:
+            die_at(point)
+
+    run = start(folder, run_dir, sabotage, stage)
+    reached = run.wait_until(lambda: run.statuses, START_S)
     result = {"stage": stage, "point": point, "victim": victim}
-    result |= _after(run_dir, run, bool(run.statuses))
+    result |= judge_end(run_dir, run, reached)
     if run.statuses.get(victim) != KILLED:
         result |= {"ok": False, "problem": "the point was never reached"}
+    return result
+
+
+def judge_end(run_dir: Path, run: Run, reached: bool) -> Result:
+    """Wait for the end of a run; return what the kill left, not `ok` if its moment never came."""
+    ended_s = run.wait(END_S)
+    result = judge(run_dir, ended_s, run.statuses)
+    if not reached:
+        result |= {"ok": False, "problem": "the moment of the kill never came"}
     return result
 
 
@@ -191,81 +207,83 @@ def compare_with_undisturbed(folder: Path, run_dir: Path, stage: int) -> Result:
     return {"steps": len(killed), "differing": differing, "gaps": gaps}
 
 
-def open_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the JSON file of a folder with data to train on, and what it holds."""
+def open_folder(folder: Path) -> Path:
+    """Write data to train on into a folder; return the JSON file there for the results."""
     from bench.speed.train_step import write_tokens
 
     if not (folder / "data").exists():
         (folder / "data").mkdir(parents=True)
         write_tokens(folder / "data")
-    out = folder / "faults.json"
-    return out, json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+    return folder / "faults.json"
 
 
-def tries_of(
-    campaign: str, n_tries: int, seed: int
-) -> list[tuple[str, Callable[..., Result], Any]]:
+KILLS: dict[str, Callable[..., Result]] = {
+    "step": kill_in_step,
+    "save": kill_in_save,
+    "grace": kill_after_grace,
+}
+Try = tuple[str, Callable[..., Result], tuple[Any, ...]]
+
+
+def tries_of(campaign: str, n_tries: int, seed: int) -> list[Try]:
     """Return name of the run, function and arguments of every try."""
     from bench.faults.sabotage import POINTS
 
     if campaign == "points":
-        return [
-            (f"points{stage}", kill_at_point, (stage, point, victim))
-            for stage in range(4) for point, victims in POINTS.items() for victim in victims
-            if (stage, point, victim) != (0, "first file", 1)  # it writes none
-        ]  # fmt: skip
-    kill = {"step": kill_in_step, "save": kill_in_save, "grace": kill_after_grace}[campaign]
+        tries = []
+        for stage, (point, victims) in itertools.product(range(4), POINTS.items()):
+            for victim in victims:
+                if (stage, point, victim) != (0, "first file", 1):  # there it writes none
+                    tries.append((f"points{stage}", kill_at_point, (stage, point, victim)))
+        return tries
+    kill = KILLS[campaign]
     return [(campaign, kill, (random.Random(f"{seed}/{i}"),)) for i in range(n_tries)]
 
 
 def main() -> int:
     """Run the command line; status 1 if anything was lost."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--campaign", choices=("step", "save", "grace", "points"), required=True)
+    parser = OneLineParser(description=__doc__)
+    parser.add_argument("--campaign", choices=(*KILLS, "points"), required=True)
     parser.add_argument("--tries", type=int, default=20, help="kills (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="of the kills (default: 0)")
     parser.add_argument("--folder", type=Path, required=True, help="for runs and faults.json")
     args = parser.parse_args()
     from bench.faults.forks import import_everything
-    from bench.record import record
 
     import_everything()
     folder = args.folder
-    out, results = open_folder(folder)
+    out = open_folder(folder)
     title = f"Kills: {args.campaign}"
-    done: list[Result] = results.get(title, {}).get("values", {}).get("tries", [])
+    done: list[Result] = load_json(out).get(title, {}).get("values", {}).get("tries", [])
     tries = tries_of(args.campaign, args.tries, args.seed)
     values: dict[str, Any] = {"tries": done}
-    for i, (name, kill, more) in enumerate(tries):
-        if i < len(done):
-            continue
+    for i in range(len(done), len(tries)):
+        name, kill, more = tries[i]
         done.append(kill(folder, folder / name, *more))
         print(i, done[-1], file=sys.stderr, flush=True)
         record(out, title, summary(args.campaign, values), values, quiet=True)
-    values["traces"] = {
-        name: compare_with_undisturbed(
-            folder, folder / name, int(name[-1]) if name[-1].isdigit() else 1
-        )
-        for name in dict.fromkeys(name for name, *_ in tries)
-    }
+    traces: dict[str, Result] = {}
+    for name in dict.fromkeys(name for name, *_ in tries):
+        stage = int(name[-1]) if name[-1].isdigit() else 1
+        traces[name] = compare_with_undisturbed(folder, folder / name, stage)
+    values["traces"] = traces
     record(out, title, summary(args.campaign, values), values)
-    broken = [t for t in values["traces"].values() if t["differing"] or t["gaps"]]
-    return 1 if broken or not all(result["ok"] for result in done) else 0
+    are_same = all(not trace["differing"] and not trace["gaps"] for trace in traces.values())
+    return 0 if are_same and all(result["ok"] for result in done) else 1
 
 
-def summary(campaign: str, values: dict[str, Any]) -> list[dict[str, str]]:
+def summary(campaign: str, values: dict[str, Any]) -> Rows:
     """Return the table: tries and survivals, and the steps compared at the end."""
     tries, traces = values["tries"], values.get("traces", {})
-    differing = sum(len(t["differing"]) + len(t["gaps"]) for t in traces.values())
-    return [{
+    differing = sum(len(trace["differing"]) + len(trace["gaps"]) for trace in traces.values())
+    row = {
         "kills": campaign,
         "tries": str(len(tries)),
         "nothing lost": str(sum(result["ok"] for result in tries)),
-        "steps compared": str(sum(t["steps"] for t in traces.values())),
+        "steps compared": str(sum(trace["steps"] for trace in traces.values())),
         "with other bits": str(differing) if traces else "",
-    }]  # fmt: skip
+    }
+    return [row]
 
 
 if __name__ == "__main__":

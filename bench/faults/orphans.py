@@ -3,40 +3,44 @@
     python bench/faults/orphans.py --folder runs/faults
 
 Each variant is a signal to one process of the run (the runner `deepspeed`, its launcher, a rank,
-or all) at one moment (training, evaluation). The run must leave one checkpoint, at the step that it
-had reached, and `run_status.json` = preempted; no process may be there 45 s later; started again,
-it must go on with the very next step. Resumable: variants in the JSON are not tried again.
+or all) at one moment (training, evaluation). The run must leave a checkpoint at the step that it
+had reached and `preempted` in `run_status.json`; no process may be there 45 s later. A variant that
+the JSON holds is not tried again.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[2]
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
-    sys.path[0] = str(ROOT)
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from bench.processes import environment_without_ranks, flags, wait_until
+from bench.record import Results, Rows, run_cases
+from command_line import OneLineParser
 
 PROCESSES = ("runner", "launcher", "rank 0", "rank 1", "all")
 SIGNALS = ("SIGTERM", "SIGINT")
 MOMENTS = ("training", "evaluation")
 VARIANTS = [f"{s} to {p} in {m}" for p in PROCESSES for s in SIGNALS for m in MOMENTS]
-START_S, END_S = 120, 45
+START_S = 120  # for a start and some steps
+END_S = 45  # until no process may be there
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def descendants(pid: int) -> dict[int, psutil.Process]:
-    """Return a process and all below it that are no zombies."""
+    """Return a process and its descendants by process id, without zombies."""
     from training.stops import is_alive
 
     runner = psutil.Process(pid)
@@ -54,33 +58,33 @@ def name_processes(runner: int) -> dict[str, int]:
     return {"runner": runner, "launcher": launcher.pid} | dict(sorted(by_rank.items()))
 
 
-def start(folder: Path, run_dir: Path, moment: str, *more: str) -> subprocess.Popen[bytes]:
+def start(folder: Path, run_dir: Path, moment: str) -> subprocess.Popen[bytes]:
     """Start two ranks of a long run; its evaluation is long where that is the moment."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2",
-               "--master_addr", "127.0.0.1", "--master_port", str(port), "train.py",
-               "--model", "debug", "--data_dir", str(folder / "data"), "--run_dir", str(run_dir),
-               "--batch_tokens", "512", "--micro_batch_size", "4", "--max_steps", "100000",
-               "--decay_steps", "1000", "--sample_tokens", "1", "--eval_every",
-               "7" if moment == "evaluation" else "100000",
-               "--eval_tokens", "9984" if moment == "evaluation" else "64", *more]  # fmt: skip
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    from bench.fidelity.parity import launcher
+
+    in_evaluation = moment == "evaluation"
+    arguments = flags(
+        model="debug",
+        data_dir=folder / "data",
+        run_dir=run_dir,
+        batch_tokens=512,
+        micro_batch_size=4,
+        max_steps=100_000,
+        decay_steps=1000,
+        sample_tokens=1,
+        eval_every=7 if in_evaluation else 100_000,
+        eval_tokens=9984 if in_evaluation else 64,
+    )
+    environment = environment_without_ranks() | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     with run_dir.with_suffix(".log").open("ab") as log:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log,
-                                start_new_session=True)  # fmt: skip
-
-
-def wait_for(what: Any, timeout_s: float) -> bool:
-    """Return whether `what()` became true in time."""
-    deadline = time.monotonic() + timeout_s
-    while not what():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
+        return subprocess.Popen(
+            [*launcher(2), "train.py", *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
 
 
 def stop_once(folder: Path, variant: str) -> dict[str, Any]:
@@ -93,17 +97,16 @@ def stop_once(folder: Path, variant: str) -> dict[str, Any]:
     shutil.rmtree(run_dir, ignore_errors=True)
     runner = start(folder, run_dir, moment)
     step = 6 if moment == "evaluation" else 8  # evaluation follows the checkpoint after step 6
-    reached = wait_for(lambda: step in losses(run_dir), START_S)
+    reached = wait_until(lambda: step in losses(run_dir), START_S)
     if moment == "evaluation":
         time.sleep(0.3)
     processes = name_processes(runner.pid) if reached else {"runner": runner.pid}
     everyone = descendants(runner.pid)
-    number = signal.Signals[sent]
     for name, pid in processes.items():
         if whom in (name, "all"):
-            os.kill(pid, number)
+            os.kill(pid, signal.Signals[sent])
     started = time.monotonic()
-    gone = wait_for(lambda: runner.poll() is not None and not alive(everyone), END_S)
+    gone = wait_until(lambda: runner.poll() is not None and not alive(everyone), END_S)
     ended_s = time.monotonic() - started
     for pid in alive(everyone):
         os.kill(pid, signal.SIGKILL)
@@ -116,8 +119,14 @@ def stop_once(folder: Path, variant: str) -> dict[str, Any]:
         problem = f"processes lived on for {END_S} s"
     elif status["status"] != "preempted" or newest_step(run_dir) != done:
         problem = f"{status['status']} with a checkpoint of step {newest_step(run_dir)} of {done}"
-    return {"ok": not problem, "problem": problem, "ended_s": round(ended_s, 1), "steps": done,
-            "reason": status.get("reason"), "exit_status": runner.returncode}  # fmt: skip
+    return {
+        "ok": not problem,
+        "problem": problem,
+        "ended_s": round(ended_s, 1),
+        "steps": done,
+        "reason": status.get("reason"),
+        "exit_status": runner.returncode,
+    }
 
 
 def alive(processes: dict[int, psutil.Process]) -> list[int]:
@@ -127,7 +136,7 @@ def alive(processes: dict[int, psutil.Process]) -> list[int]:
     return [pid for pid, process in processes.items() if is_alive(process)]
 
 
-def summary(done: dict[str, Any]) -> list[dict[str, str]]:
+def summary(done: Results) -> Rows:
     """Return the table."""
     stopped = sum(result["ok"] for result in done.values())
     return [{"variants": str(len(done)), "checkpoint left, no process": str(stopped)}]
@@ -135,26 +144,17 @@ def summary(done: dict[str, Any]) -> list[dict[str, str]]:
 
 def main() -> int:
     """Run the command line; status 1 if anything lived on or was lost."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--variants", nargs="+", default=VARIANTS, help="default: all 20")
     parser.add_argument("--folder", type=Path, required=True, help="for runs and faults.json")
     args = parser.parse_args()
     from bench.faults.kills import open_folder
-    from bench.record import record
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    title = "Stops through deepspeed"
-    out, results = open_folder(args.folder)
-    done = results.get(title, {}).get("values", {})
-    for variant in args.variants:
-        if variant not in done:
-            done[variant] = stop_once(args.folder, variant)
-            print(variant, done[variant], file=sys.stderr, flush=True)
-            record(out, title, summary(done), done, quiet=True)
-    record(out, title, summary(done), done)
-    return 0 if all(result["ok"] for result in done.values()) else 1
+    # A shell's background job ignores SIGINT, and so would what it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    out = open_folder(args.folder)
+    stop_variant = partial(stop_once, args.folder)
+    return run_cases(out, "Stops through deepspeed", args.variants, stop_variant, summary)
 
 
 if __name__ == "__main__":

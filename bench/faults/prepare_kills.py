@@ -7,7 +7,6 @@ must end with the bytes of a run that nobody disturbed, and must not write a fin
 The JSON is written after every kill; an interrupted campaign goes on where it was.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -21,10 +20,14 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
-    sys.path[0] = str(ROOT)
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from bench.processes import flags, wait_until
+from bench.record import load_json, save_json
+from command_line import OneLineParser
+
+ROOT = Path(__file__).resolve().parents[2]
 WAYS = ("alone", "one rank", "all ranks")
 N_RANKS = 3
 N_DOCUMENTS, DOCUMENT_WORDS = 6000, 300
@@ -62,10 +65,10 @@ def command(source: Path, out_dir: Path, way: str) -> list[str]:
     launcher = []
     if way != "alone":
         launcher = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", str(N_RANKS)]
-    options = ["--val_tokens", "20000", "--shard_tokens", "30000", "--quiet", "--workers", "1"]
-    options += ["--tokenizer", "tiktoken"]  # the slower one: more time to be killed in
-    return [*launcher, sys.executable, "data/prepare.py", str(source), "--out_dir", str(out_dir),
-            *options]  # fmt: skip
+    # tiktoken is the slower tokenizer: there is more time to be killed in.
+    options = flags(val_tokens=20_000, shard_tokens=30_000, workers=1, tokenizer="tiktoken")
+    program = [sys.executable, "data/prepare.py", str(source), "--out_dir", str(out_dir)]
+    return [*launcher, *program, "--quiet", *options]
 
 
 def digests(out_dir: Path) -> dict[str, str]:
@@ -85,12 +88,18 @@ def kill(source: Path, out_dir: Path, way: str, after_s: float) -> bool:
     import psutil
 
     process = subprocess.Popen(
-        command(source, out_dir, way), cwd=ROOT, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        command(source, out_dir, way),
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     time.sleep(after_s)
     running = process.poll() is None
-    if running and way == "one rank" and (ranks := psutil.Process(process.pid).children()):
+    ranks = []
+    if running and way == "one rank":
+        ranks = psutil.Process(process.pid).children()  # none if mpirun has not started them yet
+    if ranks:
         random.choice(ranks).kill()  # mpirun ends the others
     elif running:
         os.killpg(process.pid, signal.SIGKILL)
@@ -103,12 +112,12 @@ def wait_for_session(session: int) -> None:
     """Wait until no process of a session is left."""
     import psutil
 
-    give_up = time.monotonic() + TIMEOUT_S
-    while any(_session(p.pid) == session for p in psutil.process_iter()):
-        if time.monotonic() > give_up:
-            os.killpg(session, signal.SIGKILL)
-            raise TimeoutError(f"processes of session {session} live on")
-        time.sleep(0.02)
+    def is_over() -> bool:
+        return all(_session(pid) != session for pid in psutil.pids())
+
+    if not wait_until(is_over, TIMEOUT_S):
+        os.killpg(session, signal.SIGKILL)
+        raise TimeoutError(f"processes of session {session} live on")
 
 
 def _session(pid: int) -> int:
@@ -125,9 +134,7 @@ def kill_and_start_again(
     hit = kill(source, out_dir, way, after_s)
     whole = {p.name: p.stat().st_mtime_ns for p in out_dir.glob("*.npy")} if hit else {}
     manifest = out_dir / "shards.json"
-    finished = (
-        len(json.loads(manifest.read_text(encoding="utf-8"))["shards"]) if manifest.exists() else 0
-    )
+    finished = len(load_json(manifest).get("shards", []))
     run(source, out_dir, way)
     rewritten = sum((out_dir / name).stat().st_mtime_ns != when for name, when in whole.items())
     return Kill(way, round(after_s, 3), hit, finished, rewritten, digests(out_dir) == expected)
@@ -135,11 +142,9 @@ def kill_and_start_again(
 
 def campaign(n_kills: int, out: Path, ways: tuple[str, ...], seed: int = 0) -> list[Kill]:
     """Kill until `out` holds `n_kills` results; each kill has its own random moment."""
-    done = (
-        [Kill(**kill) for kill in json.loads(out.read_text(encoding="utf-8"))]
-        if out.exists()
-        else []
-    )
+    done: list[Kill] = []
+    if out.exists():
+        done = [Kill(**kill) for kill in json.loads(out.read_text(encoding="utf-8"))]
     with tempfile.TemporaryDirectory(prefix="nanospeed_") as name:
         folder = Path(name)
         source = make_source(folder)
@@ -154,17 +159,13 @@ def campaign(n_kills: int, out: Path, ways: tuple[str, ...], seed: int = 0) -> l
             shutil.rmtree(folder / "out")
             print(result, file=sys.stderr)
             done.append(result)
-            out.write_text(
-                json.dumps([asdict(kill) for kill in done], indent=1) + "\n", encoding="utf-8"
-            )
+            save_json(out, [asdict(kill) for kill in done])
     return done
 
 
 def main() -> int:
     """Run the command line; return 0 if every kill left the same bytes."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50, help="in all (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="JSON of the results")
     args = parser.parse_args()

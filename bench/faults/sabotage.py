@@ -1,4 +1,4 @@
-"""What bench/faults/kills.py does to a rank from within: tell of saves, die at a point of one."""
+"""Change a rank from within, for kills.py: report its saves, slow them, die at a point of one."""
 
 from __future__ import annotations
 
@@ -10,12 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Points of a save, with the ranks that come by.
-POINTS = {"first file": (0, 1), "all files": (0, 1), "hashed": (0, 1), "manifest": (0,),
-          "rename": (0,), "latest": (0,), "prune": (0,)}  # fmt: skip
+# Points of a save, with the ranks that reach them.
+POINTS = {
+    "first file": (0, 1),
+    "all files": (0, 1),
+    "hashed": (0, 1),
+    "manifest": (0,),
+    "rename": (0,),
+    "latest": (0,),
+    "prune": (0,),
+}
 
 
-def tell_of_saves(writer: int, rank: int) -> None:
+def report_saves(writer: int, rank: int) -> None:
     """Have rank 0 write a byte where a save begins, and one where it ends."""
     import checkpoint.saving as saving
 
@@ -42,9 +49,9 @@ def slow_saves() -> None:
 
         return slow
 
-    for owner, name in ((saving, "write_files"), (saving, "record_share"),
-                        (manifest, "write_manifest")):  # fmt: skip
-        setattr(owner, name, slowed(getattr(owner, name)))
+    saving.write_files = slowed(saving.write_files)
+    saving.record_share = slowed(saving.record_share)
+    manifest.write_manifest = slowed(manifest.write_manifest)
 
 
 def die_at(point: str) -> None:
@@ -61,39 +68,33 @@ def die_at(point: str) -> None:
         n_saves[0] += 1
         write_files(*args)
 
-    def fatal(owner: Any, name: str, *, before: bool, only: Callable[..., bool]) -> None:
-        real = getattr(owner, name)
-
-        def dies(*args: Any, **kwargs: Any) -> Any:
-            if n_saves[0] == 2 and before and only(*args):
-                os.kill(os.getpid(), signal.SIGKILL)
-            result = real(*args, **kwargs)
-            if n_saves[0] == 2 and not before and only(*args):
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
-
-        setattr(owner, name, dies)
-
-    def always(*args: Any) -> bool:
+    def always(first: Any) -> bool:
         return True
 
-    def is_deleted(path: Path, **_: Any) -> bool:
+    def is_renamed(path: Path) -> bool:
         return path.name.endswith(".deleted") and path.exists()
 
     saving.write_files = counted
-    where: dict[str, tuple[Any, str, bool, Callable[..., bool]]] = {
+    # What to replace, whether to die before its call, and with which first arguments.
+    points: dict[str, tuple[Any, str, bool, Callable[..., bool]]] = {
         "first file": (TorchCheckpointEngine, "save", False, always),
         "all files": (saving, "write_files", False, always),
         "hashed": (saving, "record_share", False, always),
         "manifest": (manifest, "write_manifest", True, always),
-        "rename": (Path, "rename", True, lambda path, _: path.name.endswith(".tmp")),
-        "latest": (manifest, "write_atomically", True, lambda path, _: path.name == "latest"),
-        "prune": (
-            shutil,
-            "rmtree",
-            True,
-            lambda path, **_: path.name.endswith(".deleted") and path.exists(),
-        ),
+        "rename": (Path, "rename", True, lambda path: path.name.endswith(".tmp")),
+        "latest": (manifest, "write_atomically", True, lambda path: path.name == "latest"),
+        "prune": (shutil, "rmtree", True, is_renamed),
     }
-    owner, name, before, only = where[point]
-    fatal(owner, name, before=before, only=only)
+    owner, name, before, is_meant = points[point]
+    real = getattr(owner, name)
+
+    def die(first: Any, *args: Any, **kwargs: Any) -> Any:
+        is_fatal = n_saves[0] == 2 and is_meant(first)
+        if is_fatal and before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = real(first, *args, **kwargs)
+        if is_fatal and not before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, die)

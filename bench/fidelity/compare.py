@@ -1,12 +1,13 @@
-"""Reads what bench/fidelity/keys.py compares: logs, exports, evaluations and every moment."""
+"""Read what bench/fidelity/keys.py compares: logs, exports, evaluations and every moment."""
 
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from bench.record import load_json_lines
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,15 +40,17 @@ def read_moments(engine: Any) -> Moments:
     """Return both moments of every parameter, whole (all ranks)."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    state, is_sharded = engine.basic_optimizer.state, engine.zero_optimization_stage() > 0
-    if engine.zero_optimization_stage() in (1, 2):
-        # DeepSpeed 0.19.8 does so after the step of the first group: the second has no moments yet.
+    state = engine.basic_optimizer.state
+    stage = engine.zero_optimization_stage()
+    if stage in (1, 2):
+        # DeepSpeed 0.19.8 links the moments after the step of the first parameter group, before the
+        # second has any. So link them again.
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     moments: Moments = {}
     for name, param in engine.module.named_parameters():
         for key in ("exp_avg", "exp_avg_sq"):
-            moment = safe_get_full_optimizer_state(param, key) if is_sharded else state[param][key]
+            moment = safe_get_full_optimizer_state(param, key) if stage else state[param][key]
             assert moment is not None, name
             moments[f"{name}/{key}"] = moment.clone()
     return moments
@@ -67,15 +70,14 @@ def are_equal(a: Moments, b: Moments) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def largest_difference(a: Moments, b: Moments) -> float:
-    """Return the largest difference of a moment, as a part of its 2-norm."""
+def largest_moment_difference(a: Moments, b: Moments) -> float:
+    """Return the largest difference of a parameter's moment, as a fraction of its 2-norm."""
     return max(float((a[name] - b[name]).norm() / b[name].norm()) for name in b)
 
 
 def read_rows(run_dir: Path) -> list[dict[str, Any]]:
     """Return what a run has logged, without its speed."""
-    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = load_json_lines(run_dir / "metrics.jsonl")
     return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
 
 
@@ -83,12 +85,8 @@ def losses(run_dir: Path) -> list[float]:
     """Return the losses of all steps, and the last validation loss."""
     rows = read_rows(run_dir)
     train_losses = [row["train/loss"] for row in rows if "train/loss" in row]
-    return [*train_losses, [row["val/loss"] for row in rows if "val/loss" in row][-1]]
-
-
-def largest(a: list[float], b: list[float]) -> float:
-    """Return the largest difference of two lists."""
-    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+    val_losses = [row["val/loss"] for row in rows if "val/loss" in row]
+    return [*train_losses, val_losses[-1]]
 
 
 def is_exported(run_dir: Path) -> bool:
@@ -99,18 +97,19 @@ def is_exported(run_dir: Path) -> bool:
     from data.tokenizer import VOCAB_SIZE
 
     (folder,) = (run_dir / "consolidated").iterdir()
-    live, read = (load_model(str(path))[0].state_dict() for path in (folder, run_dir))
+    live = load_model(str(folder))[0].state_dict()
+    read = load_model(str(run_dir))[0].state_dict()
     return all(torch.equal(live[k][:VOCAB_SIZE], read[k][:VOCAB_SIZE]) for k in live)
 
 
-def evaluate(folder: Path, run_dir: Path) -> float:
+def validation_loss(folder: Path, run_dir: Path) -> float:
     """Return the validation loss of the newest step folder, in fp32."""
     from checkpoint.reader import load_model
     from data.shards import TokenStream
     from data.tokenizer import VOCAB_SIZE
-    from eval.val_loss import evaluate
+    from eval.val_loss import sum_losses
 
     model, _ = load_model(str(run_dir))
     stream = TokenStream(folder / "data", "val", VOCAB_SIZE)
-    total, n_tokens = evaluate(model, stream, seq_len=64, eval_tokens=256, batch_size=4)
+    total, n_tokens = sum_losses(model, stream, seq_len=64, eval_tokens=256, batch_size=4)
     return total / n_tokens

@@ -1,16 +1,17 @@
-"""Walk the table of ds_configs/README.md: train, export, evaluate, resume with each verified key.
+"""Try each verified key of the table in ds_configs/README.md: train, export, evaluate, resume.
 
     python bench/fidelity/keys.py --folder runs/keys
 
 A run of two ranks with the key is compared with one of a single rank at stage 0 without it, whose
-moments no flat tensor holds: the losses, and after a resume at that layout every moment, element
-for element. The resume at the same layout must have the same bits; the export and the weights that
-are read from the files those of the live engine. Resumable: cells in the JSON are not run again.
+moments are in no flat tensor: their losses, and, after a resume at the layout of the latter, every
+element of every moment. A resume at the same layout must have the same bits. The export and the
+weights that are read from the files must be those of the live engine. A cell that the JSON holds is
+not run again.
 """
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import json
 import re
 import shutil
@@ -22,12 +23,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from bench.fidelity.compare import Moments
 
-ROOT = Path(__file__).resolve().parents[2]
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
-    sys.path[0] = str(ROOT)
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-NET = "a wrong map is refused"
-MODEL = "keys"  # of sizes that are no multiples of an alignment
+from bench.processes import flags
+from bench.record import Results, Rows, run_cases
+from command_line import OneLineParser
+
+ROOT = Path(__file__).resolve().parents[2]
+WRONG_MAP = "a wrong map is refused"
+MODEL = "keys"  # its sizes are not multiples of an alignment
 N_STEPS, SAVED_AT, TIMEOUT_S = 4, 2, 200
 COLUMNS = ("b", "1", "2", "3")  # of the table, as training/ds_keys.py names them
 # Largest differences: of a loss to stage 0, and of a parameter's moment, of its 2-norm.
@@ -62,14 +67,13 @@ def read_table() -> dict[str, tuple[list[Any], dict[str, str]]]:
 def find_cells() -> list[Cell]:
     """Return everything that the table says is verified."""
     precisions = {"b": ["bf16"], "1": ["fp32"], "2": ["bf16", "fp32"], "3": ["bf16", "fp32"]}
-    return [
-        Cell(key, value, int(column.replace("b", "1")), precision)
-        for key, (values, states) in read_table().items()
-        for value in values
-        for column in COLUMNS
-        if states[column] == "verified"
-        for precision in precisions[column]
-    ]  # fmt: skip
+    cells = []
+    for key, (values, states) in read_table().items():
+        for value, column in itertools.product(values, COLUMNS):
+            stage = 1 if column == "b" else int(column)
+            if states[column] == "verified":
+                cells += [Cell(key, value, stage, precision) for precision in precisions[column]]
+    return cells
 
 
 def write_ds_config(
@@ -93,13 +97,21 @@ def write_ds_config(
 
 def arguments(folder: Path, run_dir: Path, ds_config: Path) -> list[str]:
     """Return the command line of a run."""
-    return [
-        "--model", MODEL, "--data_dir", str(folder / "data"), "--run_dir", str(run_dir),
-        "--ds_config", str(ds_config), "--batch_tokens", "512", "--micro_batch_size", "2",
-        "--max_steps", str(N_STEPS), "--decay_steps", "100", "--warmup_steps", "1",
-        "--eval_every", str(N_STEPS), "--eval_tokens", "256", "--sample_tokens", "1",
-        "--checkpoint_every", str(SAVED_AT),
-    ]  # fmt: skip
+    return flags(
+        model=MODEL,
+        data_dir=folder / "data",
+        run_dir=run_dir,
+        ds_config=ds_config,
+        batch_tokens=512,
+        micro_batch_size=2,
+        max_steps=N_STEPS,
+        decay_steps=100,
+        warmup_steps=1,
+        eval_every=N_STEPS,
+        eval_tokens=256,
+        sample_tokens=1,
+        checkpoint_every=SAVED_AT,
+    )
 
 
 def train(
@@ -115,8 +127,9 @@ def train(
     log.unlink(missing_ok=True)
     run = Run(argv, n_ranks, log, sabotage)
     if run.wait(TIMEOUT_S) is None or any(run.statuses.values()):
-        said = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        raise RuntimeError("; ".join([line for line in said if "rror" in line][-2:] or said[-2:]))
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        errors = [line for line in lines if "rror" in line]  # Error or error
+        raise RuntimeError("; ".join(errors[-2:] or lines[-2:]))
 
 
 def go_back(run_dir: Path, copy: Path) -> Path:
@@ -131,7 +144,8 @@ def reference(folder: Path, precision: str) -> tuple[Moments, list[float]]:
     """Train one rank at stage 0 without any key; return moments at SAVED_AT, and losses."""
     from bench.fidelity.compare import keep_moments, load_moments, losses
 
-    run_dir, moments = folder / f"reference_{precision}", folder / f"moments_{precision}.pt"
+    run_dir = folder / f"reference_{precision}"
+    moments = folder / f"moments_{precision}.pt"
     if not moments.exists():
         shutil.rmtree(run_dir, ignore_errors=True)
         argv = arguments(folder, run_dir, write_ds_config(folder, 0, precision))
@@ -140,78 +154,89 @@ def reference(folder: Path, precision: str) -> tuple[Moments, list[float]]:
     return load_moments(moments), losses(run_dir)
 
 
+def new_folder(folder: Path) -> Path:
+    """Return an empty folder for the runs of one cell."""
+    cell_folder = folder / "cell"
+    shutil.rmtree(cell_folder, ignore_errors=True)
+    cell_folder.mkdir()
+    return cell_folder
+
+
 def try_cell(folder: Path, cell: Cell) -> dict[str, Any]:
-    """Do with a key all that verified means; return the differences, and the problem, if any."""
+    """Do with a key all that verified means; return the differences, and whether they are small."""
     from bench.fidelity.compare import (
         are_equal,
-        evaluate,
         is_exported,
         keep_moments,
-        largest,
-        largest_difference,
+        largest_moment_difference,
         load_moments,
         losses,
         read_rows,
+        validation_loss,
     )
+    from bench.fidelity.parity import largest_difference
 
     moments, expected = reference(folder, cell.precision)
-    here = folder / "cell"
-    shutil.rmtree(here, ignore_errors=True)
-    here.mkdir()
+    cell_folder = new_folder(folder)
+    log = cell_folder / "log"
     ds_config = write_ds_config(folder, cell.stage, cell.precision, cell.key, cell.value)
-    whole, log = here / "whole", here / "log"
-    keep = keep_moments(here / "saved.pt", "checkpoint.saving", "save_checkpoint", SAVED_AT)
+    whole = cell_folder / "whole"
+    keep = keep_moments(cell_folder / "saved.pt", "checkpoint.saving", "save_checkpoint", SAVED_AT)
     train(arguments(folder, whole, ds_config), 2, log, keep)
-    same = go_back(whole, here / "same")
+
+    same = go_back(whole, cell_folder / "same")
     train(arguments(folder, same, ds_config), 2, log)
-    other = go_back(whole, here / "other")
+
+    other = go_back(whole, cell_folder / "other")
     plain = write_ds_config(folder, 0, cell.precision)
-    keep = keep_moments(here / "loaded.pt", "checkpoint.resuming", "load_checkpoint", SAVED_AT)
+    path = cell_folder / "loaded.pt"
+    keep = keep_moments(path, "checkpoint.resuming", "load_checkpoint", SAVED_AT)
     train(arguments(folder, other, plain), 1, log, keep)
-    loaded = load_moments(here / "loaded.pt")
-    found = {
-        "loss": largest(losses(whole), expected),
-        "loss of the resumed": largest(losses(other), expected),
-        "moment": largest_difference(loaded, moments),
-        "evaluation": abs(evaluate(folder, whole) - losses(whole)[-1]),
+    loaded = load_moments(path)
+
+    differences = {
+        "loss": largest_difference(losses(whole), expected),
+        "loss of the resumed": largest_difference(losses(other), expected),
+        "moment": largest_moment_difference(loaded, moments),
+        "evaluation": abs(validation_loss(folder, whole) - losses(whole)[-1]),
+    }
+    equalities = {
         "same bits": read_rows(same) == read_rows(whole),
-        "same moments": are_equal(loaded, load_moments(here / "saved.pt")),
+        "same moments": are_equal(loaded, load_moments(cell_folder / "saved.pt")),
         "same export": is_exported(whole),
     }
-    most, most_of_moments = TOLERANCES[cell.precision]
-    ok = all(found[name] for name in ("same bits", "same moments", "same export"))
-    ok = ok and found["moment"] <= most_of_moments
-    ok = ok and all(found[k] <= most for k in ("loss", "loss of the resumed", "evaluation"))
-    return found | {"ok": ok}
+    of_loss, of_moment = TOLERANCES[cell.precision]
+    tolerances = dict.fromkeys(differences, of_loss) | {"moment": of_moment}
+    are_small = all(differences[name] <= tolerances[name] for name in differences)
+    return differences | equalities | {"ok": are_small and all(equalities.values())}
 
 
-def try_net(folder: Path) -> dict[str, Any]:
-    """Take a mend of DeepSpeed's map out: whoever reads weights by the wrong one must refuse."""
+def try_wrong_map(folder: Path) -> dict[str, Any]:
+    """Undo a fix of DeepSpeed's map: whoever reads weights by the wrong map must refuse them."""
     from checkpoint.manifest import newest_step
     from checkpoint.reader import load_model
 
-    here = folder / "cell"
-    shutil.rmtree(here, ignore_errors=True)
-    here.mkdir()
-    run_dir, log, said = here / "run", here / "log", []
-    ds_config = write_ds_config(folder, 2, "bf16", "round_robin_gradients", True)
-    plain = write_ds_config(folder, 1, "bf16")
-    for config, n_ranks in ((ds_config, 2), (plain, 1)):
+    cell_folder = new_folder(folder)
+    run_dir, log = cell_folder / "run", cell_folder / "log"
+    saved_with = write_ds_config(folder, 2, "bf16", "round_robin_gradients", True)
+    resumed_with = write_ds_config(folder, 1, "bf16")
+    errors = []
+    for ds_config, n_ranks in ((saved_with, 2), (resumed_with, 1)):
         try:
-            train(arguments(folder, run_dir, config), n_ranks, log, without_mend)
+            train(arguments(folder, run_dir, ds_config), n_ranks, log, without_fix)
         except RuntimeError as error:
-            said.append(str(error))
+            errors.append(str(error))
     try:
         load_model(str(newest_step(run_dir)))
     except ValueError as error:
-        said.append(str(error))
-    exported = list((run_dir / "consolidated").iterdir())
-    ok = len(said) == 3 and not exported
-    ok = ok and all("is not the weight that was trained" in line for line in said)
-    return {"problem": "; ".join(said), "ok": ok}
+        errors.append(str(error))
+    is_exported = any((run_dir / "consolidated").iterdir())
+    are_named = all("is not the weight that was trained" in error for error in errors)
+    ok = len(errors) == 3 and are_named and not is_exported
+    return {"problem": "; ".join(errors), "ok": ok}
 
 
-def without_mend(rank: int) -> None:
+def without_fix(rank: int) -> None:
     """Leave DeepSpeed's map from weights to flat tensors as it is."""
     import training.deepspeed_fixes as fixes
 
@@ -229,6 +254,8 @@ def prepare(folder: Path) -> None:
     from model import GPTConfig
     from model.presets import PRESETS
 
+    # In the global table, and only here: the forks parse the flags of train.py, where a preset is a
+    # name. Nothing else runs in this process.
     PRESETS[MODEL] = replace(PRESETS["debug"], config=GPTConfig(2, 2, 50, 64))
     (folder / "data").mkdir(parents=True, exist_ok=True)
     write_tokens(folder / "data")
@@ -236,41 +263,34 @@ def prepare(folder: Path) -> None:
 
 def main() -> int:
     """Run the command line; status 1 if a key is not as the table says."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--cells", nargs="+", help="names of some, as the JSON has them")
     parser.add_argument("--folder", type=Path, required=True, help="for runs and keys.json")
     parser.add_argument("--out", type=Path, help="JSON (default: FOLDER/keys.json)")
     args = parser.parse_args()
-    from bench.record import record
-
     cells = {cell.name: cell for cell in find_cells()}
     prepare(args.folder)
-    out, title = args.out or args.folder / "keys.json", "Keys of zero_optimization"
-    results = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
-    done: dict[str, Any] = results.get(title, {}).get("values", {})
-    for name in args.cells or [*cells, NET]:
-        if name not in done:
-            try:
-                done[name] = (
-                    try_net(args.folder) if name == NET else try_cell(args.folder, cells[name])
-                )
-            except (RuntimeError, ValueError) as error:
-                done[name] = {"problem": str(error), "ok": False}
-            print(name, done[name], file=sys.stderr, flush=True)
-            record(out, title, summary(done), done, quiet=True)
-    record(out, title, summary(done), done)
-    return 0 if all(result["ok"] for result in done.values()) else 1
+
+    def try_case(name: str) -> dict[str, Any]:
+        try:
+            if name == WRONG_MAP:
+                return try_wrong_map(args.folder)
+            return try_cell(args.folder, cells[name])
+        except (RuntimeError, ValueError) as error:
+            return {"problem": str(error), "ok": False}
+
+    out = args.out or args.folder / "keys.json"
+    names = args.cells or [*cells, WRONG_MAP]
+    return run_cases(out, "Keys of zero_optimization", names, try_case, summary)
 
 
-def summary(done: dict[str, Any]) -> list[dict[str, str]]:
+def summary(done: Results) -> Rows:
     """Return the table."""
     rows = []
     for name, result in done.items():
-        found = [f"{k} {v:.1e}" for k, v in result.items() if type(v) is float]
-        rows.append({"key": name, "ok": str(result["ok"]),
-                     "largest differences": result.get("problem") or ", ".join(found)})  # fmt: skip
+        differences = [f"{k} {v:.1e}" for k, v in result.items() if type(v) is float]
+        largest = result.get("problem") or ", ".join(differences)
+        rows.append({"key": name, "ok": str(result["ok"]), "largest differences": largest})
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Every ZeRO stage and rank count against one plain PyTorch loop, on identical data.
+"""Compare every ZeRO stage and rank count with one plain PyTorch loop, on identical data.
 
     python bench/fidelity/parity.py --out runs/parity.json
 
@@ -6,13 +6,11 @@ Each cell is one run of `deepspeed --num_gpus N train.py`; the reference is
 bench/fidelity/reference.py. Resumable: cells that --out holds are not run again.
 """
 
-import argparse
 import itertools
 import json
 import os
 import platform
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +19,10 @@ from typing import Any
 
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from bench.processes import environment_without_ranks, flags, free_port
+from bench.record import load_json, load_json_lines, save_json
+from command_line import OneLineParser
 
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = {"fp32": 2e-6, "bf16": 2e-3}
@@ -39,18 +41,22 @@ def write_ds_config(folder: Path, stage: int, precision: str) -> Path:
 
 
 def run_with_children(command: list[str], timeout_s: int) -> subprocess.CompletedProcess[str]:
-    """Run a launcher from the repository root on the CPU; past the limit all its ranks end too.
+    """Run a launcher from the repository root on the CPU; a timeout ends its ranks, too.
 
     Raises:
         subprocess.TimeoutExpired: It ran longer than `timeout_s`.
     """
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    environment = environment_without_ranks()
     environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    pipe = subprocess.PIPE
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True,
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         start_new_session=True,
-    encoding="utf-8")  # fmt: skip
+        encoding="utf-8",
+    )
     try:
         out, err = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
@@ -60,16 +66,17 @@ def run_with_children(command: list[str], timeout_s: int) -> subprocess.Complete
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
+def launcher(n_ranks: int) -> list[str]:
+    """Return `deepspeed --num_gpus N` with a free port."""
+    command = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    return command + flags(num_gpus=n_ranks, master_addr="127.0.0.1", master_port=free_port())
+
+
 def launch(
     n_ranks: int, arguments: list[str], script: str = "train.py"
 ) -> subprocess.CompletedProcess[str]:
-    """Run `deepspeed --num_gpus N train.py …` with a free port and a time limit."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(n_ranks)]
-    command += ["--master_addr", "127.0.0.1", "--master_port", str(port), script, *arguments]
-    return run_with_children(command, LAUNCH_TIMEOUT_S)
+    """Run `deepspeed --num_gpus N train.py …` within a time limit."""
+    return run_with_children([*launcher(n_ranks), script, *arguments], LAUNCH_TIMEOUT_S)
 
 
 def engine_losses(
@@ -79,24 +86,30 @@ def engine_losses(
     from bench.fidelity import reference as r
 
     run_dir = folder / f"zero{stage}_{n_ranks}_{precision}"
-    done = launch(
-        n_ranks,
-        ["--model", "debug", "--init_from", str(folder / "init"), "--shuffle", "false",
-         "--data_dir", str(folder / "data"), "--run_dir", str(run_dir), "--resume", "none",
-         "--ds_config", str(write_ds_config(folder, stage, precision)),
-         "--batch_tokens", str(r.N_SEQUENCES * r.SEQ_LEN),
-         "--micro_batch_size", str(r.N_SEQUENCES // r.GRAD_ACCUM // n_ranks),
-         "--max_steps", str(steps), "--warmup_steps", str(r.WARMUP), "--decay_steps", str(steps),
-         "--lr", str(r.LR), "--weight_decay", str(r.WEIGHT_DECAY), "--grad_clip", str(r.CLIP),
-         "--eval_every", str(steps), "--eval_tokens", str(r.SEQ_LEN), "--sample_tokens", "1",
-         *more],
-    )  # fmt: skip
+    command = flags(
+        model="debug",
+        init_from=folder / "init",
+        shuffle="false",
+        data_dir=folder / "data",
+        run_dir=run_dir,
+        resume="none",
+        ds_config=write_ds_config(folder, stage, precision),
+        batch_tokens=r.N_SEQUENCES * r.SEQ_LEN,
+        micro_batch_size=r.N_SEQUENCES // r.GRAD_ACCUM // n_ranks,
+        max_steps=steps,
+        warmup_steps=r.WARMUP,
+        decay_steps=steps,
+        lr=r.LR,
+        weight_decay=r.WEIGHT_DECAY,
+        grad_clip=r.CLIP,
+        eval_every=steps,
+        eval_tokens=r.SEQ_LEN,
+        sample_tokens=1,
+    )
+    done = launch(n_ranks, [*command, *more])
     if done.returncode:
         raise RuntimeError(f"zero{stage}, {n_ranks} ranks:\n{done.stdout}{done.stderr}")
-    rows = [
-        json.loads(line)
-        for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    rows = load_json_lines(run_dir / "metrics.jsonl")
     return [row["train/loss"] for row in rows if "train/loss" in row]
 
 
@@ -115,14 +128,14 @@ def print_table(cells: dict[str, Any]) -> None:
     print("| precision | stage | 1 rank | 2 ranks | 4 ranks |\n|---|---|---|---|---|")
     for precision in TOLERANCE:
         for stage in range(4):
-            row = [cells.get(f"{precision}/zero{stage}/{n}") for n in (1, 2, 4)]
-            shown = " | ".join("" if c is None else f"{c['difference']:.1e}" for c in row)
-            print(f"| {precision} | {stage} | {shown} |")
+            found = [cells.get(f"{precision}/zero{stage}/{n}") for n in (1, 2, 4)]
+            shown = [f"{cell['difference']:.1e}" if cell else "" for cell in found]
+            print(f"| {precision} | {stage} | {' | '.join(shown)} |")
 
 
 def main() -> int:
     """Run the command line; status 1 if a cell is outside its tolerance."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="(default: 1 2 4)")
     parser.add_argument("--precisions", nargs="+", default=list(TOLERANCE), choices=TOLERANCE)
@@ -133,8 +146,7 @@ def main() -> int:
 
     from bench.fidelity.reference import N_SEQUENCES, SEQ_LEN, reference_losses, write_inputs
 
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    cells = json.loads(args.out.read_text(encoding="utf-8"))["cells"] if args.out.exists() else {}
+    cells = load_json(args.out).get("cells", {})
     result = {"torch": torch.__version__, "machine": platform.machine(), "cells": cells}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -152,7 +164,7 @@ def main() -> int:
             difference = largest_difference(losses, expected)
             ok = difference <= TOLERANCE[precision]
             cells[name] = {"difference": difference, "ok": ok}
-            args.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
+            save_json(args.out, result)
             print(name, f"{difference:.2e}", file=sys.stderr, flush=True)
     print_table(cells)
     return 0 if all(cell["ok"] for cell in cells.values()) else 1

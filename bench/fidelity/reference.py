@@ -1,4 +1,4 @@
-"""GPT-2 training in plain PyTorch, written out: parity.py compares the engine with it.
+"""Train GPT-2 in plain PyTorch, written out: parity.py compares the engine with it.
 
 It shares no code with the product: its own forward pass, batches, schedule and loop.
 """
@@ -64,8 +64,10 @@ def reference_logits(w: dict[str, Tensor], tokens: Tensor) -> Tensor:
         x = x + F.linear(y, p["mlp.c_proj.weight"].T, p["mlp.c_proj.bias"])
     x = F.layer_norm(x, (C,), w["ln_f.weight"], w["ln_f.bias"])
     dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else x.dtype
-    x, wte = (t.to(dtype).float() for t in (x, w["wte.weight"]))  # bf16 is summed in fp32: said so,
-    with torch.autocast("cpu", enabled=False):  # it takes seconds, not minutes, on a CPU without it
+    # Products of bf16 are summed in fp32. Written as fp32, they take seconds on a CPU without bf16
+    # units; in bf16 they would take minutes.
+    x, wte = (t.to(dtype).float() for t in (x, w["wte.weight"]))
+    with torch.autocast("cpu", enabled=False):
         return F.linear(x, wte).to(dtype)
 
 
@@ -120,7 +122,8 @@ def reference_losses(folder: Path, precision: str, steps: int) -> list[float]:
                 weight.grad = None
         for master, gradient in zip(masters, sums, strict=True):
             master.grad = gradient
-        norm = torch.stack([g.double().norm() for g in sums]).norm()  # fp32 sums are off by 1e-6
+        # In fp64: fp32 sums are off by 1e-6, as much as parity.py allows.
+        norm = torch.stack([g.double().norm() for g in sums]).norm()
         torch.nn.utils.clip_grads_with_norm_(masters, CLIP, norm.float())
         for group in optimizer.param_groups:
             group["lr"] = _lr_at(step, steps)

@@ -1,4 +1,4 @@
-"""HellaSwag, one example per forward from full logits: eval/hellaswag.py is compared with it."""
+"""Score HellaSwag one example per forward, from full logits: eval/ is compared with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether training still gives the same bits: curves and weights against those of docs/same.json.
+"""Check that training still gives the same bits: curves and weights, with those of docs/same.json.
 
     make same                                      compare; status 1 names what differs
     python bench/fidelity/same.py --record         write docs/same.json anew
@@ -8,9 +8,7 @@ parity table, and the weights of 20-step checkpoints. The last digits depend on 
 another kind than the recorded one, record at the commit before the change first.
 """
 
-import argparse
 import hashlib
-import json
 import os
 import sys
 import tempfile
@@ -21,7 +19,9 @@ if not __package__:  # run as a file: import from the repository root, exactly a
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from bench.fidelity.parity import engine_losses, launch, run_with_children
-from bench.record import stamp
+from bench.processes import flags
+from bench.record import load_json, save_json, stamp
+from command_line import OneLineParser
 
 ROOT = Path(__file__).resolve().parents[2]
 PARITY_CELLS = (("fp32", 1, 2), ("bf16", 3, 2))  # precision, ZeRO stage, ranks
@@ -49,15 +49,23 @@ def parity_curves(folder: Path) -> dict[str, list[float]]:
 def checkpoint_hash(folder: Path, stage: int, n_ranks: int) -> str:
     """Train, save and consolidate a checkpoint; return the SHA-256 of its weights."""
     run_dir, exported = folder / f"run_zero{stage}", folder / f"exported_zero{stage}"
-    arguments = ["--model", "debug", "--data_dir", folder / "data", "--run_dir", run_dir,
-                 "--ds_config", f"ds_configs/zero{stage}.json", "--micro_batch_size", 2,
-                 "--max_steps", CHECKPOINT_STEPS, "--checkpoint_every", CHECKPOINT_STEPS,
-                 "--eval_tokens", 256, "--sample_tokens", 1, "--dropout", 0.1]  # fmt: skip
-    trained = launch(n_ranks, [str(argument) for argument in arguments])
+    command = flags(
+        model="debug",
+        data_dir=folder / "data",
+        run_dir=run_dir,
+        ds_config=f"ds_configs/zero{stage}.json",
+        micro_batch_size=2,
+        max_steps=CHECKPOINT_STEPS,
+        checkpoint_every=CHECKPOINT_STEPS,
+        eval_tokens=256,
+        sample_tokens=1,
+        dropout=0.1,
+    )
+    trained = launch(n_ranks, command)
     if trained.returncode:
         raise RuntimeError(trained.stderr)
-    command = [sys.executable, "checkpoint/consolidate.py", "--ckpt", str(run_dir)]
-    done = run_with_children([*command, "--out_dir", str(exported)], timeout_s=100)
+    export = [sys.executable, "checkpoint/consolidate.py", *flags(ckpt=run_dir, out_dir=exported)]
+    done = run_with_children(export, timeout_s=100)
     if done.returncode:
         raise RuntimeError(done.stderr)
     return hashlib.sha256((exported / "model.safetensors").read_bytes()).hexdigest()
@@ -76,20 +84,16 @@ def measure() -> dict[str, Any]:
 
 def main() -> int:
     """Run the command line; status 1 if something is not the same."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--record", action="store_true", help="write --json in place of comparing")
     parser.add_argument("--json", type=Path, default=ROOT / "docs/same.json", help="the values")
     args = parser.parse_args()
     here = {**stamp(), "threads": os.environ.get("OMP_NUM_THREADS", "")}
     found = measure()
     if args.record:
-        args.json.write_text(
-            json.dumps({**here, "values": found}, indent=1) + "\n", encoding="utf-8"
-        )
+        save_json(args.json, {**here, "values": found})
         return 0
-    recorded = json.loads(args.json.read_text(encoding="utf-8"))
+    recorded = load_json(args.json)
     print(f"recorded: {recorded['machine']}, commit {recorded['commit']}")
     print(f"here:     {here['machine']}, commit {here['commit']}")
     differing = [name for name in found if found[name] != recorded["values"][name]]

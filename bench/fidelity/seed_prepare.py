@@ -1,6 +1,7 @@
-"""Stand-in for build-nanogpt's `fineweb.py`, written from its description: the reference for bytes.
+"""Make shards as build-nanogpt's `fineweb.py` does, written from its description.
 
-One tiktoken worker per two cores, a list and an array per document, one buffer of a shard.
+Its bytes are the reference for ours. It has one tiktoken worker per two cores, a list and an array
+for each document, and one buffer for a shard.
 
     python bench/fidelity/seed_prepare.py SOURCE OUT_DIR VAL_TOKENS SHARD_TOKENS
 """
@@ -49,22 +50,26 @@ def write_shards(
 ) -> None:
     """Fill one buffer after another; the first is validation, the last is what is left."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    buffer, held, number = np.empty(max(val_tokens, shard_tokens), np.uint16), 0, 0
+    buffer = np.empty(max(val_tokens, shard_tokens), np.uint16)
+    n_held = 0  # tokens in the buffer
+    number = 0  # of the shard
 
     def save() -> None:
         split = "val" if number == 0 else "train"
-        np.save(out_dir / f"{prefix}_{split}_{number:06d}.npy", buffer[:held])
+        np.save(out_dir / f"{prefix}_{split}_{number:06d}.npy", buffer[:n_held])
 
     for tokens in documents:
         while len(tokens):
             size = val_tokens if number == 0 else shard_tokens
-            part = tokens[: size - held]
-            buffer[held : held + len(part)] = part
-            held, tokens = held + len(part), tokens[len(part) :]
-            if held == size:
+            part = tokens[: size - n_held]
+            buffer[n_held : n_held + len(part)] = part
+            n_held += len(part)
+            tokens = tokens[len(part) :]
+            if n_held == size:
                 save()
-                held, number = 0, number + 1
-    if held:
+                n_held = 0
+                number += 1
+    if n_held:
         save()
 
 

@@ -1,13 +1,12 @@
-"""Causal attention, forward and backward, by each backend that this device has.
+"""Time causal attention, forward and backward, by each backend that this device has.
 
 python bench/speed/attention.py --out runs/bench/6_attention.json
 
-First each backend's error against fp64, then its time; on a GPU by device events.
+First comes each backend's error against fp64, then its time; a GPU's is taken by device events.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
@@ -19,6 +18,7 @@ if not __package__:  # run as a file: import from the repository root, exactly a
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from bench.record import Rows, record
+from command_line import OneLineParser
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,15 +90,19 @@ def measure(B: int, T: int, C: int, n_head: int, repeats: int) -> Rows:
             continue
         errors = [relative_error(a, b) for a, b in zip(found, exact, strict=True)]
         ms = median_ms(lambda backend=backend: attend(qkv, n_head, backend), device, repeats)
-        rows.append({"backend": name, "error of the output": f"{errors[0]:.1e}",
-                     "of the gradient": f"{errors[1]:.1e}", "ms": f"{ms:.2f}"})  # fmt: skip
+        rows.append(
+            {
+                "backend": name,
+                "error of the output": f"{errors[0]:.1e}",
+                "of the gradient": f"{errors[1]:.1e}",
+                "ms": f"{ms:.2f}",
+            }
+        )
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=4, help="sequences (default: 4)")
     parser.add_argument("--seq_len", type=int, default=1024, help="tokens (default: 1024)")
     parser.add_argument("--n_embd", type=int, default=768, help="width (default: 768)")

@@ -1,11 +1,10 @@
-"""Time and peak memory of the cross-entropy candidates, forward and backward, each in a process.
+"""Measure time and peak memory of cross-entropies, forward and backward, each in a process.
 
 python bench/speed/cross_entropy.py --out cross_entropy.json
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import statistics
@@ -19,7 +18,9 @@ from typing import TYPE_CHECKING
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from bench.processes import flags
 from bench.record import record
+from command_line import OneLineParser
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,9 +28,13 @@ if TYPE_CHECKING:
     Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 NAMES = (
-    "full_fp32_logits", "full_bf16_logits", "checkpointed_chunks", "torch_linear_cross_entropy",
-    "deepspeed_chunked", "ours",
-)  # fmt: skip
+    "full_fp32_logits",
+    "full_bf16_logits",
+    "checkpointed_chunks",
+    "torch_linear_cross_entropy",
+    "deepspeed_chunked",
+    "ours",
+)
 
 
 def candidate(name: str) -> Loss:
@@ -41,11 +46,11 @@ def candidate(name: str) -> Loss:
     from model.loss import linear_cross_entropy
 
     def checkpointed(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
-        def part(x: Tensor, y: Tensor) -> Tensor:
+        def chunk_loss(x: Tensor, y: Tensor) -> Tensor:
             return F.cross_entropy((x @ w.T).float(), y, reduction="sum")
 
-        parts = zip(x.split(256), y.split(256), strict=True)
-        losses = [checkpoint(part, *p, use_reentrant=False) for p in parts]
+        chunks = zip(x.split(256), y.split(256), strict=True)
+        losses = [checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]
         return torch.stack(losses).sum() / len(y)
 
     def deepspeed_chunked(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
@@ -57,6 +62,7 @@ def candidate(name: str) -> Loss:
         "full_fp32_logits": lambda x, w, y: F.cross_entropy((x @ w.T).float(), y),
         "full_bf16_logits": lambda x, w, y: F.cross_entropy(x @ w.T, y),
         "checkpointed_chunks": checkpointed,
+        # Only new versions of PyTorch have it.
         "torch_linear_cross_entropy": lambda x, w, y: F.linear_cross_entropy(x, w, y),
         "deepspeed_chunked": deepspeed_chunked,
         "ours": linear_cross_entropy,
@@ -105,7 +111,7 @@ def measure(name: str, batch: int, seq_len: int, n_embd: int, repeats: int) -> d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--candidate", choices=NAMES, help="measure one, in this process")
     parser.add_argument("--batch", type=int, default=4, help="sequences")
     parser.add_argument("--seq_len", type=int, default=1024, help="tokens per sequence")
@@ -114,17 +120,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file; results are added")
     args = parser.parse_args()
     if args.candidate:
-        sizes = (args.batch, args.seq_len, args.n_embd, args.repeats)
-        print(json.dumps(measure(args.candidate, *sizes)))
+        found = measure(args.candidate, args.batch, args.seq_len, args.n_embd, args.repeats)
+        print(json.dumps(found))
         return
+    sizes = flags(batch=args.batch, seq_len=args.seq_len, n_embd=args.n_embd, repeats=args.repeats)
     results = []
     for name in NAMES:  # a process each: peak memory is the process's
-        command = [sys.executable, __file__, "--candidate", name]
-        for flag in ("batch", "seq_len", "n_embd", "repeats"):
-            command += [f"--{flag}", str(getattr(args, flag))]
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, encoding="utf-8"
-        )
+        command = [sys.executable, __file__, "--candidate", name, *sizes]
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
         if done.returncode:
             print(f"{name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
             continue
@@ -132,10 +135,14 @@ def main() -> None:
         print(results[-1], file=sys.stderr)
     if args.out:
         rows = [
-            {"candidate": r["candidate"], "loss": f"{r['loss']:.5f}",
-             "seconds": f"{r['median_s']:.2f}", "peak MiB": f"{r['peak_mib']:,}"}
-            for r in results
-        ]  # fmt: skip
+            {
+                "candidate": result["candidate"],
+                "loss": f"{result['loss']:.5f}",
+                "seconds": f"{result['median_s']:.2f}",
+                "peak MiB": f"{result['peak_mib']:,}",
+            }
+            for result in results
+        ]
         shape = f"{args.batch} × {args.seq_len} tokens of width {args.n_embd}"
         record(args.out, f"Cross-entropy, forward and backward, {shape}", rows, results)
 

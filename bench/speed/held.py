@@ -1,6 +1,6 @@
-"""Counts the bytes that PyTorch's tensors hold, whoever made them.
+"""Count the bytes that PyTorch's tensors hold, whoever made them.
 
-It counts as on a device with bf16 units wherever it runs: a CPU without them widens operands.
+It counts as on a device with bf16 units: a CPU without them would widen the operands.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""HellaSwag against Hugging Face's GPT-2, one example per forward with full logits: first equality,
-then time and memory.
+"""Compare HellaSwag with Hugging Face's GPT-2, one example per forward with full logits.
 
-python bench/speed/hellaswag.py --model 30m --every 1 --out hellaswag.json     equality on every row
-python bench/speed/hellaswag.py --model gpt2 --dtype bf16 --out hellaswag.json  timings on 201 rows
+    python bench/speed/hellaswag.py --model 30m --every 1 --out hellaswag.json       all predictions
+    python bench/speed/hellaswag.py --model gpt2 --dtype bf16 --out hellaswag.json   time and memory
 
---reference own: our own network, one example per forward with full logits, rounds as ours does.
+Time and memory are those of 201 rows, whose predictions are compared first. With --reference own
+our network takes Hugging Face's place: in bf16 it rounds as ours does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ if not __package__:  # run as a file: import from the repository root, exactly a
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from bench.fidelity.reference_hellaswag import reference_losses
-from bench.ratios import describe_machine, in_turns, paired_ratio
+from bench.processes import flags, memory_mib
+from bench.ratios import in_turns, paired_ratio
+from bench.record import describe_machine, load_json, save_json
+from command_line import OneLineParser
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,16 +39,16 @@ CLOSE = 1e-5  # nats: two endings nearer than this may change places in fp32
 
 
 def build_models(args: argparse.Namespace) -> tuple[GPT, Logits]:
-    """Build "30m" (nanoGPT's 6 x 384) or a preset with fresh weights, ours and the reference."""
+    """Build our model of a preset with fresh weights, and the reference with the same."""
     import torch
 
     from bench.speed.plain_train import hf_twin
-    from bench.speed.side import PRESETS
+    from bench.speed.side import preset_of
     from model import GPT
     from training.ranks import Ranks
     from training.rendezvous import choose_device
 
-    config = PRESETS[args.model].config
+    config = preset_of(args.model).config
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     model = GPT(config).eval().to(choose_device(Ranks()))
     if args.reference == "own":
@@ -55,7 +58,7 @@ def build_models(args: argparse.Namespace) -> tuple[GPT, Logits]:
 
 
 def read_rows(every: int) -> list[bytes]:
-    """Return the JSON lines of the validation set, or of every so-manieth row."""
+    """Return the JSON lines of the validation set, every n-th of them."""
     import lzma
 
     from eval.hellaswag import VALIDATION
@@ -63,17 +66,17 @@ def read_rows(every: int) -> list[bytes]:
     return lzma.decompress(VALIDATION.read_bytes()).splitlines()[::every]
 
 
-def ours(model: GPT, lines: list[bytes], path: Path) -> Tensor:
-    """Return the same through eval/hellaswag.py, from a file of the rows on."""
+def our_losses(model: GPT, lines: list[bytes], path: Path) -> Tensor:
+    """Return the summed loss of each ending, (n, 4), by eval/; the rows go through a file."""
     from eval.hellaswag import load_examples
-    from eval.packing import crop_contexts, evaluate
+    from eval.packing import crop_contexts, sum_losses
 
     path.write_bytes(b"\n".join(lines) + b"\n")
     examples = crop_contexts(load_examples(path), model.config.block_size)
-    return evaluate(model, examples, device=next(model.parameters()).device)
+    return sum_losses(model, examples, device=next(model.parameters()).device)
 
 
-def compare(theirs: Tensor, mine: Tensor, lines: list[bytes], path: Path) -> dict[str, Any]:
+def compare(theirs: Tensor, ours: Tensor, lines: list[bytes], path: Path) -> dict[str, Any]:
     """Count the predictions that differ, and those that differ where the reference is clear."""
     import torch
 
@@ -83,14 +86,14 @@ def compare(theirs: Tensor, mine: Tensor, lines: list[bytes], path: Path) -> dic
     examples = load_examples(path)
     lengths = torch.tensor([[len(ending) for ending in e.endings] for e in examples])
     result: dict[str, Any] = {"rows": len(lines)}
-    result["largest_difference_of_a_sum"] = (theirs - mine).abs().max().item()
-    for name, a, b in (("acc", theirs, mine), ("acc_norm", theirs / lengths, mine / lengths)):
+    result["largest_difference_of_a_sum"] = (theirs - ours).abs().max().item()
+    for name, a, b in (("acc", theirs, ours), ("acc_norm", theirs / lengths, ours / lengths)):
         best = a.topk(2, dim=1, largest=False).values  # (n, 2)
         differ = a.argmin(1) != b.argmin(1)
         clear = best[:, 1] - best[:, 0] > CLOSE
         result[name] = {
             "reference": score(theirs, examples)[name],
-            "ours": score(mine, examples)[name],
+            "ours": score(ours, examples)[name],
             "predictions_differ": int(differ.sum()),
             "differ_where_clear": int((differ & clear).sum()),
             "unclear": int((~clear).sum()),
@@ -102,15 +105,16 @@ def compare_rows(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Run both sides, equality only; the reference is written down chunk by chunk."""
     import torch
 
-    (model, theirs), lines = build_models(args), read_rows(args.every)
+    model, theirs = build_models(args)
+    lines = read_rows(args.every)
     started = time.perf_counter()
-    mine = ours(model, lines, scratch)
+    ours = our_losses(model, lines, scratch)
     ours_s = time.perf_counter() - started
     kind = f"{args.model}.{args.dtype}.{args.reference}"
     written = args.out.with_suffix(f".{kind}.{args.every}.json")
-    rows, reference_s = (
-        json.loads(written.read_text(encoding="utf-8")) if written.exists() else ([], 0.0)
-    )
+    rows, reference_s = [], 0.0
+    if written.exists():
+        rows, reference_s = json.loads(written.read_text(encoding="utf-8"))
     while len(rows) < len(lines):
         started = time.perf_counter()
         rows += reference_losses(theirs, lines[len(rows) : len(rows) + CHUNK]).tolist()
@@ -118,23 +122,23 @@ def compare_rows(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         written.write_text(json.dumps([rows, reference_s]), encoding="utf-8")
         print(f"{len(rows)} rows: {reference_s:.0f} s, ours {ours_s:.0f} s", file=sys.stderr)
     losses = torch.tensor(rows, dtype=torch.float64)
-    return compare(losses, mine, lines, scratch) | {"reference_s": reference_s, "ours_s": ours_s}
+    return compare(losses, ours, lines, scratch) | {"reference_s": reference_s, "ours_s": ours_s}
 
 
 def compare_in_turns(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Time both sides in turns on the small set, end to end from JSON lines to losses."""
-    (model, theirs), lines = build_models(args), read_rows(EVERY)
+    model, theirs = build_models(args)
+    lines = read_rows(EVERY)
     sides = {
         "reference": lambda: reference_losses(theirs, lines),
-        "ours": lambda: ours(model, lines, scratch),
+        "ours": lambda: our_losses(model, lines, scratch),
     }
     losses = {name: side() for name, side in sides.items()}  # warm-up
     times: dict[str, list[float]] = {name: [] for name in sides}
-    for block in in_turns(list(sides), args.blocks):
-        for name in block:
-            started = time.perf_counter()
-            sides[name]()
-            times[name].append(time.perf_counter() - started)
+    for name in in_turns(list(sides), args.blocks):
+        started = time.perf_counter()
+        sides[name]()
+        times[name].append(time.perf_counter() - started)
     equality = compare(losses["reference"], losses["ours"], lines, scratch)
     ratio = asdict(paired_ratio(times["reference"], times["ours"]))
     return equality | {"times_faster": ratio, "times_s": times, "peak_mib": peaks(args)}
@@ -144,8 +148,8 @@ def peaks(args: argparse.Namespace) -> dict[str, int]:
     """Return the peak memory in MiB of each side, above what it held before, a process each."""
     found = {}
     for side in ("reference", "ours"):
-        command = [sys.executable, __file__, "--side", side]
-        command += [f"--{k}={getattr(args, k)}" for k in ("model", "dtype", "reference", "out")]
+        kind = flags(model=args.model, dtype=args.dtype, reference=args.reference, out=args.out)
+        command = [sys.executable, __file__, "--side", side, *kind]
         done = subprocess.run(command, capture_output=True, text=True, check=True, encoding="utf-8")
         found[side] = int(done.stdout)
     return found
@@ -155,38 +159,29 @@ def run_side(args: argparse.Namespace, scratch: Path) -> None:
     """Run one side and print how far this process's memory rose meanwhile, in MiB."""
     import torch
 
-    (model, theirs), lines = build_models(args), read_rows(EVERY)
-    before = resident_mib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # Linux: the peak starts anew
+    model, theirs = build_models(args)
+    lines = read_rows(EVERY)
+    before = memory_mib("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # Linux: resets the peak
     if args.side == "reference":
         reference_losses(theirs, lines)
     else:
-        ours(model, lines, scratch)
-    rise = resident_mib("VmHWM") - before
+        our_losses(model, lines, scratch)
+    rise = memory_mib("VmHWM") - before
     if torch.cuda.is_available():
         rise = torch.cuda.max_memory_allocated() / 2**20
     print(round(rise))
 
 
-def resident_mib(field: str) -> float:
-    """Return resident memory ("VmRSS") or its peak ("VmHWM") of this process, on Linux."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--model", default="30m", help="30m or a preset (default: 30m)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="(default: fp32)")
-    parser.add_argument(
-        "--reference", choices=("hf", "own"), default="hf", help="whose network (default: hf)"
-    )
+    whose_help = "whose network (default: hf)"
+    parser.add_argument("--reference", choices=("hf", "own"), default="hf", help=whose_help)
     parser.add_argument("--blocks", type=int, default=7, help="pairs of timings (default: 7)")
-    parser.add_argument(
-        "--every", type=int, help="equality only, on every so-manieth row; 1: all; resumable"
-    )
+    every_help = "compare predictions only, of every n-th row; 1: all; resumable"
+    parser.add_argument("--every", type=int, help=every_help)
     parser.add_argument("--side", choices=("reference", "ours"), help="in this process")
     parser.add_argument("--out", type=Path, required=True, help="JSON file; results are added")
     args = parser.parse_args()
@@ -200,10 +195,10 @@ def main() -> None:
     result = compare_rows(args, scratch) if args.every else compare_in_turns(args, scratch)
     result |= {"model": args.model, "dtype": args.dtype, "machine": describe_machine()}
     result |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    results = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+    results = load_json(args.out)
     what = "equality" if args.every else "times"
     results[f"{what}: {args.model} {args.dtype} {args.reference} {result['rows']} rows"] = result
-    args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    save_json(args.out, results)
     print(json.dumps({k: v for k, v in result.items() if k != "times_s"}), file=sys.stderr)
 
 

@@ -1,10 +1,10 @@
-"""The loader against a stand-in of the seed's: first batch, shard edge, memory, time of `next`.
+"""Compare our loader with build-nanogpt's: first batch, shard edge, memory, time of `next`.
 
     python bench/speed/loader.py --out loader.json
 
-Shards of 100M tokens, micro-batches of 64 sequences of 1,024. The seed reads a whole shard into
-int64 and slices it; ours maps the files and reads windows ahead in a thread. Between two batches
-one core multiplies matrices for 50 ms, in the place of a training step.
+Shards have 100M tokens, micro-batches 64 sequences of 1,024. The seed (build-nanogpt) reads a whole
+shard into int64 and slices it; ours maps the files and reads windows ahead in a thread. Between two
+batches one core multiplies matrices for 50 ms, in the place of a training step.
 """
 
 import argparse
@@ -20,8 +20,10 @@ from statistics import median
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from bench.processes import flags, memory_mib
 from bench.ratios import in_turns, paired_ratio
 from bench.record import Rows, record
+from command_line import OneLineParser
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARD_TOKENS, N_SHARDS = 100_000_000, 3
@@ -50,8 +52,8 @@ def seed_batches(folder: Path, first: int) -> Iterator[object]:
     for path in sorted(folder.glob("*_train_*.npy")):
         tokens = torch.tensor(np.load(path).astype(np.int32), dtype=torch.long)
         for i in range(first * B * T, len(tokens) - B * T, B * T):
-            part = tokens[i : i + B * T + 1]
-            yield part[:-1].view(B, T), part[1:].view(B, T)
+            window = tokens[i : i + B * T + 1]
+            yield window[:-1].view(B, T), window[1:].view(B, T)
         first = 0
 
 
@@ -76,7 +78,8 @@ def measure_side(side: str, folder: Path) -> dict[str, float]:
     first = SHARD_TOKENS // (B * T) - BATCHES
     before_mib = memory_mib("VmRSS")
     started = time.perf_counter()
-    batches = (seed_batches if side == "seed" else our_batches)(folder, first)
+    open_batches = seed_batches if side == "seed" else our_batches
+    batches = open_batches(folder, first)
     next(batches)
     first_batch_s = time.perf_counter() - started
     waits = []
@@ -96,22 +99,15 @@ def measure_side(side: str, folder: Path) -> dict[str, float]:
     }
 
 
-def memory_mib(key: str) -> float:
-    """Return one figure of Linux's account of this process."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:"))
-
-
 def compare(folder: Path, blocks: int) -> dict[str, list[dict[str, float]]]:
     """Measure both sides in turns, each in a process of its own."""
     values: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-    for order in in_turns(SIDES, blocks):
-        for side in order:
-            command = [sys.executable, __file__, "--side", side, "--folder", str(folder)]
-            done = subprocess.run(
-                command, check=True, capture_output=True, text=True, timeout=300, encoding="utf-8"
-            )
-            values[side].append(json.loads(done.stdout))
+    for side in in_turns(SIDES, blocks):
+        command = [sys.executable, __file__, *flags(side=side, folder=folder)]
+        done = subprocess.run(
+            command, check=True, capture_output=True, text=True, timeout=300, encoding="utf-8"
+        )
+        values[side].append(json.loads(done.stdout))
     return values
 
 
@@ -119,17 +115,22 @@ def table(values: dict[str, list[dict[str, float]]]) -> Rows:
     """Return a row for each thing measured."""
     rows = []
     for name in values["ours"][0]:
-        theirs, ours = ([value[name] for value in values[side]] for side in SIDES)
-        rows.append({"what": name, "seed": f"{median(theirs):.6f}", "ours": f"{median(ours):.6f}",
-                     "times less": str(paired_ratio(theirs, ours))})  # fmt: skip
+        theirs = [value[name] for value in values["seed"]]
+        ours = [value[name] for value in values["ours"]]
+        rows.append(
+            {
+                "what": name,
+                "seed": f"{median(theirs):.6f}",
+                "ours": f"{median(ours):.6f}",
+                "times less": str(paired_ratio(theirs, ours)),
+            }
+        )
     return rows
 
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="JSON file; results are added")
     parser.add_argument("--blocks", type=int, default=7, help="of turns (default: 7)")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
@@ -139,7 +140,7 @@ def main() -> None:
         print(json.dumps(measure_side(args.side, args.folder)))
         return
     if not args.out:
-        parser.error("--out is missing")
+        parser.error("--out is missing: it takes the results")
     with tempfile.TemporaryDirectory(prefix="nanospeed_") as name:
         write_shards(Path(name))
         values = compare(Path(name), args.blocks)

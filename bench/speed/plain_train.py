@@ -1,7 +1,7 @@
-"""Training loops that people write without DeepSpeed: what bench/speed/train_step.py compares with.
+"""Train with the loops that people write without DeepSpeed: train_step.py compares with them.
 
-Each loop takes micro-batches, (B, T + 1) uint16, does one optimizer step per turn, and notes the
-loss of each in nats.
+Each loop takes micro-batches, (B, T + 1) uint16, does one optimizer step per turn, and appends the
+loss of each step, in nats, to `losses`.
 """
 
 import tempfile
@@ -153,7 +153,7 @@ def trainer_loop(
     grad_accum: int,
 ) -> None:
     """Run Hugging Face's Trainer; args as in `autocast_loop`."""
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainerCallback
 
     first = next(micro_batches)
 
@@ -167,7 +167,7 @@ def trainer_loop(
 
     class TakeTurns(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if next(turns, self) is self:
+            if next(turns, "no more turns") == "no more turns":  # a turn is None
                 control.should_training_stop = True
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -177,15 +177,33 @@ def trainer_loop(
     micro_losses: list[Tensor] = []
     model.register_forward_hook(lambda _m, _a, out: micro_losses.append(out.loss.detach()))
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder, per_device_train_batch_size=len(first), max_steps=10**6,
-            gradient_accumulation_steps=grad_accum, learning_rate=LR, weight_decay=WEIGHT_DECAY,
-            lr_scheduler_type="constant", adam_beta1=BETAS[0], adam_beta2=BETAS[1],
-            adam_epsilon=EPS, max_grad_norm=CLIP, bf16=True,
-            use_cpu=not torch.cuda.is_available(), remove_unused_columns=False,
-            logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
-        )  # fmt: skip
+        arguments = _trainer_arguments(folder, len(first), grad_accum)
         Trainer(model=model, args=arguments, train_dataset=Rows(), callbacks=[TakeTurns()]).train()
+
+
+def _trainer_arguments(folder: str, micro_batch_size: int, grad_accum: int) -> Any:
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=micro_batch_size,
+        max_steps=10**6,
+        gradient_accumulation_steps=grad_accum,
+        learning_rate=LR,
+        weight_decay=WEIGHT_DECAY,
+        lr_scheduler_type="constant",
+        adam_beta1=BETAS[0],
+        adam_beta2=BETAS[1],
+        adam_epsilon=EPS,
+        max_grad_norm=CLIP,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        remove_unused_columns=False,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
 
 
 def hf_twin(model: GPT) -> nn.Module:

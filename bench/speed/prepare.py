@@ -1,12 +1,11 @@
-"""Text to shards, end to end, against a stand-in of the seed's way: seconds, memory, bytes.
+"""Compare text to shards with the seed's (build-nanogpt's) way: seconds, memory, bytes.
 
     python bench/speed/prepare.py CORPUS.jsonl[.xz] --out prepare.json
 
-From .jsonl and from .parquet to shards on disk, each side a process of its own, in turns; the bytes
+Each side makes shards of a .jsonl and of a .parquet file, a process of its own, in turns; the bytes
 are compared first. The seed does not wait for the disk; ours does (fsync).
 """
 
-import argparse
 import hashlib
 import json
 import lzma
@@ -20,12 +19,15 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from bench.processes import flags
 from bench.ratios import in_turns, paired_ratio
-from bench.record import record
+from bench.record import Rows, record
+from command_line import OneLineParser
 
 ROOT = Path(__file__).resolve().parents[2]
 VAL_TOKENS, SHARD_TOKENS = 1_000_000, 5_000_000
@@ -52,12 +54,12 @@ def write_sources(corpus: Path, folder: Path, copies: int) -> list[Path]:
 def command(side: str, source: Path, out_dir: Path) -> list[str]:
     """Return the command of one side."""
     if side == "seed":
-        return [sys.executable, "bench/fidelity/seed_prepare.py", str(source), str(out_dir),
-                str(VAL_TOKENS), str(SHARD_TOKENS)]  # fmt: skip
+        sizes = [str(VAL_TOKENS), str(SHARD_TOKENS)]
+        return [sys.executable, "bench/fidelity/seed_prepare.py", str(source), str(out_dir), *sizes]
     tokenizer = "tiktoken" if side == "ours with tiktoken" else "auto"
-    return [sys.executable, "data/prepare.py", str(source), "--out_dir", str(out_dir), "--quiet",
-            "--val_tokens", str(VAL_TOKENS), "--shard_tokens", str(SHARD_TOKENS),
-            "--tokenizer", tokenizer]  # fmt: skip
+    sizes = flags(val_tokens=VAL_TOKENS, shard_tokens=SHARD_TOKENS, tokenizer=tokenizer)
+    options = ["--out_dir", str(out_dir), "--quiet", *sizes]
+    return [sys.executable, "data/prepare.py", str(source), *options]
 
 
 def measure(side: str, source: Path, out_dir: Path) -> tuple[float, float]:
@@ -76,7 +78,7 @@ def digests(out_dir: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out_dir.glob("*.npy")}
 
 
-def compare(source: Path, folder: Path, blocks: int) -> dict[str, object]:
+def compare(source: Path, folder: Path, blocks: int) -> dict[str, Any]:
     """Measure all sides on one source."""
     for side in SIDES:  # and warm the file cache
         measure(side, source, folder / side)
@@ -84,43 +86,55 @@ def compare(source: Path, folder: Path, blocks: int) -> dict[str, object]:
     assert all(digests(folder / side) == expected for side in SIDES), "the bytes differ"
     times: dict[str, list[float]] = {side: [] for side in SIDES}
     memory: dict[str, list[float]] = {side: [] for side in SIDES}
-    for order in in_turns(SIDES, blocks):
-        for side in order:
-            elapsed_s, peak_mib = measure(side, source, folder / side)
-            times[side].append(elapsed_s)
-            memory[side].append(peak_mib)
-    result: dict[str, object] = {"source": source.name, "bytes": source.stat().st_size,
-                                 "shards": len(expected), "same_bytes": True}  # fmt: skip
+    for side in in_turns(SIDES, blocks):
+        elapsed_s, peak_mib = measure(side, source, folder / side)
+        times[side].append(elapsed_s)
+        memory[side].append(peak_mib)
+    result: dict[str, Any] = {
+        "source": source.name,
+        "bytes": source.stat().st_size,
+        "shards": len(expected),
+        "same_bytes": True,
+    }
     for side in SIDES:
         result[side] = {"seconds": times[side], "peak_mib": max(memory[side])}
     return result
 
 
+def table(results: list[dict[str, Any]]) -> Rows:
+    """Return a row for each source and side."""
+    rows: Rows = []
+    for result in results:
+        for side in SIDES:
+            seconds = result[side]["seconds"]
+            rows.append(
+                {
+                    "source": result["source"],
+                    "side": side,
+                    "seconds": f"{statistics.median(seconds):.2f}",
+                    "times faster": str(paired_ratio(result["seed"]["seconds"], seconds)),
+                    "peak MiB": f"{result[side]['peak_mib']:,.0f}",
+                }
+            )
+    return rows
+
+
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("corpus", type=Path, help=".jsonl or .jsonl.xz with a text per line")
     parser.add_argument("--copies", type=int, default=1, help="of the corpus (default: 1)")
     parser.add_argument("--blocks", type=int, default=7, help="of turns (default: 7)")
     parser.add_argument("--out", type=Path, required=True, help="JSON file; results are added")
     args = parser.parse_args()
-    results, rows = [], []
     with tempfile.TemporaryDirectory(prefix="nanospeed_") as name:
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # a child's peak starts at ours
-            sources = pool.submit(write_sources, args.corpus, Path(name), args.copies).result()
-        for source in sources:
-            results.append(compare(source, Path(name), args.blocks))
-            for side in SIDES:
-                seconds = results[-1][side]["seconds"]
-                times_faster = paired_ratio(results[-1]["seed"]["seconds"], seconds)
-                rows.append({"source": source.name, "side": side,
-                             "seconds": f"{statistics.median(seconds):.2f}",
-                             "times faster": str(times_faster),
-                             "peak MiB": f"{results[-1][side]['peak_mib']:,.0f}"})  # fmt: skip
+        folder = Path(name)
+        # In a process of its own: a child's peak memory begins at that of its parent.
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            sources = pool.submit(write_sources, args.corpus, folder, args.copies).result()
+        results = [compare(source, folder, args.blocks) for source in sources]
     title = f"Text to shards: {args.corpus.name}, {args.copies} times over"
-    record(args.out, title, rows, results)
+    record(args.out, title, table(results), results)
 
 
 if __name__ == "__main__":

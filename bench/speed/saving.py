@@ -1,4 +1,4 @@
-"""The price of a checkpoint: the engine's own save, in turns with ours, and what is in ours.
+"""Time a checkpoint: the engine's own save and ours in turns, and the parts of ours.
 
 python bench/speed/saving.py --out runs/bench/saving.json
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -19,6 +20,9 @@ if not __package__:  # run as a file: import from the repository root, exactly a
 
 from bench.ratios import in_turns, paired_ratio
 from bench.record import record
+from command_line import OneLineParser
+
+PARTS = ("flushing", "hashing", "fingerprints")  # of our save
 
 
 def build_engine(folder: Path, model: str) -> Any:
@@ -41,13 +45,6 @@ def build_engine(folder: Path, model: str) -> Any:
     batches = (split_windows(windows, device) for windows in open_loader(run))
     take_step(engine, run.config, 0, 1, batches)
     return engine
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """Return how long some work takes."""
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 def compare(engine: Any, folder: Path, blocks: int) -> dict[str, list[float]]:
@@ -79,23 +76,21 @@ def compare(engine: Any, folder: Path, blocks: int) -> dict[str, list[float]]:
     def engines() -> None:
         engine.save_checkpoint(str(folder / "engine"), tag="step", save_latest=True)
 
-    times: dict[str, list[float]] = {
-        name: [] for name in ("engine", "ours", "flushing", "hashing", "fingerprints")
-    }
-    for block in in_turns(["engine", "ours"], blocks):
-        for name in block:
-            spent.clear()
-            shutil.rmtree(folder / name, ignore_errors=True)
-            times[name].append(seconds(ours if name == "ours" else engines))
-            for part, value in spent.items():
-                times[part].append(value)
+    saves = {"engine": engines, "ours": ours}
+    times: dict[str, list[float]] = {name: [] for name in (*saves, *PARTS)}
+    for name in in_turns(list(saves), blocks):
+        spent.clear()
+        shutil.rmtree(folder / name, ignore_errors=True)
+        started = time.perf_counter()
+        saves[name]()
+        times[name].append(time.perf_counter() - started)
+        for part, seconds in spent.items():
+            times[part].append(seconds)
     return times
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--model", default="gpt2", help="30m or a preset (default: gpt2)")
     parser.add_argument("--blocks", type=int, default=7, help="turns of each side (default: 7)")
     parser.add_argument("--out", type=Path, required=True, help="JSON file; results are added")
@@ -103,14 +98,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         times = compare(build_engine(folder, args.model), folder, args.blocks)
-    parts = zip(*(times[name] for name in times if name != "engine"), strict=True)
-    rest = [ours - sum(each) for ours, *each in parts]
+    parts = zip(*(times[name] for name in PARTS), strict=True)
+    rest = [ours - sum(each) for ours, each in zip(times["ours"], parts, strict=True)]
     rows = [
-        {"what": what, "seconds": f"{sorted(values)[len(values) // 2]:.2f}",
-         "of the engine's": str(paired_ratio(values, times["engine"])),
-         "of ours": str(paired_ratio(values, times["ours"]))}
+        {
+            "what": what,
+            "seconds": f"{statistics.median(values):.2f}",
+            "of the engine's": str(paired_ratio(values, times["engine"])),
+            "of ours": str(paired_ratio(values, times["ours"])),
+        }
         for what, values in (times | {"ours without these three": rest}).items()
-    ]  # fmt: skip
+    ]
     record(args.out, f"Checkpoint of {args.model}", rows, times)
 
 

@@ -1,4 +1,4 @@
-"""Many ranks on one machine: ZeRO-0 to ZeRO-3 through the engine against PyTorch's DDP, in turns.
+"""Time ZeRO-0 to ZeRO-3 on the ranks of one machine and PyTorch's DDP, in turns.
 
 python bench/speed/scaling.py --out runs/bench/scaling.json
 
@@ -8,7 +8,6 @@ ring collectives send from each rank in one optimizer step (bench/speed/traffic.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from pathlib import Path
@@ -18,20 +17,21 @@ if not __package__:  # run as a file: import from the repository root, exactly a
 
 from bench.ratios import paired_ratio
 from bench.record import Rows, record
-from bench.speed.side import PRESETS
+from bench.speed.side import preset_of
 from bench.speed.train_step import add_shape, compare
+from command_line import OneLineParser
+
+SIDES = ["zero0", "zero1", "zero2", "zero3"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="(default: 1 2 4)")
-    parser.add_argument("--sides", nargs="+", default=["zero0", "zero1", "zero2", "zero3"],
-                        help="each alone against ddp (default: zero0 to zero3)")  # fmt: skip
+    sides_help = "each alone against ddp (default: zero0 to zero3)"
+    parser.add_argument("--sides", nargs="+", default=SIDES, help=sides_help)
     add_shape(parser, model="30m")
     args = parser.parse_args()
-    n_params = PRESETS[args.model].config.n_params()
+    n_params = preset_of(args.model).config.n_params()
     shape = f"{args.model}, {args.micro_batch_size} × {args.seq_len} tokens × {args.grad_accum}"
     rows: Rows = []
     results = []
@@ -40,12 +40,16 @@ def main() -> None:
             result = compare(args, ["ddp", side], n_ranks)
             theirs, ours = result["seconds_per_step"].values()
             their_bytes, our_bytes = result["sent_bytes"].values()
-            row = {"ranks": str(n_ranks), "side": side}
-            row["s/step"] = f"{statistics.median(ours):.2f}"
-            row["time / DDP's"] = str(paired_ratio(ours, theirs))
-            row["bytes per parameter"] = f"{our_bytes / n_params:.2f}"
-            row["DDP's"] = f"{their_bytes / n_params:.2f}"
-            rows.append(row)
+            rows.append(
+                {
+                    "ranks": str(n_ranks),
+                    "side": side,
+                    "s/step": f"{statistics.median(ours):.2f}",
+                    "time / DDP's": str(paired_ratio(ours, theirs)),
+                    "bytes per parameter": f"{our_bytes / n_params:.2f}",
+                    "DDP's": f"{their_bytes / n_params:.2f}",
+                }
+            )
             results.append(result)
             record(args.out, f"Ranks against DDP: {shape} per rank", rows, results)
 

@@ -1,9 +1,9 @@
-"""One side of a comparison of train steps: a process that trains when it is told to.
+"""Train as one side of a comparison of train steps: a process that takes steps when it is told to.
 
-It reads a number of steps from each line of stdin, with "count" behind it to count what they send
-to other ranks and what tensors hold, and answers with a JSON line on stdout: seconds, losses in
-nats, peak memory so far, bytes sent and held. train_step.py and scaling.py beside this file, and
-bench/planning/memory.py, start such processes.
+Each line of stdin asks for a number of steps; "count" after the number also counts the bytes that
+they send to other ranks and that tensors hold. Each answer is a line of JSON on stdout: seconds,
+losses in nats, peak memory so far, bytes sent and held. `Side` of train_step.py starts such
+processes, for scaling.py, startup.py and bench/planning/memory.py too.
 
 Sides: seed (build-nanogpt's way), hf (GPT2LMHeadModel in the same loop), trainer (Hugging Face's),
 bare0 and bare1 (our model without the engine, in the arithmetic of zero0 and of zero1), ddp (bare0
@@ -29,8 +29,9 @@ from typing import TYPE_CHECKING
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from model import GPTConfig
-from model.presets import PRESETS
+from command_line import OneLineParser
+from model import GPTConfig, Preset
+from model.presets import PRESETS, get_preset
 from training.config import resolve_batch, resolve_train_config
 from training.ds_config import load_ds_config, resolve_ds_config
 from training.ranks import Ranks, read_ranks
@@ -45,7 +46,16 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 SIDES = ("seed", "hf", "trainer", "bare0", "bare1", "ddp", "zero0", "zero1", "zero2", "zero3")
-PRESETS["30m"] = replace(PRESETS["gpt2"], config=GPTConfig(6, 6, 384))  # nanoGPT's smallest
+OWN_PRESETS = {"30m": replace(PRESETS["gpt2"], config=GPTConfig(6, 6, 384))}  # nanoGPT's smallest
+
+
+def preset_of(model: str) -> Preset:
+    """Return a preset of ours, or of the measurements alone.
+
+    Raises:
+        BadInput: There is none of that name.
+    """
+    return OWN_PRESETS.get(model) or get_preset(model)
 
 
 def asked_for(device: torch.device, losses: list[float]) -> Iterator[None]:
@@ -66,10 +76,13 @@ def asked_for(device: torch.device, losses: list[float]) -> Iterator[None]:
                 yield
         if device.type == "cuda":
             torch.cuda.synchronize()
-        answer = {"seconds": time.perf_counter() - started, "losses": losses}
-        answer |= {"peak_gib": peak_memory_gib(device)}
-        answer |= {"sent_bytes": traffic and traffic.sent_bytes}
-        answer |= {"held_bytes": held and held.peak_bytes}
+        answer = {
+            "seconds": time.perf_counter() - started,
+            "losses": losses,
+            "peak_gib": peak_memory_gib(device),
+            "sent_bytes": traffic and traffic.sent_bytes,
+            "held_bytes": held and held.peak_bytes,
+        }
         print(json.dumps(answer), flush=True)
         losses.clear()
 
@@ -79,18 +92,29 @@ def build_run(args: argparse.Namespace, run_dir: Path, ranks: Ranks) -> Run:
     from bench.speed.plain_train import LR
     from training.run import Run
 
-    engine, _, how = args.side.partition("+")
-    ds_config = ROOT / "ds_configs" / f"{engine if engine.startswith('zero') else 'zero1'}.json"
+    side, _, option = args.side.partition("+")
+    name = side if side.startswith("zero") else "zero1"
+    ds_config = ROOT / "ds_configs" / f"{name}.json"
     tokens = args.micro_batch_size * args.seq_len * args.grad_accum * ranks.world_size
     config = resolve_train_config(
-            model=args.model, data_dir=args.data_dir, run_dir=run_dir, ds_config=ds_config,
-            batch_tokens=tokens, micro_batch_size=args.micro_batch_size, seq_len=args.seq_len,
-            lr=LR, warmup_steps=0, min_lr_ratio=1.0, eval_tokens=args.seq_len, hellaswag_every=0,
-            compile="true" if how == "compile" else "false",
-        )  # fmt: skip
+        model=args.model,
+        preset=preset_of(args.model),
+        data_dir=args.data_dir,
+        run_dir=run_dir,
+        ds_config=ds_config,
+        batch_tokens=tokens,
+        micro_batch_size=args.micro_batch_size,
+        seq_len=args.seq_len,
+        lr=LR,
+        warmup_steps=0,
+        min_lr_ratio=1.0,
+        eval_tokens=args.seq_len,
+        hellaswag_every=0,
+        compile="true" if option == "compile" else "false",
+    )
     batch = resolve_batch(config, ranks.world_size)
     raw = load_ds_config(ds_config)
-    if how == "checkpointing":
+    if option == "checkpointing":
         raw["activation_checkpointing"] = {}
     return Run(config, batch, resolve_ds_config(raw, config, batch).ds_config, ranks)
 
@@ -125,8 +149,8 @@ def open_loader(run: Run) -> Loader:
     config, batch = run.config, run.batch
     stream = TokenStream(config.data_dir, "train", config.gpt_config.vocab_size)
     order = Order(len(stream), config.seq_len, config.seed, config.shuffle)
-    return Loader(stream, order, batch.micro_batch_size, batch.grad_accum_steps,
-                  run.ranks.rank, run.ranks.world_size)  # fmt: skip
+    per_rank = (batch.micro_batch_size, batch.grad_accum_steps)
+    return Loader(stream, order, *per_rank, run.ranks.rank, run.ranks.world_size)
 
 
 def run_plain(run: Run, side: str, losses: list[float], turns: Turns = asked_for) -> None:
@@ -147,9 +171,10 @@ def run_plain(run: Run, side: str, losses: list[float], turns: Turns = asked_for
         init_process_group(run.ranks, group_timeout_s(run.config.timeouts))
     torch.set_float32_matmul_precision("high")  # as the seed does
     config = run.config.gpt_config
+    on_gpu = device.type == "cuda"
     loop = (open_loader(run), turns(device, losses), losses, run.batch.grad_accum_steps)
     ours = GPT(config, run.config.seed).to(device)
-    if device.type == "cuda":
+    if on_gpu:
         ours.use_memory(plan_here(run, device).memory_use)  # as the engine's sides do
     if compiled == "compile":
         compile_blocks(ours)
@@ -160,7 +185,7 @@ def run_plain(run: Run, side: str, losses: list[float], turns: Turns = asked_for
         seed.load_state_dict(ours.state_dict())
         if compiled == "whole":
             seed.compile()
-        plain.autocast_loop(seed, seed, *loop, fused=device.type == "cuda")
+        plain.autocast_loop(seed, seed, *loop, fused=on_gpu)
     elif name == "bare0":
         plain.autocast_loop(ours, ours, *loop, fused=True)
     elif name == "ddp":
@@ -174,14 +199,12 @@ def run_plain(run: Run, side: str, losses: list[float], turns: Turns = asked_for
             plain.trainer_loop(theirs, *loop)
         else:
             loss_of = partial(plain.hf_loss, theirs)
-            plain.autocast_loop(theirs, loss_of, *loop, fused=device.type == "cuda")
+            plain.autocast_loop(theirs, loss_of, *loop, fused=on_gpu)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--side", required=True, help="which")
+    parser = OneLineParser(description=__doc__)
+    parser.add_argument("--side", required=True, help="one of those above")
     parser.add_argument("--model", default="gpt2", help="30m or a preset (default: gpt2)")
     parser.add_argument("--data_dir", type=Path, required=True, help="folder of token shards")
     parser.add_argument("--seq_len", type=int, default=256, help="(default: 256)")
@@ -190,7 +213,7 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side.partition("+")[0] not in SIDES:
-        parser.error(f"--side {args.side}: unknown. Fix: one of {' '.join(SIDES)}")
+        parser.error(f"--side {args.side} is unknown: give one of {' '.join(SIDES)}")
     losses: list[float] = []
     with tempfile.TemporaryDirectory() as run_dir:
         run = build_run(args, Path(run_dir), read_ranks())

@@ -1,4 +1,4 @@
-"""Counts what a rank sends through collectives, whoever calls them: the engine, DDP, ours."""
+"""Count what a rank sends through collectives, whoever calls them: the engine, DDP, ours."""
 
 from typing import Any
 
@@ -9,11 +9,19 @@ from torch.utils._pytree import tree_leaves
 
 # What a ring sends from each rank, in (W - 1) / W of the tensor's bytes, by torch.ops.c10d's names.
 RING = {
-    "allreduce_": 2, "allreduce_coalesced_": 2, "allgather_": 1, "_allgather_base_": 1,
-    "allgather_coalesced_": 1, "allgather_into_tensor_coalesced_": 1, "reduce_scatter_": 1,
-    "_reduce_scatter_base_": 1, "reduce_scatter_tensor_coalesced_": 1, "broadcast_": 1,
-    "reduce_": 1, "barrier": 0,
-}  # fmt: skip
+    "allreduce_": 2,
+    "allreduce_coalesced_": 2,
+    "allgather_": 1,
+    "_allgather_base_": 1,
+    "allgather_coalesced_": 1,
+    "allgather_into_tensor_coalesced_": 1,
+    "reduce_scatter_": 1,
+    "_reduce_scatter_base_": 1,
+    "reduce_scatter_tensor_coalesced_": 1,
+    "broadcast_": 1,
+    "reduce_": 1,
+    "barrier": 0,
+}
 
 
 class Traffic(TorchDispatchMode):

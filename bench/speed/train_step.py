@@ -1,4 +1,4 @@
-"""The train step through the engine against the loops that people write, in turns.
+"""Time the train step through the engine and the loops that people write, in turns.
 
 python bench/speed/train_step.py --sides seed trainer zero1 --out runs/train_step.json
 
@@ -11,10 +11,8 @@ sides set.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -26,12 +24,16 @@ from typing import Any
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from bench.fidelity.parity import largest_difference
+from bench.processes import flags, free_port, rank_variables
 from bench.ratios import in_turns, paired_ratio
 from bench.record import Rows, record
-from bench.speed.side import PRESETS
+from bench.speed.side import preset_of
+from command_line import OneLineParser
 
 ROOT = Path(__file__).resolve().parents[2]
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+SHAPE = ("model", "seq_len", "micro_batch_size", "grad_accum")  # flags of side.py
 WARM_UP = 3  # steps, whose losses are compared
 TOLERANCE = 2e-2  # nats: bf16 products in other orders, a vocabulary with and without padding
 
@@ -46,21 +48,22 @@ class Side:
             environment |= ALLOCATOR
         if n_ranks > 1:
             environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // n_ranks))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        environment |= {"WORLD_SIZE": str(n_ranks), "LOCAL_WORLD_SIZE": str(n_ranks)}
-        command = [sys.executable, str(ROOT / "bench" / "side.py"), *flags]
-        command += ["--side", name.replace("seed_tuned", "seed")]
-        pipe = subprocess.PIPE
-        self.said = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
+        program = str(ROOT / "bench" / "speed" / "side.py")
+        command = [sys.executable, program, *flags, "--side", name.replace("seed_tuned", "seed")]
+        port = free_port()
+        self.errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
         self.ranks = [
             subprocess.Popen(
-                command, cwd=ROOT, env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)},
-                stdin=pipe, stdout=pipe, stderr=self.said, encoding="utf-8",
+                command,
+                cwd=ROOT,
+                env=environment | rank_variables(rank, n_ranks, port),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.errors,
+                encoding="utf-8",
             )
-            for r in range(n_ranks)
-        ]  # fmt: skip
+            for rank in range(n_ranks)
+        ]
 
     def __enter__(self) -> Side:
         return self
@@ -69,10 +72,11 @@ class Side:
         for rank in self.ranks:
             rank.kill()
             rank.communicate()
-        self.said.close()
+        self.errors.close()
 
     def steps(self, n: int, count: bool = False) -> dict[str, Any]:
         """Train n steps; return rank 0's answer, the seconds of the slowest and all memory."""
+        # All ranks are told before any answer is read: they wait for each other in a step.
         for rank in self.ranks:
             assert rank.stdin
             rank.stdin.write(f"{n} count\n" if count else f"{n}\n")
@@ -85,11 +89,13 @@ class Side:
     def _answer(self, rank: subprocess.Popen[str]) -> dict[str, Any]:
         assert rank.stdout
         for line in rank.stdout:
-            if line.startswith("{"):
+            if line.startswith("{"):  # libraries print to stdout, too
                 return json.loads(line)
-        self.said.seek(0)
-        last = ([line for line in self.said if line.strip()] or ["without a word"])[-1]
-        raise SystemExit(f"error: {self.name} ended: {last.strip()}")
+        self.errors.seek(0)
+        lines = [line.strip() for line in self.errors if line.strip()]
+        raise SystemExit(
+            f"error: {self.name} ended: {lines[-1] if lines else 'it printed nothing'}"
+        )
 
 
 def compare(args: argparse.Namespace, names: list[str], n_ranks: int = 1) -> dict[str, Any]:
@@ -101,32 +107,32 @@ def compare(args: argparse.Namespace, names: list[str], n_ranks: int = 1) -> dic
     from training.ranks import Ranks
     from training.rendezvous import choose_device
 
-    shape = ("model", "seq_len", "micro_batch_size", "grad_accum")
-    flags = [f"--{name}={getattr(args, name)}" for name in shape]
-    on_gpu = choose_device(Ranks()).type == "cuda"
-    losses, sent, peaks = {}, {}, {}
+    shape = {name: getattr(args, name) for name in SHAPE}
+    is_gpu = choose_device(Ranks()).type == "cuda"
+    losses: dict[str, list[float]] = {}
+    sent_bytes, peak_gib = {}, {}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         write_tokens(Path(folder))
-        flags.append(f"--data_dir={folder}")
-        for group in [[name] for name in names] if on_gpu else [names]:
+        command = flags(**shape, data_dir=folder)
+        for group in [[name] for name in names] if is_gpu else [names]:
             with ExitStack() as stack:
-                sides = {name: stack.enter_context(Side(name, flags, n_ranks)) for name in group}
+                sides = {name: stack.enter_context(Side(name, command, n_ranks)) for name in group}
                 losses |= {name: side.steps(WARM_UP)["losses"] for name, side in sides.items()}
                 check_losses(losses)
                 for name, side in sides.items():
-                    sent[name] = side.steps(1, count=True)["sent_bytes"]
-                for name in itertools.chain.from_iterable(in_turns(group, args.blocks)):
+                    sent_bytes[name] = side.steps(1, count=True)["sent_bytes"]
+                for name in in_turns(group, args.blocks):
                     answer = sides[name].steps(args.steps)
                     seconds[name].append(answer["seconds"] / args.steps)
-                    peaks[name] = answer["peak_gib"]
+                    peak_gib[name] = answer["peak_gib"]
                     print(f"{name}: {seconds[name][-1]:.3f} s", file=sys.stderr, flush=True)
     return {
-        "shape": {name: getattr(args, name) for name in shape} | {"ranks": n_ranks},
+        "shape": shape | {"ranks": n_ranks},
         "losses": losses,
         "seconds_per_step": seconds,
-        "peak_gib": peaks,
-        "sent_bytes": sent,
+        "peak_gib": peak_gib,
+        "sent_bytes": sent_bytes,
     }
 
 
@@ -134,10 +140,10 @@ def check_losses(losses: dict[str, list[float]]) -> None:
     """End the program if a side is not near the first one."""
     first = next(iter(losses))
     for name, curve in losses.items():
-        apart = max(abs(a - b) for a, b in zip(losses[first], curve, strict=True))
-        print(f"{name}: losses {curve}, {apart:.1e} apart", file=sys.stderr, flush=True)
-        if apart > TOLERANCE:
-            raise SystemExit(f"error: {name} is {apart:.3g} nats from {first}")
+        difference = largest_difference(losses[first], curve)
+        print(f"{name}: losses {curve}, {difference:.1e} apart", file=sys.stderr, flush=True)
+        if difference > TOLERANCE:
+            raise SystemExit(f"error: {name} is {difference:.3g} nats from {first}")
 
 
 def table(result: dict[str, Any]) -> Rows:
@@ -148,7 +154,7 @@ def table(result: dict[str, Any]) -> Rows:
 
     shape, seconds = result["shape"], result["seconds_per_step"]
     tokens = shape["micro_batch_size"] * shape["seq_len"] * shape["grad_accum"]
-    flops = PRESETS[shape["model"]].config.flops_per_token(shape["seq_len"])
+    flops = preset_of(shape["model"]).config.flops_per_token(shape["seq_len"])
     peak = peak_flops(choose_device(Ranks()))
     rows = []
     for name, times in seconds.items():
@@ -182,9 +188,7 @@ def add_shape(parser: argparse.ArgumentParser, model: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--sides", nargs="+", required=True, help="two or more, references first")
     add_shape(parser, model="gpt2")
     args = parser.parse_args()
