@@ -141,10 +141,9 @@ def main() -> None:
         print(row(folder, [file for file in files if file.folder == folder]))
     print(row("the product: all but bench and tests", product))
     print()
-    walruses = sum(file.walruses for file in files)
-    print(f"| imports of a folder on the same floor or above | {len(arrows_up(product))} |")
-    print(f"| walrus operators in all files | {walruses} |")
-    print(f"| places that the formatter skips | {sum(file.unformatted for file in files)} |")
+    print(f"- Imports of a folder on the same floor or above: {len(arrows_up(product))}.")
+    print(f"- Walrus operators in all files: {sum(file.walruses for file in files)}.")
+    print(f"- Places that the formatter skips: {sum(file.unformatted for file in files)}.")
 
 
 if __name__ == "__main__":
