@@ -18,16 +18,20 @@ import socket
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.checks.verdicts import Facts, Verdict, judge
 from training.config import parse_flags
 from training.ranks import leave, ranks_or_exit, say_once
 from training.run import resolve_run
 from training.supervise import BAD_INPUT, FAILED, FINISHED, error_line
 from training.watchdog import parse_timeouts
+
+if TYPE_CHECKING:  # it imports torch, for which --help does not wait
+    from launch.checks.checklist import Outcome
+    from launch.checks.compare import Facts
 
 TIMEOUT_S = 120  # for each part of the survey, unless --timeouts gives another
 
@@ -41,6 +45,7 @@ def main(argv: list[str]) -> int:
         say_once(ranks, f"error: {error_line(error)}")
         return BAD_INPUT
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # else NCCL's time limit kills the rank
+    from launch.checks.checklist import compare_all
     from launch.checks.survey import Survey, survey_all
     from training.rendezvous import meet, part
 
@@ -50,31 +55,36 @@ def main(argv: list[str]) -> int:
         survey = Survey(meet(ranks, timeout_s), ranks, timeout_s)
         with contextlib.suppress(TimeoutError):  # whose answer is missing is among the facts
             survey_all(run, survey)
-        verdicts = judge(survey.facts)
+        outcomes = compare_all(survey.facts)
         if ranks.is_main:
-            print(table(verdicts), file=sys.stderr, flush=True)
-            print(json.dumps(to_json(verdicts, survey.facts)), flush=True)
+            print(format_checks(outcomes), file=sys.stderr, flush=True)
+            print(json.dumps(checks_to_json(outcomes, survey.facts)), flush=True)
         part(survey.store, ranks, timeout_s)
     except (OSError, ValueError, RuntimeError) as error:  # the last c10d's, when rank 0 is gone
         print(f"error: {socket.gethostname()}: {error_line(error)}", file=sys.stderr, flush=True)
         return BAD_INPUT if isinstance(error, ValueError) else FAILED
-    return FAILED if any(verdict.findings for verdict in verdicts) else FINISHED
+    return FAILED if any(outcome.findings for outcome in outcomes) else FINISHED
 
 
-def table(verdicts: list[Verdict]) -> str:
+def format_checks(outcomes: list[Outcome]) -> str:
     """Return a line for each check, and one for each finding."""
     lines = []
-    for verdict in verdicts:
-        outcome = "UNFIT" if verdict.findings else "ok" if verdict.seen else "-"
-        lines.append(f"{verdict.check:<18} {outcome:<5}  {verdict.seen or 'not measured'}")
-    lines += [f"error: {finding}" for verdict in verdicts for finding in verdict.findings]
+    for outcome in outcomes:
+        result = "ok" if outcome.seen else "-"
+        if outcome.findings:
+            result = "UNFIT"
+        lines.append(f"{outcome.check:<18} {result:<5}  {outcome.seen or 'not measured'}")
+    for outcome in outcomes:
+        lines += [f"error: {finding}" for finding in outcome.findings]
     return "\n".join(lines)
 
 
-def to_json(verdicts: list[Verdict], facts: list[Facts]) -> dict[str, object]:
+def checks_to_json(outcomes: list[Outcome], facts: list[Facts]) -> dict[str, object]:
     """Return what was found, and the facts of every rank, as JSON values in bytes and seconds."""
-    findings = [asdict(finding) for verdict in verdicts for finding in verdict.findings]
-    seen = {verdict.check: verdict.seen for verdict in verdicts}
+    findings = []
+    for outcome in outcomes:
+        findings += [asdict(finding) for finding in outcome.findings]
+    seen = {outcome.check: outcome.seen for outcome in outcomes}
     return {"fit": not findings, "findings": findings, "seen": seen, "ranks": facts}
 
 

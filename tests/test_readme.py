@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from launch.planning.estimate import Cluster, estimate
+from launch.planning.estimate import Candidate, Cluster, estimate
 from training.config import parse_flags, resolve_train_config
 from training.devices import get_device
 from training.ds_config import load_ds_config
@@ -194,7 +194,7 @@ def test_a_documented_run_fits_on_machines_of_8_h100(line: str) -> None:
     script = next(i for i, word in enumerate(words) if word.endswith(("train.py", "preflight.py")))
     config = resolve_train_config(**parse_flags(words[script + 1 :], ""))
     cluster = Cluster(get_device("h100"), 2 if "--hostfile" in words else 1, 8)
-    assert estimate(config, load_ds_config(ROOT / config.ds_config), "", cluster).fits
+    assert estimate(config, Candidate(load_ds_config(ROOT / config.ds_config)), cluster).fits
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=str)

@@ -9,7 +9,6 @@ shards the optimizer, as zero1 does; llm-foundry's FULL_SHARD is what zero3 does
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,8 @@ if not __package__:  # run as a file: import from the repository root, exactly a
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from bench.record import markdown
-from launch.planning.estimate import CHECKPOINTING, DS_CONFIGS, Cluster, estimate
+from command_line import OneLineParser
+from launch.planning.estimate import DS_CONFIGS, Candidate, Cluster, estimate
 from model import GPTConfig
 from model.presets import PRESETS, get_preset
 from training.config import resolve_train_config
@@ -87,14 +87,17 @@ RUNS = (
 
 def planned(run: Published) -> float:
     """Return the tokens that the plan expects of one device in a second."""
-    name = "zero1" if run.who == "llm.c" else "zero3"
-    raw = load_ds_config(DS_CONFIGS / f"{name}.json")
-    raw |= {CHECKPOINTING: {}} if run.checkpointing else {}
-    tokens = run.n_devices * run.seq_len * run.micro_batch_size * run.grad_accum
-    config = resolve_train_config(model=run.model, seq_len=run.seq_len, batch_tokens=tokens,
-                    micro_batch_size=run.micro_batch_size)  # fmt: skip
+    file = "zero1.json" if run.who == "llm.c" else "zero3.json"
+    candidate = Candidate(load_ds_config(DS_CONFIGS / file), file, run.checkpointing)
+    sequences = run.n_devices * run.micro_batch_size * run.grad_accum
+    config = resolve_train_config(
+        model=run.model,
+        seq_len=run.seq_len,
+        batch_tokens=sequences * run.seq_len,
+        micro_batch_size=run.micro_batch_size,
+    )
     cluster = Cluster(get_device(run.device), run.n_devices // 8, 8)
-    return estimate(config, raw, name, cluster).tokens_per_s / run.n_devices
+    return estimate(config, candidate, cluster).tokens_per_s / run.n_devices
 
 
 def row(run: Published) -> dict[str, str]:
@@ -113,9 +116,7 @@ def row(run: Published) -> dict[str, str]:
 
 def main() -> None:
     """Print the table."""
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    OneLineParser(description=__doc__).parse_args()
     print(markdown([row(run) for run in RUNS]))
 
 

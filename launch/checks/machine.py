@@ -1,4 +1,4 @@
-"""What one rank reads about its machine and its folders, as JSON values (launch/preflight.py)."""
+"""Read this rank's machine and folders, as JSON values; raise what is wrong with them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import resource
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable
+import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from checkpoint.manifest import checkpoint_bytes
+from data.shards import SPLITS, TokenStream, require_targets
+from errors import BadInput
 from launch.planning.fitting import advice, plan_here
 from training.config import to_json
 from training.credentials import refuse_credentials
@@ -28,43 +29,17 @@ from training.ds_config import precision
 from training.extension_locks import check_extension_locks
 from training.rendezvous import choose_device
 from training.run import Run
-from training.supervise import error_line
 
 ROOT = Path(__file__).resolve().parents[2]
+CODE = ("model", "data", "checkpoint", "training", "eval", "launch")
 PACKAGES = ("torch", "deepspeed", "numpy", "tiktoken")
+FOLDERS = ("data_dir", "run_dir", "init_from")  # may be mounted elsewhere on another machine
 # Those of launch/environment.py that must be the same everywhere; none of them is a credential.
 VARIABLES = ("NCCL_", "TORCH_NCCL_", "GLOO_", "OMP_NUM_THREADS", "DS_ACCELERATOR")
 
 
-def look(run: Run) -> dict[str, Any]:
-    """Return what this rank finds by itself; under "errors" what it could not, by check."""
-    reads: dict[str, Callable[[Run], Any]] = {
-        "device": read_device,
-        "versions": read_versions,
-        "flags": read_flags,
-        "variables": read_variables,
-        "names": resolve_names,
-        "shards": read_shards,
-        "run folder": read_room,
-        "limits": read_limits,
-        "jit locks": read_locks,
-        "plan": read_plan,
-    }
-    found: dict[str, Any] = {"errors": {}}
-    for check, read in reads.items():
-        try:
-            found[check] = read(run)
-        except (ValueError, OSError, RuntimeError) as error:  # the last is CUDA's
-            found["errors"][check] = error_line(error)
-    return found
-
-
 def read_device(run: Run) -> dict[str, str]:
-    """Return the kind and the name of the device that this rank computes on.
-
-    Raises:
-        ValueError: As training.rendezvous.choose_device does.
-    """
+    """Return the kind and the name of the device that this rank computes on."""
     device = choose_device(run.ranks)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {"kind": device.type, "name": name}
@@ -72,9 +47,12 @@ def read_device(run: Run) -> dict[str, str]:
 
 def read_versions(_: Run) -> dict[str, str]:
     """Return the versions of all that decides on a result, and a hash of our own code."""
-    versions = {"python": platform.python_version()}
-    versions |= {name: read_version(name) for name in PACKAGES}
-    versions |= {"commit": read_commit(), "code": hash_code()}
+    versions = {"python": platform.python_version(), "commit": _read_commit(), "code": _hash_code()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
     if torch.cuda.is_available():
         from torch.cuda import nccl
 
@@ -82,43 +60,36 @@ def read_versions(_: Run) -> dict[str, str]:
     return versions
 
 
-def read_version(package: str) -> str:
-    """Return the version of a package, without importing it."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def read_commit() -> str:
-    """Return the commit of this checkout, "none" without git or where it is not one."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+def _read_commit() -> str:
     if not shutil.which("git"):
         return "none"
-    return subprocess.run(command, capture_output=True, encoding="utf-8").stdout.strip() or "none"
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
+    return done.stdout.strip() or "none"  # the folder may be no checkout
 
 
-def hash_code() -> str:
-    """Return a hash of the files that train.py runs: also without git, and of changes."""
+def _hash_code() -> str:
+    # Of the files that train.py runs: it tells of changes, and is there without git, too.
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("ds_configs/*.json")]
+    for folder in CODE:
+        paths += (ROOT / folder).rglob("*.py")
     digest = hashlib.sha256()
-    rooms = ("model", "data", "checkpoint", "training", "eval", "launch")
-    paths = [*ROOT.glob("train.py"), *ROOT.glob("ds_configs/*.json")]
-    for path in sorted([*paths, *(p for room in rooms for p in (ROOT / room).rglob("*.py"))]):
+    for path in sorted(paths):
         digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
 def read_flags(run: Run) -> dict[str, str]:
-    """Return every value of the resolved run but its folders, which may be mounted elsewhere.
+    """Return every value of the resolved run but its folders.
 
     Raises:
-        ValueError: One is a credential.
+        ValueError: One is a credential, which must not be sent to other machines.
     """
     flags = to_json(run.config)
     refuse_credentials(flags, "--")
-    engine = json.dumps(run.ds_config, sort_keys=True).encode()
-    flags["ds_config"] = hashlib.sha256(engine).hexdigest()[:12]
-    return {k: str(v) for k, v in flags.items() if k not in ("data_dir", "run_dir", "init_from")}
+    ds_config = json.dumps(run.ds_config, sort_keys=True).encode()
+    flags["ds_config"] = hashlib.sha256(ds_config).hexdigest()[:12]
+    return {name: str(value) for name, value in flags.items() if name not in FOLDERS}
 
 
 def read_variables(_: Run) -> dict[str, str]:
@@ -126,64 +97,53 @@ def read_variables(_: Run) -> dict[str, str]:
     return {k: v for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)}
 
 
-def resolve_names(run: Run) -> list[str]:
-    """Return the addresses that this machine's own name stands for.
+def read_addresses(_: Run) -> list[str]:
+    """Return the addresses that this machine's own name resolves to.
 
     Raises:
-        OSError: It, or rank 0's, stands for none.
+        ValueError: It, or rank 0's name, does not resolve.
     """
-    del run
     addresses: list[str] = []
     for name in (os.environ["MASTER_ADDR"], socket.gethostname()):
         try:
             addresses = sorted({str(info[4][0]) for info in socket.getaddrinfo(name, None)})
         except socket.gaierror as error:
-            raise OSError(
-                f"{name}: does not resolve ({error.strerror}). Fix: add it to DNS or /etc/hosts"
-            ) from error
+            what = f"does not resolve ({error.strerror})"
+            raise BadInput(name, what, "add it to DNS or /etc/hosts") from error
     return addresses
 
 
 def read_shards(run: Run) -> dict[str, str]:
-    """Return the fingerprint of each split; with --verify every byte is compared before.
-
-    Raises:
-        ValueError: As data.shards.TokenStream does, or too few tokens for --eval_tokens.
-    """
-    from data.shards import SPLITS, TokenStream, require_targets
-
-    config, verify = run.config, run.config.verify and run.ranks.local_rank == 0
-    streams = {
-        split: TokenStream(config.data_dir, split, config.gpt_config.vocab_size, verify)
-        for split in SPLITS
-    }
+    """Return the fingerprint of each split; with --verify every byte is compared before."""
+    config = run.config
+    verify = config.verify and run.ranks.local_rank == 0  # once on each machine
+    vocab_size = config.gpt_config.vocab_size
+    streams = {split: TokenStream(config.data_dir, split, vocab_size, verify) for split in SPLITS}
     require_targets(streams["val"], config.eval_tokens)
     return {split: stream.fingerprint()[:12] for split, stream in streams.items()}
 
 
-def read_room(run: Run) -> dict[str, int]:
+def read_disk_space(run: Run) -> dict[str, int]:
     """Return the bytes that the run may fill, with what it has, and those that it will.
 
     Raises:
-        OSError: It cannot be written to.
+        ValueError: The run folder cannot be written to.
     """
-    run_dir, host = run.config.run_dir, socket.gethostname()
-    path = run_dir / f".preflight-{host}-{run.ranks.rank}"
+    run_dir = run.config.run_dir
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        try:
-            with path.open("wb") as file:
-                file.write(bytes(resource.getpagesize()))
-                os.fsync(file.fileno())
-        finally:
-            path.unlink(missing_ok=True)
+        # Unbuffered: on a full disk an empty file can be made, and only its first byte fails.
+        with tempfile.NamedTemporaryFile("w+b", 0, prefix=".preflight-", dir=run_dir) as file:
+            file.write(bytes(resource.getpagesize()))
+            os.fsync(file.fileno())
     except OSError as error:
-        what = f"{run_dir} cannot be written to: {error.strerror}"
-        remedy = "make room" if error.errno in (errno.ENOSPC, errno.EFBIG) else "see who may"
-        raise OSError(f"{what}. Fix: {remedy}, or give another --run_dir") from error
-    saved = sum(p.stat().st_size for p in run_dir.glob("checkpoints/step_*/*"))
-    free = shutil.disk_usage(run_dir).free
-    return {"room_bytes": free + saved, "needed_bytes": needed_bytes(run)}
+        is_full = error.errno in (errno.ENOSPC, errno.EFBIG)
+        remedy = "free disk space" if is_full else "check its permissions"
+        what = f"cannot be written to: {error.strerror}"
+        raise BadInput(str(run_dir), what, f"{remedy}, or give another --run_dir") from error
+    saved = sum(path.stat().st_size for path in run_dir.glob("checkpoints/step_*/*"))
+    free_bytes = shutil.disk_usage(run_dir).free + saved
+    return {"free_bytes": free_bytes, "needed_bytes": needed_bytes(run)}
 
 
 def needed_bytes(run: Run) -> int:
@@ -191,8 +151,7 @@ def needed_bytes(run: Run) -> int:
     config = run.config
     saves = math.ceil(config.max_steps / config.checkpoint_every)
     kept = min(config.keep_checkpoints or saves, saves)
-    one = checkpoint_bytes(precision(run.ds_config), config.gpt_config.n_params())
-    return (kept + 1) * one
+    return (kept + 1) * checkpoint_bytes(precision(run.ds_config), config.gpt_config.n_params())
 
 
 def read_limits(run: Run) -> dict[str, int]:
@@ -203,29 +162,24 @@ def read_limits(run: Run) -> dict[str, int]:
         "memlock_bytes": resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
         "shm_bytes": shutil.disk_usage(shm).free if shm.is_dir() else 0,
         "has_infiniband": any(Path("/sys/class/infiniband").glob("*")),
-        "shards": sum(p.suffix in (".npy", ".bin") for p in run.config.data_dir.glob("*")),
+        "shards": sum(path.suffix in (".npy", ".bin") for path in run.config.data_dir.glob("*")),
     }
 
 
-def read_locks(run: Run) -> str:
-    """Return "none".
-
-    Raises:
-        ValueError: As training.extension_locks.check_extension_locks does.
-    """
+def check_locks(run: Run) -> None:
+    """Refuse locks that a killed C++ build left."""
     check_extension_locks(run.ranks)
-    return "none"
 
 
-def read_plan(run: Run) -> str:
-    """Return "fits".
+def check_plan(run: Run) -> None:
+    """Refuse a run that does not fit, by the plan; name the nearest setting that does.
 
     Raises:
-        ValueError: The plan says that the run does not; names the nearest setting that does.
+        ValueError: It does not fit.
     """
-    if warning := advice(plan_here(run, choose_device(run.ranks))):
-        raise ValueError(warning)
-    return "fits"
+    refusal = advice(plan_here(run, choose_device(run.ranks)))
+    if refusal is not None:
+        raise BadInput("launch/plan.py", refusal.what, refusal.remedy)
 
 
 def read_memory(device: torch.device) -> int:

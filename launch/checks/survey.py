@@ -1,7 +1,8 @@
-"""Every rank looks at itself, then at the others, and tells all what it found."""
+"""Collect facts on every rank, and share them with all ranks."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import secrets
 import socket
@@ -14,14 +15,16 @@ import torch
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]  # documented
 
 from launch.checks import machine, network
-from launch.checks.verdicts import Facts, judge
+from launch.checks.checklist import compare_all, read_all, what_and_remedy
+from launch.checks.compare import Facts
 from training import probes
 from training.ranks import Ranks
 from training.rendezvous import choose_device, exchange, join
 from training.run import Run
 
 ATTEMPT_S = 60  # until a measurement is given up
-TRIES = 5  # of what is slow: something else may have run there for a moment
+TRIES = 5  # of a slow measurement: something else may have run there for a moment
+TOKEN = ".preflight"  # a file in the run folder, with a number that only this survey has
 
 
 class Survey:
@@ -30,94 +33,104 @@ class Survey:
     Args:
         store: Of all ranks.
         ranks: Of this process.
-        timeout_s: Until nobody waits longer for what a rank has to tell.
+        timeout_s: Until nobody waits longer for the facts of a rank.
     """
 
     def __init__(self, store: Store, ranks: Ranks, timeout_s: float) -> None:
         self.store, self.ranks, self.timeout_s = store, ranks, timeout_s
-        world = range(ranks.world_size)
         self.facts: list[Facts] = [
-            {"rank": rank, "host": "?", "errors": {}, "answers": "in time"} for rank in world
+            {"rank": rank, "host": "?", "errors": {}, "answers": None}
+            for rank in range(ranks.world_size)
         ]
 
-    def tell(self, part: str, found: Facts) -> None:
+    def share(self, part: str, found: Facts) -> None:
         """Add what this rank found in a part of the survey, and what the others did (all ranks).
 
         Raises:
-            TimeoutError: A rank did not tell in time; the same on all.
+            TimeoutError: The facts of a rank did not come in time; the same on all ranks.
         """
-        told = exchange(self.store, self.ranks, part, found, self.timeout_s)  # all ranks
-        for fact, more in zip(self.facts, told, strict=True):
+        shared = exchange(self.store, self.ranks, part, found, self.timeout_s)  # all ranks
+        for fact, more in zip(self.facts, shared, strict=True):
             if more is None:
                 what = f"no answer about {part} within {self.timeout_s:.0f} s"
-                more = {"errors": {"answers": f"{what}. Fix: look at what hangs there"}}
-            errors = fact["errors"] | more.pop("errors", {})
-            fact |= more | {"errors": errors}
-        if None in told:
+                fact["errors"]["answers"] = (what, "")
+            else:
+                fact["errors"] |= more.pop("errors", {})
+                fact |= more
+        if None in shared:
             raise TimeoutError(part)
 
     @property
     def nodes(self) -> list[list[int]]:
         """The ranks of each machine."""
-        return network.nodes_of([fact["host"] for fact in self.facts])
+        nodes: dict[str, list[int]] = {}
+        for fact in self.facts:
+            nodes.setdefault(fact["host"], []).append(fact["rank"])
+        return list(nodes.values())
 
-    def suspects(self, check: str) -> set[int]:
+    def unfit_ranks(self, check: str) -> set[int]:
         """Return the ranks that a check finds unfit so far."""
-        found = next(verdict.findings for verdict in judge(self.facts) if verdict.check == check)
-        return {rank for finding in found for rank in finding.ranks}
+        (outcome,) = [each for each in compare_all(self.facts) if each.check == check]
+        return {rank for finding in outcome.findings for rank in finding.ranks}
 
-    def failed(self, *checks: str) -> bool:
-        """Return whether a rank could not do one of these."""
-        return any(check in fact["errors"] for fact in self.facts for check in checks)
+    def failed(self, check: str) -> bool:
+        """Return whether a rank has an error in this check."""
+        return any(check in fact["errors"] for fact in self.facts)
 
 
 def survey_all(run: Run, survey: Survey) -> None:
     """Fill in the facts (all ranks); what would hang after what was found is left out.
 
     Raises:
-        TimeoutError: A rank did not tell in time.
+        TimeoutError: The facts of a rank did not come in time.
     """
-    token = {"token": secrets.token_hex(8)}  # rank 0's counts
-    survey.tell("host names", {"host": socket.gethostname()} | token)
-    survey.tell("clocks", {"clock": time.time()})  # all were let go at the same moment
-    look_around(run, survey)
+    # Rank 0's token counts.
+    survey.share("host names", {"host": socket.gethostname(), "token": secrets.token_hex(8)})
+    survey.share("clocks", {"clock": time.time()})  # rank 0 has just let all go
+    read_machine(run, survey)
     kinds = {fact["device"]["kind"] for fact in survey.facts if "device" in fact}
-    if survey.failed("device") or len(kinds) > 1 or any(fact["reach"] for fact in survey.facts):
+    cut_off = any(fact["connections"] for fact in survey.facts)
+    if survey.failed("device") or len(kinds) > 1 or cut_off:
         return
     device = choose_device(run.ranks)
-    multiply_in_turn(survey, device)
-    if not survey.failed("memory", "matmul"):
+    measure_matmul_in_turns(survey, device)
+    if not survey.failed("memory") and not survey.failed("matmul"):
         measure_allreduces(survey, device)
 
 
-def look_around(run: Run, survey: Survey) -> None:
-    """Look at this machine, the folders and the network (all ranks)."""
-    run_dir, token = run.config.run_dir, survey.facts[0]["token"]
+def read_machine(run: Run, survey: Survey) -> None:
+    """Read this machine, the folders and the network (all ranks)."""
+    token_file, token = run.config.run_dir / TOKEN, survey.facts[0]["token"]
     with network.listening() as address:
-        seen = machine.look(run) | {"address": address}
-        if run.ranks.is_main:
-            network.leave_token(run_dir, token)
-        survey.tell("machines and folders", seen)
-        found: Facts = {"reach": network.unreached([fact["address"] for fact in survey.facts])}
+        own = read_all(run) | {"address": address}
+        with contextlib.suppress(OSError):  # "run folder" says that it cannot be written to
+            if run.ranks.is_main:
+                token_file.write_text(token, encoding="utf-8")
+        survey.share("machines and folders", own)
+        addresses = [fact["address"] for fact in survey.facts]
+        found: Facts = {"connections": network.unreached(addresses)}
         if "run folder" in survey.facts[0]:  # rank 0 could write
-            found["run folder shared"] = network.find_token(run_dir, token)
-        survey.tell("connections", found)
-    if run.ranks.is_main:
-        network.remove_token(run_dir)
+            found["run folder shared"] = network.has_token(token_file, token)
+        survey.share("connections", found)
+    with contextlib.suppress(OSError):
+        if run.ranks.is_main:
+            token_file.unlink()
 
 
-def multiply_in_turn(survey: Survey, device: torch.device) -> None:
+def measure_matmul_in_turns(survey: Survey, device: torch.device) -> None:
     """Measure memory, and the speed of one rank of each machine after the other (all ranks)."""
-    survey.tell("memory", attempt("memory", machine.read_memory, device))
-    rank, suspects = survey.ranks.rank, set(range(survey.ranks.world_size))
+    survey.share("memory", try_measure("memory", machine.read_memory, device))
+    slow = set(range(survey.ranks.world_size))
     for number in range(TRIES):
-        nodes = [[r for r in node if r in suspects] for node in survey.nodes]
-        for turn in range(max(map(len, nodes))):
-            is_mine = any(node[turn : turn + 1] == [rank] for node in nodes)
-            found = attempt("matmul", probes.measure_matmul, device) if is_mine else {}
-            survey.tell(f"matmul {number} {turn}", keep_better("matmul", found, survey, max))
-        suspects = survey.suspects("matmul")
-        if not suspects or survey.failed("matmul"):
+        slow_of_nodes = [[rank for rank in node if rank in slow] for node in survey.nodes]
+        for turn in range(max(map(len, slow_of_nodes))):
+            in_turn = [node[turn] for node in slow_of_nodes if turn < len(node)]
+            found: Facts = {}
+            if survey.ranks.rank in in_turn:
+                found = try_measure("matmul", probes.measure_matmul, device)
+            survey.share(f"matmul {number} {turn}", keep_better("matmul", found, survey, max))
+        slow = survey.unfit_ranks("matmul")
+        if not slow or survey.failed("matmul"):
             return
 
 
@@ -125,28 +138,27 @@ def measure_allreduces(survey: Survey, device: torch.device) -> None:
     """Measure all-reduces, up to the first that fails (all ranks)."""
     timeout = datetime.timedelta(seconds=probes.ALLREDUCE_TIMEOUT_S)
     ranks, nodes = survey.ranks, survey.nodes
-    survey.tell(
-        "process group", attempt("process group", join, survey.store, ranks, device, timeout)
-    )
-    if survey.failed("process group"):
+    check = "process group"
+    survey.share(check, try_measure(check, join, survey.store, ranks, device, timeout))
+    if survey.failed(check):
         return
     rounds = {
         "pairs in a machine": network.pairs_within_machines(nodes),
         "pairs of machines": network.pairs_between_machines(nodes),
         "all ranks": [[list(range(ranks.world_size))]],
     }
-    for check in rounds:
+    for check, groups_by_turn in rounds.items():
         for number in range(TRIES):
-            for turn, groups in enumerate(rounds[check]):
+            for turn, groups in enumerate(groups_by_turn):
                 mine = next((group for group in groups if ranks.rank in group), [ranks.rank])
-                found = attempt(
-                    check, probes.measure_allreduce, f"{check} {turn}", mine, device
-                )  # all ranks
-                part = f"{check} {turn} {number}"
-                survey.tell(part, keep_better(check, found, survey, probes.better_allreduce))
+                # All ranks, also those in no pair: each makes as many process groups.
+                name = f"{check} {turn}"
+                found = try_measure(check, probes.measure_allreduce, name, mine, device)
+                better = keep_better(check, found, survey, probes.better_allreduce)
+                survey.share(f"{name} {number}", better)
                 if survey.failed(check):
                     return
-            if not survey.suspects(check):
+            if not survey.unfit_ranks(check):
                 break
 
 
@@ -158,11 +170,11 @@ def keep_better(check: str, found: Facts, survey: Survey, better: Callable[..., 
     return found
 
 
-def attempt(check: str, work: Callable[..., Any], *args: Any) -> Facts:
+def try_measure(check: str, work: Callable[..., Any], *args: Any) -> Facts:
     """Return what a measurement gives, if anything, as a fact of this rank, or why it fails.
 
-    It has a thread and a clock of its own: a link that does not answer can hold a collective of
-    NCCL for ever.
+    It has a thread and a time limit of its own: a link that does not answer can hold a collective
+    of NCCL for ever.
     """
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
     found: list[Facts] = []
@@ -174,9 +186,9 @@ def attempt(check: str, work: Callable[..., Any], *args: Any) -> Facts:
             value = work(*args)
             found.append({} if value is None else {check: value})
         except (RuntimeError, OSError) as error:
-            found.append({"errors": {check: (str(error) or type(error).__name__).splitlines()[0]}})
+            found.append({"errors": {check: what_and_remedy(error)}})
 
     thread = threading.Thread(target=measure, name=check, daemon=True)
     thread.start()
     thread.join(ATTEMPT_S)
-    return found[0] if found else {"errors": {check: f"no end within {ATTEMPT_S} s"}}
+    return found[0] if found else {"errors": {check: (f"no end within {ATTEMPT_S} s", "")}}

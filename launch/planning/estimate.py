@@ -1,4 +1,4 @@
-"""What a run takes on some machines: memory, time, bytes; and which ds_config serves it best."""
+"""Estimate what a run takes on some machines, and which ds_config serves it best."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.manifest import checkpoint_bytes
+from errors import BadInput
 from launch.planning import speed
 from model.config import MEMORY_USES, MemoryUse
 from training import memory
@@ -24,11 +25,12 @@ from training.devices import Device
 from training.ds_config import load_ds_config, offloads, precision, resolve_ds_config, zero_stage
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
-CHECKPOINTING, WITH = "activation_checkpointing", " with "
-FRAGMENTS = 0.04  # of the memory: what the allocator cannot use
-MARGIN = 0.1  # of it stays free too, for what nobody asked for: that must not fail
-HARDLY = 0.05  # slower: estimates are no finer
-PREFERRED = 1, 0, 2, 3  # stages: what train.py takes by itself, then the simpler
+CHECKPOINTING = "activation_checkpointing"
+ADDED = f'"{CHECKPOINTING}": {{}}'  # to a ds_config, as a user writes it
+FRAGMENTATION = 0.04  # of the memory: what the allocator cannot use
+MARGIN = 0.1  # of the memory, for speed that costs memory only: a run must not fail for its sake
+SPEED_TIE = 0.05  # slower counts as equal: estimates are no finer
+STAGE_PREFERENCE = (1, 0, 2, 3)  # of equals: train.py's default, then the simpler
 DAY_S = 86_400
 STORAGE_BYTES_S = 2e9  # from each machine to the shared storage: an assumption
 DEVICE_HOURS_A_FAULT = 45_000  # Llama 3 (2024), section 3.3.4: 466 in 54 days of 16,384 H100
@@ -48,10 +50,9 @@ class Cluster:
 
     def __post_init__(self) -> None:
         for name in ("nodes", "gpus_per_node"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"--{name} {getattr(self, name)}: out of range. Fix: give one above 0"
-                )
+            value = getattr(self, name)
+            if value < 1:
+                raise BadInput(f"--{name} {value}", "out of range", "give one above 0")
 
     @property
     def world_size(self) -> int:
@@ -60,30 +61,86 @@ class Cluster:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A ds_config to plan with.
+
+    Attributes:
+        raw: The JSON of its file.
+        file: The name of that, for people; "": the run's own.
+        checkpointing: Whether activation checkpointing is added to it.
+    """
+
+    raw: dict[str, Any]
+    file: str = ""
+    checkpointing: bool = False
+
+    def __str__(self) -> str:
+        """Return what a user has to write."""
+        return f"{self.file} with {ADDED}" if self.checkpointing else self.file
+
+    @property
+    def ds_config(self) -> dict[str, Any]:
+        """Return the JSON, with what is added to it."""
+        return self.raw | {CHECKPOINTING: {}} if self.checkpointing else self.raw
+
+
+def shipped_candidates() -> list[Candidate]:
+    """Return the files of ds_configs/, each without and with activation checkpointing."""
+    found = []
+    for path in sorted(DS_CONFIGS.glob("*.json")):
+        plain = Candidate(load_ds_config(path), path.name)
+        found += [plain, dataclasses.replace(plain, checkpointing=True)]
+    return found
+
+
+@dataclass(frozen=True)
 class Estimate:
     """One run on some devices, and what follows.
 
     Attributes:
-        config: Resolved, and so are `batch` and `ds_config`.
-        name: Of the ds_config, for people.
+        config: Resolved, and so is `batch`.
+        candidate: The ds_config.
         cluster: It runs on.
-        memory_use: The fastest for which the devices have room.
-        parts: Bytes that a rank holds at its fullest moment, by what they are.
-        seconds: Of one optimizer step, by what they go to.
-        host_bytes: That a rank keeps in its machine's memory.
-        sent_bytes: From one rank in one optimizer step.
+        shard: What one rank trains, with the resolved ds_config and the fastest memory use for
+            which the devices have space.
     """
 
     config: TrainConfig
     batch: BatchArithmetic
-    ds_config: dict[str, Any]
-    name: str
+    candidate: Candidate
     cluster: Cluster
-    memory_use: MemoryUse
-    parts: memory.Parts
-    seconds: dict[str, float]
-    host_bytes: float
-    sent_bytes: float
+    shard: memory.Shard
+
+    @property
+    def ds_config(self) -> dict[str, Any]:
+        """Return the resolved ds_config."""
+        return self.shard.ds_config
+
+    @property
+    def memory_use(self) -> MemoryUse:
+        """Return how much memory the loss and GELU may take."""
+        return self.shard.memory_use
+
+    @functools.cached_property
+    def parts(self) -> memory.Parts:
+        """Return the bytes that a rank holds at its fullest moment, by what they are."""
+        return memory.peak(self.shard)
+
+    @functools.cached_property
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds of one optimizer step, by what they go to."""
+        device, nodes = self.cluster.device, self.cluster.nodes
+        return speed.step_seconds(self.shard, self.batch, self.config.seq_len, device, nodes)
+
+    @property
+    def host_bytes(self) -> float:
+        """Return what a rank keeps in its machine's memory."""
+        return memory.host_bytes(self.shard)
+
+    @property
+    def sent_bytes(self) -> float:
+        """Return what one rank sends in one optimizer step."""
+        return speed.sent_bytes(self.shard, self.batch)
 
     @property
     def all_parts(self) -> memory.Parts:
@@ -99,11 +156,11 @@ class Estimate:
     @property
     def spare_bytes(self) -> float:
         """Return what is left of a device's memory; below 0 the run does not fit."""
-        return self.cluster.device.memory_bytes * (1 - FRAGMENTS) - self.peak_bytes
+        return self.cluster.device.memory_bytes * (1 - FRAGMENTATION) - self.peak_bytes
 
     @property
     def lacking_bytes(self) -> float:
-        """Return what a device, or its share of the machine's memory, has too little; 0: fits."""
+        """Return the bytes short of fitting, on a device or in its machine's memory; 0: it fits."""
         return max(0.0, -self.spare_bytes, self.host_bytes - self.cluster.device.host_bytes)
 
     @property
@@ -149,83 +206,78 @@ class Estimate:
 
     @property
     def checkpoint_every(self) -> int:
-        """Return the steps between checkpoints with which saving and faults cost least (Young)."""
+        """Return the steps between checkpoints that lose the least time (Young 1974)."""
         fault_s = 3600 * DEVICE_HOURS_A_FAULT / self.cluster.world_size
         best = round(math.sqrt(2 * self.save_s * fault_s) / self.step_s)
         return min(max(1, best), self.config.max_steps)
 
 
-def estimate(config: TrainConfig, raw: dict[str, Any], name: str, cluster: Cluster) -> Estimate:
-    """Estimate a resolved run with an engine's JSON, called `name`, on a cluster.
+def estimate(config: TrainConfig, candidate: Candidate, cluster: Cluster) -> Estimate:
+    """Estimate a resolved run with a ds_config on a cluster.
 
     Raises:
         ValueError: The batch does not divide, or the ds_config cannot be; names flag or key.
     """
     batch = resolve_batch(config, cluster.world_size)
     config = dataclasses.replace(config, micro_batch_size=batch.micro_batch_size)
-    ds_config = resolve_ds_config(raw, config, batch).ds_config
+    ds_config = resolve_ds_config(candidate.ds_config, config, batch).ds_config
     device = cluster.device
     found = []
-    for use in MEMORY_USES if device.on_gpu else MEMORY_USES[-1:]:
+    for use in MEMORY_USES if device.on_gpu else MEMORY_USES[-1:]:  # the fastest first
         shard = memory.shard_of(config, batch, ds_config, device.on_gpu, use)
-        seconds = speed.step_seconds(shard, batch, config.seq_len, device, cluster.nodes)
-        found.append(
-            Estimate(config, batch, ds_config, name, cluster, use, memory.peak(shard), seconds,
-                     memory.host_bytes(shard), speed.sent_bytes(shard, batch))
-        )  # fmt: skip
-    return next((e for e in found if e.spare_bytes >= MARGIN * device.memory_bytes), found[-1])
+        found.append(Estimate(config, batch, candidate, cluster, shard))
+    with_margin = [e for e in found if e.spare_bytes >= MARGIN * device.memory_bytes]
+    return with_margin[0] if with_margin else found[-1]
 
 
 def largest_fitting(
-    config: TrainConfig, raw: dict[str, Any], name: str, cluster: Cluster, limit: int | None = None
+    config: TrainConfig, candidate: Candidate, cluster: Cluster, limit: int | None = None
 ) -> Estimate:
     """Estimate with the largest micro-batch that fits, at most `limit`; of one sequence if none.
 
     Raises:
         ValueError: As `estimate`.
     """
-    found = estimate(dataclasses.replace(config, micro_batch_size=1), raw, name, cluster)
-    sizes = divisors(found.batch.batch_sequences // cluster.world_size)
-    for size in (n for n in sizes[1:] if n <= (limit or n)):
+    found = estimate(dataclasses.replace(config, micro_batch_size=1), candidate, cluster)
+    for size in divisors(found.batch.batch_sequences // cluster.world_size)[1:]:
+        if limit and size > limit:
+            break
         sized = dataclasses.replace(config, micro_batch_size=size)
-        larger = estimate(sized, raw, name, cluster)
+        larger = estimate(sized, candidate, cluster)
         if not larger.fits:
             break
         found = larger
     return found
 
 
-def candidates(own: dict[str, Any] | None = None) -> dict[str, dict[str, Any]]:
-    """Return ds_configs by name, each also with activation checkpointing: `own`, called "", first.
+def estimate_best(config: TrainConfig, candidate: Candidate, cluster: Cluster) -> Estimate:
+    """Estimate with the micro-batch of `config`; where it has none, with the largest that fits.
 
-    The others are those of ds_configs/.
+    Raises:
+        ValueError: As `estimate`.
     """
-    found = {} if own is None else _with_and_without("", own)
-    for path in sorted(DS_CONFIGS.glob("*.json")):
-        found |= _with_and_without(path.name, load_ds_config(path))
-    return found
-
-
-def _with_and_without(name: str, raw: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {name: raw, f'{name}{WITH}"{CHECKPOINTING}": {{}}': raw | {CHECKPOINTING: {}}}
+    if config.micro_batch_size:
+        return estimate(config, candidate, cluster)
+    limit = largest_micro_batch(config.seq_len, cluster.device.on_gpu)
+    return largest_fitting(config, candidate, cluster, limit)
 
 
 def rank_candidates(config: TrainConfig, cluster: Cluster) -> list[Estimate]:
-    """Estimate with every candidate, each at its best; what fits first, then the cheaper first.
+    """Estimate with every file of ds_configs/; what fits first, then the cheaper first.
 
     Of those that are hardly slower than the fastest stage 1 comes first, then the lowest. Offload
     comes behind: how fast a machine's processors update is the least certain.
     """
-    limit = largest_micro_batch(config.seq_len, cluster.device.on_gpu)
-    size = functools.partial(largest_fitting, limit=limit)
-    plan = estimate if config.micro_batch_size else size
-    found = [plan(config, raw, name, cluster) for name, raw in candidates().items()]
-    first = [(e.lacking_bytes, offloads(e.ds_config, "optimizer"), e.step_s) for e in found]
-    hardly_slower = min(first)[2] * (1 + HARDLY)
+    found = [estimate_best(config, candidate, cluster) for candidate in shipped_candidates()]
+
+    def cost(e: Estimate) -> tuple[float, bool, float]:
+        return e.lacking_bytes, offloads(e.ds_config, "optimizer"), e.step_s
+
+    tie_s = min(map(cost, found))[2] * (1 + SPEED_TIE)
 
     def order(e: Estimate) -> tuple[float, ...]:
-        place = PREFERRED.index(zero_stage(e.ds_config))
-        return (e.lacking_bytes, offloads(e.ds_config, "optimizer"),
-                place if e.step_s <= hardly_slower else math.inf, e.step_s)  # fmt: skip
+        lacking_bytes, is_offloaded, step_s = cost(e)
+        place = STAGE_PREFERENCE.index(zero_stage(e.ds_config)) if step_s <= tie_s else math.inf
+        return lacking_bytes, is_offloaded, place, step_s
 
     return sorted(found, key=order)

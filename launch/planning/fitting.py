@@ -1,20 +1,22 @@
-"""What fits on the devices that a run has found: its plan, its micro-batch, or advice."""
+"""Plan a run on the devices that it has found; choose its micro-batch, or advise what fits."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from launch.planning.estimate import (
+    ADDED,
     MARGIN,
-    WITH,
+    Candidate,
     Cluster,
     Estimate,
-    candidates,
     estimate,
     largest_fitting,
+    shipped_candidates,
 )
 from training.config import divisors, largest_micro_batch
 from training.devices import DEVICES, GIB, machine_bytes
@@ -55,45 +57,68 @@ def plan_here(run: Run, device: torch.device) -> Estimate:
     Raises:
         ValueError: As `estimate`.
     """
-    memory_bytes, config = device_bytes(device, run.ranks), run.config
+    config = run.config
+    memory_bytes = device_bytes(device, run.ranks)
     if not run.is_settled:
         size = choose_micro_batch(run, device, memory_bytes, resumes=False)
         config = dataclasses.replace(config, micro_batch_size=size)
-    return estimate(config, run.ds_config, "", found_cluster(device, run.ranks, memory_bytes))
+    cluster = found_cluster(device, run.ranks, memory_bytes)
+    return estimate(config, Candidate(run.ds_config), cluster)
 
 
-def advice(planned: Estimate) -> str | None:
-    """Return a line with the nearest setting that fits if the planned run does not; else None.
+@dataclass(frozen=True)
+class Advice:
+    """What a run lacks, and the nearest setting that fits."""
+
+    need_bytes: float
+    has_bytes: float
+    where: str
+    remedy: str
+
+    @property
+    def what(self) -> str:
+        """Return what is wrong."""
+        sizes = f"{self.need_bytes / GIB:.1f} GiB {self.where} {self.has_bytes / GIB:.1f}"
+        return f"this run needs {sizes} (launch/plan.py)"
+
+    def __str__(self) -> str:
+        """Return the line that is printed."""
+        return f"{self.what}. Fix: {self.remedy}"
+
+
+def advice(planned: Estimate) -> Advice | None:
+    """Return the nearest setting that fits if the planned run does not; else None.
 
     Near is, in this order: a smaller micro-batch, activation checkpointing, another ds_config.
     """
     if planned.fits:
         return None
-    ds_config, cluster = planned.ds_config, planned.cluster
+    device = planned.cluster.device
+    if planned.spare_bytes < 0:
+        where = "on each device of"
+        return Advice(planned.peak_bytes, device.memory_bytes, where, _remedy(planned))
+    where = "of the machine's memory for each device, which has"
+    return Advice(planned.host_bytes, device.host_bytes, where, _remedy(planned))
+
+
+def _remedy(planned: Estimate) -> str:
     config = dataclasses.replace(planned.config, compile="false")  # which stage 3 would refuse
     limit = config.micro_batch_size
-    fitting = (
-        (name, found)
-        for name, raw in candidates(ds_config).items()
-        if (found := largest_fitting(config, raw, name, cluster, limit)).fits
-    )
-    name, found = next(fitting, (None, None))
-    if name is None or found is None:
-        remedy = "take more devices: no ds_config fits"
+    own = Candidate(planned.ds_config)
+    for candidate in (own, dataclasses.replace(own, checkpointing=True), *shipped_candidates()):
+        found = largest_fitting(config, candidate, planned.cluster, limit)
+        if found.fits:
+            break
     else:
-        file, _, checkpoints = name.partition(WITH)
-        size = found.batch.micro_batch_size
-        flags = [f"--ds_config ds_configs/{file}"] if file else []
-        flags += [f"--micro_batch_size {size}"] if size != limit else []
-        flags += [f"add {checkpoints} to {file or config.ds_config}"] if checkpoints else []
-        remedy = ", ".join(flags)
-    need, has = planned.peak_bytes, cluster.device.memory_bytes
-    where = "on each device of"
-    if planned.spare_bytes >= 0:
-        need, has = planned.host_bytes, cluster.device.host_bytes
-        where = "of the machine's memory for each device, which has"
-    sizes = f"{need / GIB:.1f} GiB {where} {has / GIB:.1f}"
-    return f"this run needs {sizes} (launch/plan.py). Fix: {remedy}"
+        return "take more devices: no ds_config fits"
+    flags = []
+    if candidate.file:
+        flags.append(f"--ds_config ds_configs/{candidate.file}")
+    if found.batch.micro_batch_size != limit:
+        flags.append(f"--micro_batch_size {found.batch.micro_batch_size}")
+    if candidate.checkpointing:
+        flags.append(f"add {ADDED} to {candidate.file or config.ds_config}")
+    return ", ".join(flags)
 
 
 def explain_out_of_memory(error: Exception, run: Run) -> Exception:
@@ -133,7 +158,8 @@ def choose_micro_batch(run: Run, device: torch.device, memory_bytes: int, resume
         return batch.micro_batch_size
     cluster = found_cluster(device, run.ranks, round(memory_bytes * (1 - MARGIN)))
     limit = largest_micro_batch(config.seq_len, on_gpu=True)
-    return largest_fitting(config, run.ds_config, "", cluster, limit).batch.micro_batch_size
+    planned = largest_fitting(config, Candidate(run.ds_config), cluster, limit)
+    return planned.batch.micro_batch_size
 
 
 def settle_micro_batch(run: Run, device: torch.device, resumes: bool) -> None:

@@ -1,4 +1,4 @@
-"""What an estimate says: to people in lines, or as a row of a table; to programs as JSON values."""
+"""Print an estimate: for people in lines or as a row of a table, for programs as JSON values."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from launch.planning.estimate import (
-    CHECKPOINTING,
+    ADDED,
     DEVICE_HOURS_A_FAULT,
-    FRAGMENTS,
-    HARDLY,
-    WITH,
+    FRAGMENTATION,
+    SPEED_TIE,
     Estimate,
     largest_fitting,
 )
@@ -20,16 +19,15 @@ from model import PRESETS
 from training.devices import GIB
 
 # Keys of zero_optimization that change memory or traffic, which the plan does not count.
-NOT_COUNTED = ("zero_hpz_partition_size", "mics_shard_size", "zero_quantized_weights",
-               "zero_quantized_gradients")  # fmt: skip
-FIGURES = ("fits", "spare_bytes", "lacking_bytes", "peak_bytes", "host_bytes", "checkpoint_bytes",
-           "checkpoint_every", "save_s", "sent_bytes", "seconds", "step_s", "tokens_per_s", "mfu",
-           "days", "device_hours")  # fmt: skip
-COLUMNS = ["model", "devices", "batch, tokens", "ds_config", "micro-batch", "GiB a device",
-           "tokens/s", "MFU", "days", "device-hours"]  # fmt: skip
+NOT_COUNTED = (
+    "zero_hpz_partition_size",
+    "mics_shard_size",
+    "zero_quantized_weights",
+    "zero_quantized_gradients",
+)
 
 
-def describe(chosen: Estimate, others: list[Estimate], price: float | None) -> str:
+def format_estimate(chosen: Estimate, others: list[Estimate], price: float | None) -> str:
     """Return an estimate in lines, and why it was chosen before the others.
 
     Args:
@@ -39,11 +37,13 @@ def describe(chosen: Estimate, others: list[Estimate], price: float | None) -> s
     """
     config, batch, cluster = chosen.config, chosen.batch, chosen.cluster
     step_s, hours = chosen.step_s, chosen.device_hours
+    cost = f", {price * hours:,.0f} at {price:g} an hour" if price else ""
     lines = {
-        config.model: f"{config.gpt_config.n_params():,} parameters on {cluster.nodes} x "
-        f"{cluster.gpus_per_node} {cluster.device.kind}, {chosen.name}: {_verdict(chosen)}",
+        config.model: f"{config.gpt_config.n_params():,} parameters on "
+        f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.device.kind}, {chosen.candidate}: "
+        f"{_whether_fits(chosen)}",
         "memory": f"{_gib(chosen.peak_bytes)} a device: {_shares(chosen.all_parts, _gib)}; "
-        f"{_gib(FRAGMENTS * cluster.device.memory_bytes)} are kept for fragments",
+        f"{_gib(FRAGMENTATION * cluster.device.memory_bytes)} are kept for fragments",
         "batch": f"{config.batch_tokens:,} tokens = {batch.micro_batch_size} sequences x "
         f"{config.seq_len} tokens x {batch.grad_accum_steps} micro-batches x {batch.world_size} "
         f"ranks{_largest(chosen)}",
@@ -51,7 +51,7 @@ def describe(chosen: Estimate, others: list[Estimate], price: float | None) -> s
         "speed": f"{chosen.tokens_per_s:,.0f} tokens/s, "
         f"{chosen.tokens_per_s / batch.world_size:,.0f} a device, MFU {chosen.mfu:.0%}",
         "run": f"{config.max_steps:,} steps: {_short(chosen.days)} days, {hours:,.0f} device-hours"
-        + (f", {price * hours:,.0f} at {price:g} an hour" if price else ""),
+        f"{cost}",
         "sent": f"{_gib(chosen.sent_bytes)} from each rank in a step",
         "checkpoint": f"{_gib(chosen.checkpoint_bytes)} on disk each, {chosen.save_s:,.1f} s; "
         f"--checkpoint_every {chosen.checkpoint_every} costs least with a fault in "
@@ -69,22 +69,24 @@ def describe(chosen: Estimate, others: list[Estimate], price: float | None) -> s
     return "\n".join(f"{name:<11} {text}" for name, text in lines.items())
 
 
-def _verdict(chosen: Estimate) -> str:
+def _whether_fits(chosen: Estimate) -> str:
     device = chosen.cluster.device
-    if chosen.spare_bytes >= 0 and not chosen.fits:
-        has = f"{_gib(chosen.lacking_bytes)} of the {_gib(device.host_bytes)} that a machine has"
-        return f"does not fit by {has} for each device"
     spare = f"{_gib(abs(chosen.spare_bytes))} of {_gib(device.memory_bytes)}"
-    return f"fits, {spare} spare" if chosen.fits else f"does not fit by {spare}"
+    if chosen.fits:
+        return f"fits, {spare} spare"
+    if chosen.spare_bytes < 0:
+        return f"does not fit by {spare}"
+    lacking = f"{_gib(chosen.lacking_bytes)} of the {_gib(device.host_bytes)}"
+    return f"does not fit by {lacking} that a machine has for each device"
 
 
 def _largest(chosen: Estimate) -> str:
     if not chosen.fits:
         return ""
-    config, batch = chosen.config, chosen.batch
-    largest = largest_fitting(config, chosen.ds_config, "", chosen.cluster).batch.micro_batch_size
-    whole = largest == batch.batch_sequences // batch.world_size
-    return f"; up to {largest} sequences fit{', all that a rank has' if whole else ''}"
+    batch = largest_fitting(chosen.config, chosen.candidate, chosen.cluster).batch
+    is_all = batch.grad_accum_steps == 1
+    largest = batch.micro_batch_size
+    return f"; up to {largest} sequences fit{', all that a rank has' if is_all else ''}"
 
 
 def _reason(chosen: Estimate, others: list[Estimate]) -> str:
@@ -92,26 +94,31 @@ def _reason(chosen: Estimate, others: list[Estimate]) -> str:
         return "none of ds_configs/ fits, with or without activation checkpointing"
     fitting = 1 + sum(e.fits for e in others)
     reason = (
-        f"{fitting} of {len(others) + 1} tried fit; of those within {HARDLY:.0%} of the fastest "
+        f"{fitting} of {len(others) + 1} tried fit; of those within {SPEED_TIE:.0%} of the fastest "
         "zero1, else the lowest stage"
     )
     faster = [e for e in others if e.step_s < chosen.step_s and not e.fits]
-    missing = [f"{e.name} lacks {_gib(e.lacking_bytes)}" for e in faster]
+    missing = [f"{e.candidate} lacks {_gib(e.lacking_bytes)}" for e in faster]
     return "; ".join([reason, *missing[:2]])
 
 
 def _flags(chosen: Estimate) -> str:
-    config, preset = chosen.config, chosen.config.preset
-    file, _, checkpointing = chosen.name.partition(WITH)
-    shipped = Path("ds_configs", file)
-    flags = {"model": config.model, "ds_config": f"my_{file}" if checkpointing else shipped}
+    config, preset, candidate = chosen.config, chosen.config.preset, chosen.candidate
+    shipped, own = Path("ds_configs", candidate.file), f"my_{candidate.file}"
+    flags = {"model": config.model, "ds_config": own if candidate.checkpointing else shipped}
     flags["micro_batch_size"] = chosen.batch.micro_batch_size
-    usual = {"batch_tokens": preset.batch_tokens, "seq_len": preset.config.block_size,
-             "max_steps": preset.max_tokens // config.batch_tokens}  # fmt: skip
-    flags |= {k: getattr(config, k) for k, v in usual.items() if getattr(config, k) != v}
+    defaults = {
+        "batch_tokens": preset.batch_tokens,
+        "seq_len": preset.config.block_size,
+        "max_steps": preset.max_tokens // config.batch_tokens,
+    }
+    for name, default in defaults.items():
+        if getattr(config, name) != default:
+            flags[name] = getattr(config, name)
     words = " ".join(f"--{name} {value}" for name, value in flags.items())
-    copy = f"; my_{file} is {shipped}{WITH}{checkpointing}" if checkpointing else ""
-    return words + copy
+    if candidate.checkpointing:
+        return f"{words}; {own} is {shipped} with {ADDED}"
+    return words
 
 
 def _short(number: float) -> str:
@@ -126,37 +133,62 @@ def _shares(parts: dict[str, float], show: Callable[[float], str]) -> str:
     return " | ".join(f"{name} {show(value)}" for name, value in parts.items() if value)
 
 
-def table(rows: list[Estimate], price: float | None) -> str:
-    """Return a Markdown table of estimates."""
-    columns = [*COLUMNS, "cost"] if price else COLUMNS
-    lines = [columns, ["---"] * len(columns), *(_row(row, price) for row in rows)]
+def format_estimates(estimates: list[Estimate], price: float | None) -> str:
+    """Return a Markdown table with a row for each estimate."""
+    rows = [_row(e, price) for e in estimates]
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _row(best: Estimate, price: float | None) -> list[str]:
-    row = [best.config.model, f"{best.cluster.world_size:,}", f"{best.config.batch_tokens:,}"]
-    held = f"{best.peak_bytes / GIB:.1f}"
+def _row(best: Estimate, price: float | None) -> dict[str, str]:
+    checkpointing = " + checkpointing" if best.candidate.checkpointing else ""
+    row = {
+        "model": best.config.model,
+        "devices": f"{best.cluster.world_size:,}",
+        "batch, tokens": f"{best.config.batch_tokens:,}",
+        "ds_config": f"{best.candidate.file}{checkpointing}",
+        "micro-batch": str(best.batch.micro_batch_size),
+        "GiB a device": f"{best.peak_bytes / GIB:.1f}",
+        "tokens/s": f"{best.tokens_per_s:,.0f}",
+        "MFU": f"{best.mfu:.0%}",
+        "days": _short(best.days),
+        "device-hours": f"{best.device_hours:,.0f}",
+    }
+    if price:
+        row["cost"] = f"{price * best.device_hours:,.0f}"
     if not best.fits:
-        lacks = f"none fits: lacks {_gib(best.lacking_bytes)}"
-        return [*row, lacks, "", held, *[""] * (5 if price else 4)]
-    what = best.name.replace(f'{WITH}"{CHECKPOINTING}": {{}}', " + checkpointing")
-    row += [what, str(best.batch.micro_batch_size), held, f"{best.tokens_per_s:,.0f}"]
-    row += [f"{best.mfu:.0%}", _short(best.days), f"{best.device_hours:,.0f}"]
-    return [*row, f"{price * best.device_hours:,.0f}"] if price else row
+        shown = ("model", "devices", "batch, tokens", "GiB a device")
+        row |= {name: "" for name in row if name not in shown}
+        row["ds_config"] = f"none fits: lacks {_gib(best.lacking_bytes)}"
+    return row
 
 
-def to_json(chosen: Estimate, price: float | None) -> dict[str, Any]:
+def estimate_to_json(chosen: Estimate, price: float | None) -> dict[str, Any]:
     """Return an estimate as JSON values, in bytes and seconds."""
-    cluster = chosen.cluster
     return {
         "model": chosen.config.model,
         "n_params": chosen.config.gpt_config.n_params(),
-        "device": cluster.device.kind,
-        "nodes": cluster.nodes,
-        "devices": cluster.world_size,
-        "ds_config": chosen.name,
+        "device": chosen.cluster.device.kind,
+        "nodes": chosen.cluster.nodes,
+        "devices": chosen.cluster.world_size,
+        "ds_config": str(chosen.candidate),
         "parts_bytes": chosen.all_parts,
         "batch": dataclasses.asdict(chosen.batch),
         "max_steps": chosen.config.max_steps,
         "cost": price * chosen.device_hours if price else None,
-    } | {name: getattr(chosen, name) for name in FIGURES}
+        "fits": chosen.fits,
+        "spare_bytes": chosen.spare_bytes,
+        "lacking_bytes": chosen.lacking_bytes,
+        "peak_bytes": chosen.peak_bytes,
+        "host_bytes": chosen.host_bytes,
+        "checkpoint_bytes": chosen.checkpoint_bytes,
+        "checkpoint_every": chosen.checkpoint_every,
+        "save_s": chosen.save_s,
+        "sent_bytes": chosen.sent_bytes,
+        "seconds": chosen.seconds,
+        "step_s": chosen.step_s,
+        "tokens_per_s": chosen.tokens_per_s,
+        "mfu": chosen.mfu,
+        "days": chosen.days,
+        "device_hours": chosen.device_hours,
+    }

@@ -1,4 +1,4 @@
-"""What one optimizer step costs: bytes that a rank sends, and seconds by what they go to.
+"""Estimate what one optimizer step costs: bytes that a rank sends, and seconds by their cause.
 
 A roofline: matrix products and attention at the share of the peak that long runs reach, everything
 else at the speed of memory. docs/SCALING.md compares it with published runs, and the bytes with
@@ -27,25 +27,28 @@ HEAD_PASSES = 2
 UPDATE_BYTES = 30  # a parameter: gradient, master, two moments; all but the first written; weight
 LINK_SHARE = 0.8  # of a link's bandwidth that NCCL's large collectives get
 HOP_S = 3.5e-6  # of a ring for each rank: fitted to llm-foundry's 1B on 8, 64 and 512 H100
-HIDDEN = 0.5  # of ZeRO-3's communication, behind the computation
+ZERO3_OVERLAP = 0.5  # of ZeRO-3's communication with computation
 LAUNCH_S = 300e-6  # for the 40 kernels of a block, forward and backward, by Python: an assumption
 HOST_MEMORY_BYTES_S = 200e9  # of a machine with two processors, for the optimizer on the CPU
 
 
 def sent_bytes(shard: Shard, batch: BatchArithmetic) -> float:
     """Return what rings send from one rank in one optimizer step, in bytes."""
-    micro, w, c = batch.grad_accum_steps, shard.weight_bytes, comm_bytes(shard)
+    n_params, weight_bytes = shard.n_params, shard.weight_bytes
+    gradient_bytes, micro_steps = comm_bytes(shard), batch.grad_accum_steps
     if shard.stage == 0:
-        per_step = 2 * c * shard.n_params
+        per_step = 2 * gradient_bytes * n_params
     elif shard.stage == 1:
-        flat = 4 if shard.on_gpu else 2 * 4  # NCCL scatters the sums; gloo gives them to all
-        per_step = ((flat if shard.has_flat_gradients else 2 * c) + w) * shard.n_params
+        reduce_bytes = 2 * gradient_bytes
+        if shard.has_flat_gradients:
+            reduce_bytes = 4 if shard.on_gpu else 2 * 4  # NCCL scatters sums; gloo all-reduces
+        per_step = (reduce_bytes + weight_bytes) * n_params
     elif shard.stage == 2:  # every micro-batch reduces; whole buckets, unless told otherwise
         times = 2 if shard.zero_option("use_multi_rank_bucket_allreduce", True) else 1
-        per_step = (micro * times * c + w) * shard.n_params
+        per_step = (micro_steps * times * gradient_bytes + weight_bytes) * n_params
     else:  # weights are gathered forward, and backward too if they did not stay
-        again = shard.n_params - shard.head - elements_kept_near(shard)
-        per_step = micro * (c * shard.n_params + w * (shard.n_params + again))
+        again = n_params - shard.head - elements_kept_near(shard)
+        per_step = micro_steps * (gradient_bytes * n_params + weight_bytes * (n_params + again))
     return per_step * (1 - 1 / shard.world_size)
 
 
@@ -62,22 +65,21 @@ def step_seconds(
         nodes: Machines, each with as many ranks.
     """
     gpt, tokens = shard.gpt, shard.tokens * batch.grad_accum_steps
-    again = 4 / 3 if "activation_checkpointing" in shard.ds_config else 1  # the forward, twice
-    products = 6 * (again * 12 * gpt.n_layer * gpt.n_embd**2 + shard.head)
-    attention = again * 6 * gpt.n_layer * gpt.n_embd * seq_len  # the causal half
-    forwards = 2 if again > 1 else 1
+    # FLOPs of a token. Checkpointing runs the forward, a third of a step, twice.
+    forwards = 2 if "activation_checkpointing" in shard.ds_config else 1
+    more = 4 / 3 if forwards == 2 else 1
+    products = 6 * (more * 12 * gpt.n_layer * gpt.n_embd**2 + shard.head)
+    attention = more * 6 * gpt.n_layer * gpt.n_embd * seq_len  # the causal half
+    # Bytes of a token that go to and from memory: in the blocks, then over the logits.
     wide, narrow = activation_bytes(shard)
-    narrow_backward = NARROW_BACKWARD - GELU_AGAIN * shard.memory_use.keeps_gelu
-    streamed = (
-        gpt.n_layer
-        * gpt.n_embd
-        * (
-            wide * (forwards * WIDE_FORWARD + WIDE_BACKWARD)
-            + narrow * (forwards * NARROW_FORWARD + narrow_backward)
-        )
-    )
-    updated = shard.n_params / (shard.world_size if shard.stage else 1)
+    narrow_backward = NARROW_BACKWARD
+    if shard.memory_use.keeps_gelu:
+        narrow_backward -= GELU_AGAIN
+    wide_bytes = wide * (forwards * WIDE_FORWARD + WIDE_BACKWARD)
+    narrow_bytes = narrow * (forwards * NARROW_FORWARD + narrow_backward)
+    streamed = gpt.n_layer * gpt.n_embd * (wide_bytes + narrow_bytes)
     logit_bytes = LOGIT_PASSES * narrow + HEAD_PASSES * (narrow + 4) * gpt.n_embd / shard.loss_rows
+    updated = shard.n_params / (shard.world_size if shard.stage else 1)
     flops = device.flops * (2 / narrow)  # TF32 has half the peak of bf16
     seconds = {
         "matrix products": tokens * products / (flops * device.matmul_share),
@@ -86,7 +88,8 @@ def step_seconds(
         "loss": tokens * logit_bytes * gpt.padded_vocab_size / device.memory_bytes_s,
         "optimizer": UPDATE_BYTES * updated / device.memory_bytes_s,
     }
-    launches = LAUNCH_S * gpt.n_layer * batch.grad_accum_steps * again if device.on_gpu else 0
+    # Python launches kernels while the GPU computes: only what takes longer than that counts.
+    launches = LAUNCH_S * gpt.n_layer * batch.grad_accum_steps * more if device.on_gpu else 0
     seconds["launches"] = max(0.0, launches - sum(seconds.values()))
     seconds["communication"] = _communication(shard, batch, device, nodes)
     if offloads(shard.ds_config, "optimizer"):
@@ -100,28 +103,29 @@ def _communication(shard: Shard, batch: BatchArithmetic, device: Device, nodes: 
     # Each machine's devices share its links: what all of them gather enters it once.
     per_node = shard.world_size // nodes
     link = device.peer_bytes_s
-    if nodes > 1:
-        link = device.network_bytes_s * per_node
-        link = min(link, device.peer_bytes_s) if per_node > 1 else link
+    if nodes > 1 and per_node > 1:
+        link = min(link, device.network_bytes_s * per_node)
+    elif nodes > 1:
+        link = device.network_bytes_s
     seconds = sent_bytes(shard, batch) / (LINK_SHARE * link)
     if shard.stage == 3:
-        seconds *= 1 - HIDDEN
+        seconds *= 1 - ZERO3_OVERLAP
     return seconds + HOP_S * (shard.world_size - 1) * _rings(shard, batch)
 
 
 def _rings(shard: Shard, batch: BatchArithmetic) -> int:
     # How often a step goes around: once for a gather or a scatter, twice for an all-reduce.
-    micro, P = batch.grad_accum_steps, shard.n_params
+    n_params, micro_steps = shard.n_params, batch.grad_accum_steps
     if shard.stage == 3:
-        return 3 * shard.gpt.n_layer * micro
+        return 3 * shard.gpt.n_layer * micro_steps
     if shard.has_flat_gradients and shard.on_gpu:
         return 2 * 2 + 2  # two groups of weights, each scattered and gathered; and the norm
-    reductions = math.ceil(P / MAX_REDUCED)
+    reductions = math.ceil(n_params / MAX_REDUCED)
     if shard.stage and not shard.has_flat_gradients:
-        reductions = math.ceil(P / shard.zero_option("reduce_bucket_size", MAX_REDUCED))
+        reductions = math.ceil(n_params / shard.zero_option("reduce_bucket_size", MAX_REDUCED))
     if shard.stage == 2:
-        reductions *= micro
-    gathers = math.ceil(P / max(1, shard.zero_option("allgather_bucket_size", MAX_REDUCED)))
+        reductions *= micro_steps
+    gathers = math.ceil(n_params / max(1, shard.zero_option("allgather_bucket_size", MAX_REDUCED)))
     return 2 * reductions + (gathers if shard.stage else 0)
 
 

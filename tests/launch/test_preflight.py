@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from launch.checks.machine import look, needed_bytes, read_flags
+from launch.checks.checklist import compare_all, read_all
+from launch.checks.compare import Facts
+from launch.checks.machine import needed_bytes, read_flags
 from launch.checks.network import pairs_between_machines, pairs_within_machines
-from launch.checks.verdicts import Facts, judge
 from model import PRESETS
 from training.ranks import Ranks
 from training.run import resolve_run
@@ -37,20 +38,20 @@ def healthy(n_nodes: int = 4, per_node: int = 2) -> list[Facts]:
                 "rank": rank,
                 "host": f"node-{node}",
                 "errors": {},
-                "answers": "in time",
+                "answers": None,
                 "device": {"kind": "cuda", "name": "H100"},
                 "versions": {"torch": "2.13", "git": "d7"},
                 "flags": {"lr": "0.1"},
                 "variables": {"NCCL_DEBUG": "WARN"},
-                "plan": "fits",
+                "plan": None,
                 "clock": 1e9 + rank * 1e-3,
-                "names": [f"10.0.0.{node}"],
-                "reach": [],
+                "hostnames": [f"10.0.0.{node}"],
+                "connections": [],
                 "shards": {"train": "ab", "val": "cd"},
-                "run folder": {"room_bytes": 2**40, "needed_bytes": 2**38},
+                "run folder": {"free_bytes": 2**40, "needed_bytes": 2**38},
                 "run folder shared": True,
                 "limits": LIMITS,
-                "jit locks": "none",
+                "jit locks": None,
                 "memory": 80e9,
                 "matmul": 650e12 + 1e12 * rank,
                 "process group": "nccl",
@@ -63,13 +64,17 @@ def healthy(n_nodes: int = 4, per_node: int = 2) -> list[Facts]:
 
 
 def found(facts: list[Facts]) -> list[tuple[str, str, list[int]]]:
-    return [(f.check, f.host, f.ranks) for verdict in judge(facts) for f in verdict.findings]
+    return [
+        (finding.check, finding.host, finding.ranks)
+        for outcome in compare_all(facts)
+        for finding in outcome.findings
+    ]
 
 
 def test_a_healthy_cluster_has_no_findings() -> None:
     for n_nodes, per_node in ((1, 1), (1, 2), (2, 1), (4, 2)):
-        verdicts = judge(healthy(n_nodes, per_node))
-        assert all(verdict.seen and not verdict.findings for verdict in verdicts)
+        outcomes = compare_all(healthy(n_nodes, per_node))
+        assert all(outcome.seen and not outcome.findings for outcome in outcomes)
 
 
 @pytest.mark.parametrize(
@@ -81,9 +86,9 @@ def test_a_healthy_cluster_has_no_findings() -> None:
         ("variables", {}),
         ("device", {"kind": "cuda", "name": "A100"}),
         ("clock", 1e9 - 1.1),
-        ("reach", [0, 1, 2]),
+        ("connections", [0, 1, 2]),
         ("shards", {"train": "ab", "val": "ce"}),
-        ("run folder", {"room_bytes": 2**37, "needed_bytes": 2**38}),
+        ("run folder", {"free_bytes": 2**37, "needed_bytes": 2**38}),
         ("run folder shared", False),
         ("limits", LIMITS | {"open_files": 256}),
         ("limits", LIMITS | {"memlock_bytes": 65536}),
@@ -105,7 +110,7 @@ def test_the_ranks_of_a_machine_with_one_fault_are_one_finding() -> None:
     for fact in facts[2:4]:
         fact["pairs of machines"] = LINK | {"bytes_per_s": 1e10}
     assert found(facts) == [("pairs of machines", "node-2", [2, 3])]
-    (line,) = [str(f) for verdict in judge(facts) for f in verdict.findings]
+    (line,) = [str(f) for outcome in compare_all(facts) for f in outcome.findings]
     assert line.startswith(
         "node-2 (rank 2, 3): pairs of machines: 10 GB/s, the median is 100. Fix:"
     )
@@ -119,22 +124,25 @@ def test_of_two_ranks_the_slow_one_is_found() -> None:
 
 def test_an_error_and_a_missing_answer_name_their_rank() -> None:
     facts = healthy()
-    facts[1]["errors"] = {"jit locks": "/x/lock: left by a build that was killed. Fix: rm /x/lock"}
-    facts[4]["errors"] = {"all ranks": "timed out"}
-    facts[6]["errors"] = {"answers": "no answer about memory within 9 s. Fix: look"}
+    facts[1]["errors"] = {"jit locks": ("/x/lock: left by a build", "rm /x/lock")}
+    facts[4]["errors"] = {"all ranks": ("timed out", "")}
+    facts[6]["errors"] = {"answers": ("no answer about memory within 9 s", "")}
     for fact in facts:
         del fact["matmul"]
     expected = [("answers", "node-4", [6]), ("jit locks", "node-1", [1])]
     assert found(facts) == [*expected, ("all ranks", "node-3", [4])]
-    assert {verdict.check: verdict.seen for verdict in judge(facts)}["matmul"] == ""
+    outcomes = {outcome.check: outcome for outcome in compare_all(facts)}
+    assert outcomes["matmul"].seen == ""
+    assert outcomes["jit locks"].findings[0].remedy == "rm /x/lock"
+    assert outcomes["all ranks"].findings[0].remedy.startswith("see NCCL_SOCKET_IFNAME")
 
 
-def test_a_name_that_stands_for_loopback_matters_to_gloo_on_several_machines() -> None:
-    for kind, expected in (("cuda", []), ("cpu", [("names", "node-1", [0])])):
+def test_a_name_that_resolves_to_loopback_matters_to_gloo_on_several_machines() -> None:
+    for kind, expected in (("cuda", []), ("cpu", [("hostnames", "node-1", [0])])):
         facts = healthy(2, 1)
         for fact in facts:
             fact["device"]["kind"] = kind
-        facts[0]["names"] = ["127.0.1.1"]
+        facts[0]["hostnames"] = ["127.0.1.1"]
         assert found(facts) == expected
 
 
@@ -156,19 +164,12 @@ def test_everybody_is_in_two_pairs_and_in_one_at_a_time(sizes: list[int]) -> Non
         assert list(times.values()) == expected
 
 
-def test_room_is_asked_for_as_many_checkpoints_as_are_kept(tmp_path: Path) -> None:
+def test_disk_space_is_asked_for_as_many_checkpoints_as_are_kept(tmp_path: Path) -> None:
     config = {"model": "debug", "run_dir": tmp_path, "max_steps": 100, "checkpoint_every": 10}
     ranks = Ranks(0, 0, 1, 1)
     one = needed_bytes(resolve_run(config, ranks)) / 11
     assert one == 14 * PRESETS["debug"].config.n_params()  # bf16 weights, fp32 masters and moments
-    kept = {
-        "model": "debug",
-        "run_dir": tmp_path,
-        "max_steps": 100,
-        "checkpoint_every": 10,
-        "keep_checkpoints": 2,
-    }
-    assert needed_bytes(resolve_run(kept, ranks)) == 3 * one
+    assert needed_bytes(resolve_run(config | {"keep_checkpoints": 2}, ranks)) == 3 * one
 
 
 def test_shards_that_cannot_be_read_are_an_error_with_its_remedy(
@@ -176,9 +177,9 @@ def test_shards_that_cannot_be_read_are_an_error_with_its_remedy(
 ) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     config = {"model": "debug", "data_dir": tmp_path, "run_dir": tmp_path / "run"}
-    facts = look(resolve_run(config, Ranks(0, 0, 1, 1)))
-    assert "no shard" in facts["errors"]["shards"]
-    assert "Fix: " in facts["errors"]["shards"]
+    what, remedy = read_all(resolve_run(config, Ranks(0, 0, 1, 1)))["errors"]["shards"]
+    assert "no shard" in what
+    assert remedy
     assert list((tmp_path / "run").iterdir()) == []
 
 
@@ -192,10 +193,11 @@ def test_a_run_that_cannot_start_or_fit_is_found(
         "run_dir": tmp_path,
         "eval_tokens": 10_000,
     }
-    errors = look(resolve_run(config, Ranks(0, 0, 1, 1)))["errors"]
-    assert "has 3000 tokens, not --eval_tokens 10000" in errors["shards"]
-    assert "this run needs " in errors["plan"]
-    assert "Fix: take more devices" in errors["plan"]
+    errors = read_all(resolve_run(config, Ranks(0, 0, 1, 1)))["errors"]
+    assert "10000" in errors["shards"][0]
+    what, remedy = errors["plan"]
+    assert "this run needs " in what
+    assert remedy.startswith("take more devices")
 
 
 def test_flags_that_are_credentials_are_not_told(tmp_path: Path) -> None:
@@ -218,21 +220,12 @@ def test_a_full_disk_is_named(data_dir: Path, tmp_path: Path) -> None:
     inside = 'mount -t tmpfs -o size=64k none "$1" && head -c 64k /dev/zero > "$1/full"'
     inside += ' && shift && exec "$@"'
     command = ["unshare", "--mount", "sh", "-c", inside, "sh", str(run_dir), sys.executable]
-    command += [
-        "launch/preflight.py",
-        "--model",
-        "debug",
-        "--data_dir",
-        str(data_dir),
-        "--run_dir",
-        str(run_dir),
-        "--eval_tokens",
-        "256",
-    ]
+    command += ["launch/preflight.py", "--model", "debug", "--eval_tokens", "256"]
+    command += ["--data_dir", str(data_dir), "--run_dir", str(run_dir)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert f"{run_dir} cannot be written to: No space left on device. Fix: make room" in line
+    assert f"{run_dir}: cannot be written to: No space left on device. Fix: free disk space" in line
 
 
 def test_bad_usage_ends_with_status_2() -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from launch.planning import fitting
-from launch.planning.estimate import Cluster, estimate
+from launch.planning.estimate import Candidate, Cluster, estimate
 from launch.planning.fitting import choose_micro_batch
 from model.config import MEMORY_USES, MemoryUse
 from train import main
@@ -90,7 +90,7 @@ def test_the_loss_and_gelu_take_what_leaves_a_tenth_free(gib: float, use: Memory
     config = resolve_train_config(model="gpt2", micro_batch_size=64)
     raw = load_ds_config(config.ds_config)
     device = dataclasses.replace(DEVICES["h100"], memory_bytes=int(gib * GIB))
-    planned = estimate(config, raw, "", Cluster(device, 1, 1))
+    planned = estimate(config, Candidate(raw), Cluster(device, 1, 1))
     assert planned.fits
     assert planned.memory_use == use
 
