@@ -49,7 +49,7 @@ def wait_until(condition: Callable[[], object], timeout_s: float) -> bool:
     while not condition():
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.02)
+        time.sleep(0.05)
     return True
 
 

@@ -1,7 +1,7 @@
-"""Some machines on this one: network namespaces, each with its own sshd, host name and address.
+"""Make machines of this one: network namespaces, each with its own sshd, host name and address.
 
-As root, with iproute2, openssh-server and pdsh (`make debian`). They share the disk, as machines
-with a network file system do, and reach each other only through a switch, itself a namespace.
+This needs root, iproute2, openssh-server and pdsh (`make debian`). The machines share the disk, as
+they would a network file system, and reach each other only through a switch, itself a namespace.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+from bench.processes import environment_without_ranks, wait_until
+
 SSH_PORT = 2222
-# What ranks need there: the network, a core each, no GPU.
+# What ranks need on such a machine: its network, a core each, no GPU.
 VARIABLES = {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ("ip", "unshare", "ssh", "ssh-keygen", "/usr/sbin/sshd", "pdsh")
@@ -24,7 +25,8 @@ NEEDED = ("ip", "unshare", "ssh", "ssh-keygen", "/usr/sbin/sshd", "pdsh")
 
 def missing() -> str:
     """Return why there can be no machines here, or ""."""
-    if lacking := [name for name in NEEDED if not shutil.which(name)]:
+    lacking = [name for name in NEEDED if not shutil.which(name)]
+    if lacking:
         return f"lacks {', '.join(lacking)}: make debian"
     probe = f"nanoprobe{os.getpid()}"
     command = ["ip", "netns", "add", probe]
@@ -72,12 +74,13 @@ class Hosts(contextlib.ExitStack):
 
     def popen(self, name: str, command: list[str], log: Path) -> subprocess.Popen[bytes]:
         """Start a command on a machine, in the repository; what it prints goes into a file."""
-        left_out = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        plain = {k: v for k, v in os.environ.items() if k not in left_out} | self.variables
-        path = f"{self.folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        environment = environment_without_ranks() | self.variables | {"HOME": str(self.home)}
+        # Our ssh comes first, then this Python and its `deepspeed`.
+        environment["PATH"] = f"{self.folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         with log.open("ab") as file:
-            return subprocess.Popen(self._on(name, command), cwd=ROOT, stdout=file, stderr=file,
-                                    env=plain | {"PATH": path, "HOME": str(self.home)})  # fmt: skip
+            return subprocess.Popen(
+                self._on(name, command), cwd=ROOT, stdout=file, stderr=file, env=environment
+            )
 
     def serve(self, name: str, command: list[str], log: Path) -> subprocess.Popen[bytes]:
         """Start a command that ends with the machine."""
@@ -88,9 +91,7 @@ class Hosts(contextlib.ExitStack):
 
     def pids(self, name: str) -> set[int]:
         """Return the processes of a machine."""
-        command = ["ip", "netns", "pids", f"{self.prefix}-{name}"]
-        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
-        return set(map(int, done.stdout.split()))
+        return _pids_in(f"{self.prefix}-{name}")
 
     def _on(self, name: str, command: list[str]) -> list[str]:
         script = f'hostname {name} && mount --bind {self.folder}/hosts /etc/hosts && exec "$@"'
@@ -109,9 +110,9 @@ class Hosts(contextlib.ExitStack):
 
     def _connect(self, i: int, name: str) -> None:
         self._namespace(name)
-        there = f"{self.prefix}-switch"
+        switch = f"{self.prefix}-switch"
         self._in(name, "ip", "link", "set", "lo", "up")
-        self._in(name, "ip", "link", "add", "eth0", "type", "veth", "peer", name, "netns", there)
+        self._in(name, "ip", "link", "add", "eth0", "type", "veth", "peer", name, "netns", switch)
         self._in(name, "ip", "address", "add", f"10.77.0.{i + 1}/24", "dev", "eth0")
         self._in(name, "ip", "link", "set", "eth0", "up")
         self._in("switch", "ip", "link", "set", name, "master", "bridge", "up")
@@ -119,8 +120,8 @@ class Hosts(contextlib.ExitStack):
     def _write_settings(self) -> None:
         folder = self.folder
         for key in ("user", "machine"):
-            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / key],
-                           check=True)  # fmt: skip
+            command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key)]
+            subprocess.run(command, check=True)
         lines = [f"10.77.0.{i + 1} {name}" for i, name in enumerate(self.names)]
         text = "\n".join(["127.0.0.1 localhost", *lines, ""])
         (folder / "hosts").write_text(text, encoding="utf-8")
@@ -134,7 +135,7 @@ class Hosts(contextlib.ExitStack):
             "  StrictHostKeyChecking no\n  UserKnownHostsFile /dev/null\n",
             encoding="utf-8",
         )
-        ssh = folder / "ssh"  # first in PATH
+        ssh = folder / "ssh"
         script = f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/ssh_config "$@"\n'
         ssh.write_text(script, encoding="utf-8")
         ssh.chmod(0o755)
@@ -144,16 +145,22 @@ class Hosts(contextlib.ExitStack):
         log = self.folder / f"sshd_{name}.log"
         command = ["/usr/sbin/sshd", "-D", "-e", "-f", str(self.folder / "sshd_config")]
         daemon = self.serve(name, command, log)
-        deadline = time.monotonic() + 10
-        while "Server listening" not in log.read_text(encoding="utf-8"):
-            if daemon.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"sshd of {name}: {log.read_text(encoding='utf-8')}")
-            time.sleep(0.05)
+
+        def listens() -> bool:
+            return "Server listening" in log.read_text(encoding="utf-8")
+
+        wait_until(lambda: listens() or daemon.poll() is not None, timeout_s=10)
+        if not listens():
+            raise RuntimeError(f"sshd of {name}: {log.read_text(encoding='utf-8')}")
+
+
+def _pids_in(namespace: str) -> set[int]:
+    command = ["ip", "netns", "pids", namespace]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    return set(map(int, done.stdout.split()))
 
 
 def _end_all_in(namespace: str) -> None:
-    command = ["ip", "netns", "pids", namespace]
-    listed = subprocess.run(command, capture_output=True, text=True, encoding="utf-8").stdout
-    for pid in listed.split():
+    for pid in _pids_in(namespace):
         with contextlib.suppress(ProcessLookupError):
-            os.kill(int(pid), signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Every launcher in the words of launch/README.md, on two machines (bench/cluster/hosts.py)."""
+"""Start every launcher as launch/README.md says, on two machines (bench/cluster/hosts.py)."""
 
 from __future__ import annotations
 
@@ -11,36 +11,47 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from bench.cluster.hosts import Hosts
 from bench.cluster.slurm import start_slurm
+from bench.processes import flags, wait_until
 
+SLURM = "--nodes 2 --ntasks-per-node 8 --gpus-per-node 8 --cpus-per-task 12"
 COMMANDS = {
     "pdsh": "deepspeed --hostfile hostfile train.py …",
     "cluster.py": "python launch/cluster.py --hostfile hostfile train.py …",
     "openmpi": "deepspeed --hostfile hostfile --launcher openmpi "
-               "--launcher_args=--allow-run-as-root train.py …",
+    "--launcher_args=--allow-run-as-root train.py …",
     "no_ssh": "deepspeed --hostfile hostfile --no_ssh --node_rank 0 --master_addr node-1 "
-              "train.py …",
+    "train.py …",
     "torchrun": "torchrun --nnodes 2 --node_rank 0 --nproc_per_node 8 --master_addr node-1 "
-                "train.py …",
-    "slurm": "sbatch --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 --cpus-per-task 12 "
-             "launch/slurm.sbatch …",
-    "srun": "srun --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 --cpus-per-task 12 "
-            "python train.py …",
+    "train.py …",
+    "slurm": f"sbatch {SLURM} launch/slurm.sbatch …",
+    "srun": f"srun {SLURM} python train.py …",
     "slurm by cluster.py": "python launch/cluster.py --hostfile hostfile --launcher slurm "
-                           "train.py …",
-}  # fmt: skip
+    "train.py …",
+}
 WITH_SLURM = ("slurm", "srun", "slurm by cluster.py")
 MACHINES, SLOTS = ["node-1", "node-2"], 2
-STARTED = {b"RANK", b"OMPI_COMM_WORLD_RANK", b"SLURM_STEP_ID"}  # variables that only ranks have
+STARTED = {"RANK", "OMPI_COMM_WORLD_RANK", "SLURM_STEP_ID"}  # variables that only ranks have
 
 
 def arguments(data_dir: Path, run_dir: Path, ds_config: Path, *more: object) -> list[str]:
-    """Return train.py's command line, with more of it behind."""
-    return ["--model", "debug", "--data_dir", str(data_dir), "--run_dir", str(run_dir),
-            "--ds_config", str(ds_config), "--batch_tokens", "512", "--micro_batch_size", "1",
-            "--decay_steps", "40", "--eval_tokens", "256", "--eval_every", "100000",
-            "--sample_tokens", "1", *map(str, more)]  # fmt: skip
+    """Return train.py's command line; what is added last wins."""
+    shape = flags(
+        model="debug",
+        data_dir=data_dir,
+        run_dir=run_dir,
+        ds_config=ds_config,
+        batch_tokens=512,
+        micro_batch_size=1,
+        decay_steps=40,
+        eval_tokens=256,
+        eval_every=100_000,
+        sample_tokens=1,
+    )
+    return [*shape, *map(str, more)]
 
 
 def start(
@@ -51,29 +62,26 @@ def start(
     log: Path,
     program: str = "train.py",
 ) -> list[subprocess.Popen[bytes]]:
-    """Start a program with a launcher's documented words, on the first machine or on each."""
+    """Start a program with a launcher's documented command, on the first machine or on each."""
     hostfile = hosts.folder / "hostfile"
     hostfile.write_text("".join(f"{name} slots={SLOTS}\n" for name in machines), encoding="utf-8")
     hosts.variables |= {"PROGRAM": program, "SBATCH_OUTPUT": str(log)}  # sbatch's
     words = shlex.split(COMMANDS[launcher])[:-1]
     started = []
     for i, name in enumerate(machines if "--node_rank" in words else machines[:1]):
-        small = {"hostfile": str(hostfile), "8": str(SLOTS), "12": "1", "0": str(i)}
-        small["train.py"] = program
-        here = [small.get(word, word) for word in words]
-        started.append(hosts.popen(name, [*here, *command], log))
+        # The documented machines have 8 GPUs and 12 cores per GPU.
+        ours = {"hostfile": str(hostfile), "8": str(SLOTS), "12": "1", "0": str(i)}
+        ours["train.py"] = program
+        launcher_command = [ours.get(word, word) for word in words]
+        started.append(hosts.popen(name, [*launcher_command, *command], log))
     return started
 
 
-def wait_until(
-    is_so: Callable[[], bool], jobs: list[subprocess.Popen[bytes]], limit_s: float
+def wait_for_jobs(
+    condition: Callable[[], bool], jobs: list[subprocess.Popen[bytes]], limit_s: float
 ) -> None:
-    """Wait until something is so, every launcher has ended, or the time is over."""
-    deadline = time.monotonic() + limit_s
-    while not is_so() and time.monotonic() < deadline:
-        if all(job.poll() is not None for job in jobs):
-            return
-        time.sleep(0.1)
+    """Wait until a condition holds, every launcher has ended, or the time is over."""
+    wait_until(lambda: condition() or all(job.poll() is not None for job in jobs), limit_s)
 
 
 def write_environment(hosts: Hosts) -> None:
@@ -86,15 +94,11 @@ def write_environment(hosts: Hosts) -> None:
 def ranks_of(run_dir: Path) -> list[int]:
     """Return the ranks, of every machine and launcher, that train into a folder."""
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-            names = {entry.partition(b"=")[0] for entry in
-                     (folder / "environ").read_bytes().split(b"\0")}  # fmt: skip
-        except OSError:  # it has just ended
-            continue
-        if str(run_dir).encode() in words and names & STARTED:
-            found.append(int(folder.name))
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            is_rank = STARTED & process.environ().keys()
+            if is_rank and str(run_dir) in process.cmdline():
+                found.append(process.pid)
     return found
 
 
@@ -114,7 +118,7 @@ def end(jobs: list[subprocess.Popen[bytes]], limit_s: float) -> list[int | None]
 
 @contextlib.contextmanager
 def machines(folder: Path, launcher: str) -> Any:
-    """Yield two machines, with what a launcher needs there, and nothing left of the case before."""
+    """Yield two machines with what a launcher needs; delete what the case before has left."""
     shutil.rmtree(folder / "run", ignore_errors=True)
     (folder / "run.log").unlink(missing_ok=True)
     shutil.rmtree(folder / "machines", ignore_errors=True)

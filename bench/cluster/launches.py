@@ -2,17 +2,17 @@
 
     python bench/cluster/launches.py --folder runs/launches
 
-Each launcher of launch/README.md, in its words, trains `debug` with ZeRO stages 1 and 3 in fp32
+Each launcher, with the command of launch/README.md, trains `debug` with ZeRO stages 1 and 3 in fp32
 on two machines of two ranks: the losses must be those of one machine with four ranks. Then a
 machine is cut off, or its ranks are killed: every rank must end, and the other machine goes on from
-the newest checkpoint. A Slurm job comes to the end of its time. And each starts preflight.
-As root. Resumable: cases in the JSON are not tried again.
+the newest checkpoint. A Slurm job comes to the end of its time. Each launcher also starts preflight.
+This needs root. A case that the JSON holds is not tried again.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -37,25 +37,39 @@ from bench.cluster.launchers import (
     machines,
     ranks_of,
     start,
-    wait_until,
+    wait_for_jobs,
 )
 from bench.cluster.slurm import lacks_slurm
 from bench.faults.kills import losses, newest_step, open_folder
+from bench.processes import wait_until
+from bench.record import Results, Rows, load_json, record
+from command_line import OneLineParser
 
 STEPS, TOLERANCE = 6, 1e-5
-STEP_S, GRACE_S = 10, 45  # --timeouts step; what ranks may live beyond it
-START_S, LINGER_S = 120, 20  # for a start and some steps; for the launchers to follow the ranks
+STEP_S = 10  # --timeouts step
+GRACE_S = 45  # that ranks may live beyond it
+START_S = 120  # for a start and some steps
+END_S = 20  # for the launchers to end after the ranks
 REQUEUE_S = 400  # until a Slurm job runs again
 EQUAL, LOST, LATE = "Two machines as one", "A machine lost", "A job out of time"
 FIT = "Preflight"
 OUT_OF_TIME = {"SBATCH_TIMELIMIT": "2", "SBATCH_SIGNAL": "USR1@60"}  # minutes; what, seconds before
-CASES = {f"{launcher}, stage {stage}": (EQUAL, launcher, stage)
-         for stage in (1, 3) for launcher in COMMANDS}  # fmt: skip
-CASES |= {f"{launcher}, {fault}": (LOST, launcher, fault)
-          for fault in ("link cut", "ranks killed") for launcher in COMMANDS}  # fmt: skip
-CASES |= {"slurm, out of time": (LATE, "slurm", "")}
-CASES |= {f"{launcher}, preflight": (FIT, launcher, "") for launcher in COMMANDS}
 
+
+def find_cases() -> dict[str, tuple[str, str, Any]]:
+    """Return what is tried, with which launcher and how, by the name of the case."""
+    cases: dict[str, tuple[str, str, Any]] = {}
+    for stage, launcher in itertools.product((1, 3), COMMANDS):
+        cases[f"{launcher}, stage {stage}"] = (EQUAL, launcher, stage)
+    for fault, launcher in itertools.product(("link cut", "ranks killed"), COMMANDS):
+        cases[f"{launcher}, {fault}"] = (LOST, launcher, fault)
+    cases["slurm, out of time"] = (LATE, "slurm", "")
+    for launcher in COMMANDS:
+        cases[f"{launcher}, preflight"] = (FIT, launcher, "")
+    return cases
+
+
+CASES = find_cases()
 Result = dict[str, Any]
 
 
@@ -78,11 +92,16 @@ def train_as_one(folder: Path, launcher: str, stage: int) -> Result:
     ours, theirs = losses(run_dir), losses(alone)
     difference = max((abs(ours[k] - theirs[k]) for k in ours), default=0.0)
     ok = ours.keys() == theirs.keys() and difference <= TOLERANCE and set(statuses) == {0}
-    return {"seconds": round(time.monotonic() - started, 1), "steps": len(ours),
-            "difference": difference, "statuses": statuses, "ok": ok}  # fmt: skip
+    return {
+        "seconds": round(time.monotonic() - started, 1),
+        "steps": len(ours),
+        "difference": difference,
+        "statuses": statuses,
+        "ok": ok,
+    }
 
 
-def lose(folder: Path, launcher: str, fault: str) -> Result:
+def lose_machine(folder: Path, launcher: str, fault: str) -> Result:
     """Let the second machine fail in mid-run at stage 3; then go on with the first."""
     from bench.fidelity.parity import write_ds_config
 
@@ -92,27 +111,37 @@ def lose(folder: Path, launcher: str, fault: str) -> Result:
     with machines(folder, launcher) as hosts:
         command = arguments(folder / "data", run_dir, ds_config, *long)
         jobs = start(hosts, launcher, MACHINES, command, log)
-        wait_until(lambda: newest_step(run_dir) >= STEPS, jobs, START_S)
-        there = hosts.pids("node-2")
+        wait_for_jobs(lambda: newest_step(run_dir) >= STEPS, jobs, START_S)
+        on_node_2 = hosts.pids("node-2")
         if fault == "link cut":
             hosts.cut("node-2")
         else:
-            for pid in there.intersection(ranks_of(run_dir)):
+            for pid in on_node_2.intersection(ranks_of(run_dir)):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-        lost_s, ended_s = time.monotonic(), {"node-1": 0.0, "node-2": 0.0}
-        while (left := ranks_of(run_dir)) and time.monotonic() - lost_s < STEP_S + GRACE_S:
+        lost_s = time.monotonic()
+        ended_s = {"node-1": 0.0, "node-2": 0.0}
+
+        def have_ended() -> bool:
+            left = ranks_of(run_dir)
             for pid in left:
-                name = "node-2" if pid in there else "node-1"
+                name = "node-2" if pid in on_node_2 else "node-1"
                 ended_s[name] = round(time.monotonic() - lost_s, 1)
-            time.sleep(0.2)
-        statuses = end(jobs, LINGER_S)
+            return not left
+
+        all_ended = wait_until(have_ended, STEP_S + GRACE_S)
+        statuses = end(jobs, END_S)
         steps = len(losses(run_dir))
         again = arguments(folder / "data", run_dir, ds_config, "--max_steps", steps + 2)
         survivor = end(start(hosts, "cluster.py", MACHINES[:1], again, log), START_S)
-    ok = not left and survivor == [0] and len(losses(run_dir)) == steps + 2 > STEPS
-    return {"ended_s": ended_s, "statuses": statuses, "steps": steps, "survivor": survivor,
-            "ok": ok}  # fmt: skip
+    ok = all_ended and survivor == [0] and len(losses(run_dir)) == steps + 2 > STEPS
+    return {
+        "ended_s": ended_s,
+        "statuses": statuses,
+        "steps": steps,
+        "survivor": survivor,
+        "ok": ok,
+    }
 
 
 def run_out_of_time(folder: Path, launcher: str, _: str) -> Result:
@@ -126,20 +155,28 @@ def run_out_of_time(folder: Path, launcher: str, _: str) -> Result:
         command = arguments(folder / "data", run_dir, ds_config, "--max_steps", 100_000)
         jobs = start(hosts, launcher, MACHINES, command, log)
         started = time.monotonic()
-        wait_until(lambda: newest_step(run_dir) > 0, jobs, START_S)
-        warned_s, saved = round(time.monotonic() - started, 1), newest_step(run_dir)
-        wait_until(lambda: len(losses(run_dir)) > saved + STEPS, jobs, REQUEUE_S)
+        wait_for_jobs(lambda: newest_step(run_dir) > 0, jobs, START_S)
+        warned_s = round(time.monotonic() - started, 1)
+        saved = newest_step(run_dir)
+        wait_for_jobs(lambda: len(losses(run_dir)) > saved + STEPS, jobs, REQUEUE_S)
         again_s = round(time.monotonic() - started, 1)
-        hosts.popen(MACHINES[0], ["scancel", "1"], log).wait(LINGER_S)
+        hosts.popen(MACHINES[0], ["scancel", "1"], log).wait(END_S)
         statuses = end(jobs, START_S)
     steps = list(losses(run_dir))
     status = json.loads((run_dir / "run_status.json").read_text(encoding="utf-8"))["status"]
     ok = 0 < saved < len(steps) == newest_step(run_dir) and steps == list(range(len(steps)))
-    return {"warned_s": warned_s, "saved": saved, "again_s": again_s, "steps": len(steps),
-            "statuses": statuses, "status": status, "ok": ok and status == "preempted"}  # fmt: skip
+    return {
+        "warned_s": warned_s,
+        "saved": saved,
+        "again_s": again_s,
+        "steps": len(steps),
+        "statuses": statuses,
+        "status": status,
+        "ok": ok and status == "preempted",
+    }
 
 
-def look(folder: Path, launcher: str, _: str) -> Result:
+def run_preflight(folder: Path, launcher: str, _: str) -> Result:
     """Start preflight in train.py's place."""
     log = folder / "run.log"
     with machines(folder, launcher) as hosts:
@@ -154,41 +191,42 @@ def look(folder: Path, launcher: str, _: str) -> Result:
 
 def main() -> int:
     """Run the command line; status 1 if a case went otherwise."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--cases", nargs="+", default=list(CASES), help="; ".join(CASES))
     parser.add_argument("--folder", type=Path, required=True, help="for runs and logs")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
     args = parser.parse_args()
     needs_slurm = any(CASES[case][1] in WITH_SLURM for case in args.cases)
-    if why_not := missing() or (needs_slurm and lacks_slurm()):
+    why_not = missing() or (needs_slurm and lacks_slurm())
+    if why_not:
         print(f"error: {why_not}. Fix: run that, and this as root", file=sys.stderr)
         return 2
-    from bench.record import record
-
     folder = args.folder.resolve()
     open_folder(folder)
-    results = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
-    done: dict[str, dict[str, Result]] = {title: {} for title in ACTS}
-    for title, cases in done.items():
+    results = load_json(args.out)
+    done: dict[str, Results] = {}
+    for title in ACTS:
         before = results.get(title, {}).get("values", {})
-        cases |= {case: before[case] for case in CASES if case in before}
+        done[title] = {case: before[case] for case in CASES if case in before}
     for case in args.cases:
         title, launcher, kind = CASES[case]
         if case not in done[title]:
             done[title][case] = ACTS[title](folder, launcher, kind)
             print(case, done[title][case], file=sys.stderr, flush=True)
             record(args.out, title, summary(done[title]), done[title], quiet=True)
-    return 0 if all(result["ok"] for cases in done.values() for result in cases.values()) else 1
+    every = itertools.chain.from_iterable(cases.values() for cases in done.values())
+    return 0 if all(result["ok"] for result in every) else 1
 
 
 ACTS: dict[str, Callable[..., Result]] = {
-    EQUAL: train_as_one, LOST: lose, LATE: run_out_of_time, FIT: look
-}  # fmt: skip
+    EQUAL: train_as_one,
+    LOST: lose_machine,
+    LATE: run_out_of_time,
+    FIT: run_preflight,
+}
 
 
-def summary(done: dict[str, Result]) -> list[dict[str, str]]:
+def summary(done: Results) -> Rows:
     """Return the table."""
     return [
         {"case": case} | {name.removesuffix("_s"): str(value) for name, value in result.items()}

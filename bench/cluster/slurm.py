@@ -1,6 +1,6 @@
-"""Slurm on the machines of bench/cluster/hosts.py: a controller on the first, a daemon on each.
+"""Run Slurm on the machines of bench/cluster/hosts.py: a controller on the first, a daemon on each.
 
-As root, with slurmctld, slurmd, slurm-client and munge (`make slurm`). The machines have as many
+This needs root, slurmctld, slurmd, slurm-client and munge (`make slurm`). The machines have as many
 GPUs as ranks, in name only.
 """
 
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import secrets
 import shutil
-import time
 
 from bench.cluster.hosts import Hosts
+from bench.processes import wait_until
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch")
 START_S = 30
-WAITS = {"SBATCH_WAIT": "1"}  # sbatch ends with its job, and with its status
+VARIABLES = {"SBATCH_WAIT": "1"}  # sbatch ends with its job, and with its status
 SETTINGS = """\
 ClusterName=nanospeed
 SlurmctldHost={first}
@@ -58,31 +58,36 @@ def start_slurm(hosts: Hosts, slots: int) -> None:
     settings = SETTINGS.format(folder=folder, first=first, names=names, slots=slots)
     (folder / "slurm.conf").write_text(settings, encoding="utf-8")
     gpus = [folder / f"gpu{i}" for i in range(slots)]
-    (folder / "gres.conf").write_text(
-        "".join(f"Name=gpu File={gpu}\n" for gpu in gpus), encoding="utf-8"
-    )
+    lines = [f"Name=gpu File={gpu}\n" for gpu in gpus]
+    (folder / "gres.conf").write_text("".join(lines), encoding="utf-8")
     for path in gpus:
         path.touch()
-    (folder / "cgroup.conf").write_text(
-        "CgroupPlugin=cgroup/v1\n", encoding="utf-8"
-    )  # which it then does not use
+    # Slurm wants to know the version, although it then uses no cgroups.
+    (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n", encoding="utf-8")
     (folder / "state").mkdir()
     (folder / "munge.key").write_bytes(secrets.token_bytes(128))
     (folder / "munge.key").chmod(0o600)
-    hosts.variables |= WAITS | {"SLURM_CONF": str(folder / "slurm.conf")}
+    hosts.variables |= VARIABLES | {"SLURM_CONF": str(folder / "slurm.conf")}
     log = folder / "slurm.log"
-    munge = {"socket": "munge.socket", "key-file": "munge.key", "pid-file": "munge.pid",
-             "log-file": "munge.log", "seed-file": "munge.seed"}  # fmt: skip
-    files = [f"--{option}={folder / name}" for option, name in munge.items()]
+    munge_files = {
+        "socket": "munge.socket",
+        "key-file": "munge.key",
+        "pid-file": "munge.pid",
+        "log-file": "munge.log",
+        "seed-file": "munge.seed",
+    }
+    files = [f"--{option}={folder / name}" for option, name in munge_files.items()]
     hosts.serve(first, ["munged", "--force", "--foreground", *files], log)
     hosts.serve(first, ["slurmctld", "-D"], log)
     for name in hosts.names:
         hosts.serve(name, ["slurmd", "-D", "-N", name], log)
-    deadline, states = time.monotonic() + START_S, folder / "states"
-    while not states.exists() or states.read_text(encoding="utf-8").split() != ["idle"] * len(
-        hosts.names
-    ):
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"Slurm did not start: {log.read_text(encoding='utf-8')}")
+    states = folder / "states"
+    idle = ["idle"] * len(hosts.names)
+
+    def is_up() -> bool:
         states.unlink(missing_ok=True)
         hosts.popen(first, ["sinfo", "--noheader", "--Node", "--format=%T"], states).wait(START_S)
+        return states.read_text(encoding="utf-8").split() == idle
+
+    if not wait_until(is_up, START_S):
+        raise RuntimeError(f"Slurm did not start: {log.read_text(encoding='utf-8')}")

@@ -81,17 +81,8 @@ def test_the_page_says_what_its_commands_print() -> None:
 
 def test_stages_run_at_small_sizes_and_leave_their_rows(tmp_path: Path) -> None:
     """The other stages: make gpu-tiny."""
-    command = [
-        sys.executable,
-        "bench/gpu/run.py",
-        "--out",
-        str(tmp_path),
-        "--tiny",
-        "--slack",
-        "3",
-        "--stages",
-        "setup,gradients,losses,zero1",
-    ]
+    command = [sys.executable, "bench/gpu/run.py", "--out", str(tmp_path), "--tiny"]
+    command += ["--slack", "3", "--stages", "setup,gradients,losses,zero1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = (tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines()
@@ -176,15 +167,8 @@ def test_what_would_waste_a_gpus_time_is_refused(
 
 
 def test_a_stop_ends_the_child_too(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "bench/gpu/run.py",
-        "--out",
-        str(tmp_path),
-        "--tiny",
-        "--stages",
-        "setup,parity,profile,curve",
-    ]
+    command = [sys.executable, "bench/gpu/run.py", "--out", str(tmp_path), "--tiny"]
+    command += ["--stages", "setup,parity,profile,curve"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert process.stderr
     assert process.stderr.readline() == "setup\n"

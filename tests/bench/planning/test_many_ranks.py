@@ -16,14 +16,8 @@ ROOT = Path(__file__).resolve().parents[3]
     [("zero0", 8), ("zero1", 8), ("zero2", 8), ("zero3", 8), ("zero1", 1024), ("zero3", 1024)],
 )
 def test_partitions_and_bytes_sent_are_the_plans(side: str, n_ranks: int) -> None:
-    command = [
-        sys.executable,
-        "bench/planning/many_ranks.py",
-        "--side",
-        side,
-        "--ranks",
-        str(n_ranks),
-    ]
+    command = [sys.executable, "bench/planning/many_ranks.py"]
+    command += ["--side", side, "--ranks", str(n_ranks)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=120)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
