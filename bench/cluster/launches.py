@@ -5,7 +5,7 @@
 Each launcher, with the command of launch/README.md, trains `debug` with ZeRO stages 1 and 3 in fp32
 on two machines of two ranks: the losses must be those of one machine with four ranks. Then a
 machine is cut off, or its ranks are killed: every rank must end, and the other machine goes on from
-the newest checkpoint. A Slurm job comes to the end of its time. Each launcher also starts preflight.
+the newest checkpoint. A Slurm job comes to the end of its time. Each launcher starts preflight.
 This needs root. A case that the JSON holds is not tried again.
 """
 

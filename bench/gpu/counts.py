@@ -1,4 +1,4 @@
-"""What a training pass does on a GPU, counted without one: launches, bytes and FLOPs.
+"""Count what a training pass does on a GPU, without one: launches, bytes and FLOPs.
 
     python bench/gpu/counts.py
 
@@ -8,18 +8,19 @@ GPU; reading a value raises.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from bench.record import markdown
+from command_line import OneLineParser
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,13 +48,12 @@ class Work:
     attention_flops: int = 0
 
     def __sub__(self, other: Work) -> Work:
-        """Return what is left without the other."""
-        return Work(
-            *(a - b for a, b in zip(vars(self).values(), vars(other).values(), strict=True))
-        )
+        """Return the work without that of the other."""
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Work(*(a - b for a, b in pairs))
 
     def __mul__(self, n: int) -> Work:
-        """Return the work of n such."""
+        """Return the work of n such passes."""
         return Work(*(n * value for value in vars(self).values()))
 
 
@@ -73,47 +73,55 @@ def counted(with_kernel: bool = True) -> Iterator[Work]:
 
     work = Work()
 
+    def tensors(tree: Any) -> list[Tensor]:
+        return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
     class Counter(TorchDispatchMode):
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
             out = func(*args, **(kwargs or {}))
             name = func._schema.name.split("::")[1].rstrip("_")
-            inputs, outputs = (
-                [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
-                for tree in ((args, kwargs), out)
-            )
-            if name not in NO_LAUNCH and outputs:
-                work.launches += 1
-                if name in PRODUCTS:
-                    a, b = [t for t in args if isinstance(t, torch.Tensor)][-2:]
-                    work.product_flops += 2 * a.shape[-2] * a.shape[-1] * b.shape[-1]
-                else:
-                    work.moved += _moved(name, inputs, outputs)
+            inputs, outputs = tensors((args, kwargs)), tensors(out)
+            if name in NO_LAUNCH or not outputs:
+                return out
+            work.launches += 1
+            if name in PRODUCTS:
+                a, b = tensors(args)[-2:]  # the first of addmm is the bias
+                work.product_flops += 2 * a.shape[-2] * a.shape[-1] * b.shape[-1]
+            else:
+                work.moved += _moved(name, inputs, outputs)
             return out
 
-    replaced = [(model.loss, "_product_dtype", lambda x: x.dtype),  # the meta device has no
-                (torch, "autocast", lambda *_, **__: contextlib.nullcontext()),  # autocast
-                (model.gpt.F, "scaled_dot_product_attention", _attention(work))]  # fmt: skip
     kernel = model.loss._kernel(torch.device("meta"))  # tried out before it is counted
-    replaced.append((model.loss, "_kernel", lambda _: kernel if with_kernel else None))
-    kept = [getattr(module, name) for module, name, _ in replaced]
-    try:
-        for module, name, ours in replaced:
-            setattr(module, name, ours)
+    with contextlib.ExitStack() as patches:
+        for owner, name, ours in (
+            # The meta device has no autocast.
+            (model.loss, "_product_dtype", lambda x: x.dtype),
+            (torch, "autocast", lambda *_, **__: contextlib.nullcontext()),
+            (model.gpt.F, "scaled_dot_product_attention", _attention(work)),
+            (model.loss, "_kernel", lambda _: kernel if with_kernel else None),
+        ):
+            patches.enter_context(mock.patch.object(owner, name, ours))
         with Counter():
             yield work
-    finally:
-        for (module, name, _), theirs in zip(replaced, kept, strict=True):
-            setattr(module, name, theirs)
 
 
 PRODUCTS = {"mm", "addmm"}
 NO_LAUNCH = {"view", "t", "slice", "detach", "expand", "transpose", "unsqueeze", "split", "alias",
              "_unsafe_view", "select", "as_strided", "permute", "empty", "new_empty", "empty_like",
              "empty_strided", "split_with_sizes", "lift_fresh"}  # fmt: skip
-WRITES_ONLY = {"zeros", "zero", "fill", "ones", "full", "ones_like", "zeros_like", "new_zeros",
-               "arange"}  # fmt: skip
+WRITES_ONLY = {
+    "zeros",
+    "zero",
+    "fill",
+    "ones",
+    "full",
+    "ones_like",
+    "zeros_like",
+    "new_zeros",
+    "arange",
+}
 
 
 def _moved(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> int:
@@ -126,16 +134,16 @@ def _moved(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> int:
         return (READS + WRITES) * inputs[0].nbytes
     if name == "copy":  # the first is only written
         return inputs[1].nbytes + written
-    if name in ("gather", "embedding"):  # as much of the first as is taken
+    if name in ("gather", "embedding"):  # reads only the rows that it takes
         return 2 * written
-    if name == "scatter_add":  # reads and writes what it adds to
+    if name == "scatter_add":  # reads the addend, reads and writes where it goes
         return 3 * inputs[-1].nbytes
-    read = sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in inputs)  # broadcast ones once
-    return read + written
+    # A broadcast tensor is read once: its storage is smaller than its shape.
+    return written + sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in inputs)
 
 
 def _attention(work: Work) -> Any:
-    # FlashAttention's or cuDNN's: one kernel each way, which keeps no scores.
+    # One kernel forward and one backward, as FlashAttention and cuDNN have; no scores are kept.
     import torch
 
     class Attention(torch.autograd.Function):
@@ -208,9 +216,7 @@ def row(part: str, work: Work) -> dict[str, str]:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--model", default="gpt2", help="preset (default: gpt2)")
     args = parser.parse_args()
     from model.presets import get_preset

@@ -1,4 +1,4 @@
-"""The device of this process: its clock, and the sizes that stages train at."""
+"""Time the device of this process; hold the sizes that stages train at."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ from typing import Any
 
 import torch
 
+from bench.processes import environment_without_ranks
 from bench.speed import attention
 from training.ranks import Ranks
 from training.rendezvous import choose_device
 
 ROOT = Path(__file__).resolve().parents[2]
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
-                  "MASTER_PORT")  # fmt: skip
-
 Row = dict[str, Any]  # what a stage found, for JSON
 
 
@@ -41,11 +39,11 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says to a stage.
+    """What the command line gives to a stage.
 
     Attributes:
         data_dir: Folder of token shards.
-        tiny: Take sizes for a CPU.
+        tiny: Whether to take sizes for a CPU.
         curve_steps: Of the stage curve.
     """
 
@@ -91,7 +89,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def take_memory_peaks() -> Row:
-    """Return the peaks of a GPU's memory in GiB, and begin anew; nothing on a CPU."""
+    """Return the peaks of a GPU's memory in GiB, and reset them; nothing on a CPU."""
     if not on_gpu():
         return {}
     peaks = {
@@ -104,14 +102,20 @@ def take_memory_peaks() -> Row:
 
 
 def run_program(command: list[str], timeout_s: float) -> Row:
-    """Run a program in the project's root, as no rank of this process; return what it said."""
-    import os
-
-    kept = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
+    """Run a program in the repository root, not as a rank; return its status and its output."""
     started = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=kept, capture_output=True, encoding="utf-8",
-        errors="replace", timeout=timeout_s,
-    )  # fmt: skip
-    said = {"stdout": done.stdout[-2000:], "stderr": done.stderr[-3000:]}
-    return {"status": done.returncode, "s": round(time.perf_counter() - started, 1)} | said
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment_without_ranks(),
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=timeout_s,
+    )
+    return {
+        "status": done.returncode,
+        "s": round(time.perf_counter() - started, 1),
+        "stdout": done.stdout[-2000:],
+        "stderr": done.stderr[-3000:],
+    }

@@ -1,8 +1,9 @@
-"""Stages about single operations: what the card reaches, and whether the numbers are right."""
+"""Measure single operations: what the card reaches, and whether the numbers are right."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from bench.gpu.device import Options, Row, device, median_ms, on_gpu, seconds, take_memory_peaks
 from bench.record import stamp
+from bench.speed.attention import relative_error
 
 HEAD_ROWS, REAL_TOKENS = 50_304, 50_257  # of GPT-2's vocabulary, with padding and without
 TOLERANCE = 2e-2  # of bf16 against fp64, relative
@@ -25,16 +27,7 @@ def setup(options: Options) -> Row:
     """Versions, which attention is taken, and what the card reaches on the model's products."""
     found: Row = {"python": sys.version.split()[0], **stamp()}
     if on_gpu():
-        card = torch.cuda.get_device_properties(0)
-        smi = subprocess.run(["nvidia-smi"], capture_output=True, encoding="utf-8", timeout=20)
-        found |= {"device": card.name, "memory_gib": round(card.total_memory / 2**30, 1),
-                  "cudnn": torch.backends.cudnn.version(), "sms": card.multi_processor_count,
-                  "nccl": str(vars(torch.cuda)["nccl"].version()),
-                  "smi": smi.stdout[:1500]}  # fmt: skip
-        one = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-        other = torch.empty_like(one)
-        found["copy_tb_s"] = round(2 * one.numel() / median_ms(lambda: other.copy_(one)) / 1e9, 2)
-        del one, other
+        found |= _card()
     batch, seq_len = (2, 32) if options.tiny else (64, 1024)
     tokens = torch.randint(REAL_TOKENS, (batch, seq_len + 1)).to(torch.uint16)
     moved = tokens.to(device(), non_blocking=True).long().cpu()
@@ -44,41 +37,66 @@ def setup(options: Options) -> Row:
     return found | {"tflops": _products(batch * seq_len, 64 if options.tiny else 768)}
 
 
+def _card() -> Row:
+    card = torch.cuda.get_device_properties(0)
+    smi = subprocess.run(["nvidia-smi"], capture_output=True, encoding="utf-8", timeout=20)
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copy_ms = median_ms(lambda: target.copy_(source))
+    return {
+        "device": card.name,
+        "memory_gib": round(card.total_memory / 2**30, 1),
+        "cudnn": torch.backends.cudnn.version(),
+        "sms": card.multi_processor_count,
+        "nccl": str(vars(torch.cuda)["nccl"].version()),
+        "smi": smi.stdout[:1500],
+        "copy_tb_s": round(2 * source.numel() / copy_ms / 1e9, 2),
+    }
+
+
 def _attention_choices(batch: int, seq_len: int) -> Row:
-    # Which kernel each use takes, and how long its first call is: there cuDNN makes its plans.
+    # Which kernel each use takes, and how long its first call is, in which cuDNN makes its plans.
     from torch.nn.attention import SDPBackend
 
     backends: dict[str, Any] = dict(SDPBackend.__members__)
     names = {int(backend): name for name, backend in backends.items()}
     mask = torch.ones(batch, 1, seq_len, seq_len, dtype=torch.bool, device=device()).tril()
-    uses = {"training": (seq_len, seq_len, None, True), "masked": (seq_len, seq_len, mask, False),
-            "decoding": (1, seq_len // 2, None, False)}  # fmt: skip
+    uses = {
+        "training": (seq_len, seq_len, None, True),
+        "masked": (seq_len, seq_len, mask, False),
+        "decoding": (1, seq_len // 2, None, False),
+    }
     found: Row = {}
     for use, (queries, keys, its_mask, trains) in uses.items():
-        q, k, v = (
-            torch.randn(batch, 12, T, 64, device=device(), dtype=torch.bfloat16,
-                        requires_grad=trains)
+        qkv = [
+            torch.randn(batch, 12, T, 64, device=device(), dtype=torch.bfloat16)
             for T in (queries, keys, keys)
-        )  # fmt: skip
+        ]
+        q, k, v = (tensor.requires_grad_(trains) for tensor in qkv)
         choice = int(torch.ops.aten._fused_sdp_choice(q, k, v, its_mask, 0.0, trains))
-        attend = functools.partial(F.scaled_dot_product_attention, q, k, v, attn_mask=its_mask,
-                                   is_causal=trains)  # fmt: skip
+        attend = functools.partial(
+            F.scaled_dot_product_attention, q, k, v, attn_mask=its_mask, is_causal=trains
+        )
         found[f"attention_{use}"] = names.get(choice, choice)
         found[f"attention_{use}_first_s"] = seconds(attend)
     return found
 
 
 def _products(M: int, C: int) -> dict[str, float]:
-    # TFLOP/s of (m, k) by (k, n), the model's own.
+    # TFLOP/s of (m, k) by (k, n), in the model's own shapes.
     shapes = {"qkv": (M, C, 3 * C), "proj": (M, C, C), "fc": (M, C, 4 * C), "c_proj": (M, 4 * C, C)}
     if on_gpu():
         V = HEAD_ROWS
-        shapes |= {"square 8192": (8192, 8192, 8192), "head": (M, C, V), "head dx": (M, V, C),
-                   "head dw": (V, M, C), "validation 50257": (4096, C, REAL_TOKENS),
-                   "validation 50304": (4096, C, V)}  # fmt: skip
-        for rows in (662, 4096, 8192, 16_384):  # the first: what 2^25 logits are
-            shapes |= {f"chunk {rows}": (rows, C, V), f"chunk {rows} dx": (rows, V, C),
-                       f"chunk {rows} dw": (V, rows, C)}  # fmt: skip
+        shapes["square 8192"] = (8192, 8192, 8192)
+        shapes["validation 50257"] = (4096, C, REAL_TOKENS)
+        shapes["validation 50304"] = (4096, C, V)
+        chunks = {f"chunk {rows}": rows for rows in (662, 4096, 8192, 16_384)}  # 662: 2^25 logits
+        for name, rows in ({"head": M} | chunks).items():
+            shapes |= {
+                name: (rows, C, V),
+                f"{name} dx": (rows, V, C),
+                f"{name} dw": (V, rows, C),
+            }
     found = {}
     for name, (m, k, n) in shapes.items():
         x = torch.randn(m, k, device=device(), dtype=torch.bfloat16)
@@ -105,8 +123,8 @@ def gradients(options: Options) -> Row:
     y[::7] = -100
     exact = [t.detach().double().requires_grad_() for t in (x, w, h, w_out)]
     full = F.cross_entropy(exact[0] @ exact[1].T, y)
-    F.linear(F.gelu(exact[2], approximate="tanh"), exact[3]).square().mean().backward()
     full.backward()
+    F.linear(F.gelu(exact[2], approximate="tanh"), exact[3]).square().mean().backward()
     found: Row = {}
     for name, loss_of in _losses().items():
         x.grad = w.grad = None
@@ -115,16 +133,17 @@ def gradients(options: Options) -> Row:
         found[name] = {"loss": abs(loss.item() - full.item())} | _errors((x, w), exact[:2])
     linear_of_gelu(h, w_out, bias, "tanh").square().mean().backward()
     found["linear_of_gelu"] = _errors((h, w_out), exact[2:])
-    return found | {"ok": all(e < TOLERANCE for part in found.values() for e in part.values())}
+    errors = itertools.chain.from_iterable(part.values() for part in found.values())
+    return found | {"ok": all(error < TOLERANCE for error in errors)}
 
 
 def _errors(ours: tuple[Tensor, Tensor], exact: list[Tensor]) -> dict[str, float]:
-    pairs = [(a.grad, b.grad) for a, b in zip(ours, exact, strict=True)]
-    return {
-        name: ((a.double() - b).norm() / b.norm()).item()
-        for name, (a, b) in zip(("dx", "dw"), pairs, strict=True)
-        if a is not None and b is not None
-    }
+    found = {}
+    for name, a, b in zip(("dx", "dw"), ours, exact, strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        found[name] = relative_error(a.grad, b.grad)
+    return found
 
 
 def _losses() -> dict[str, Loss]:
@@ -158,7 +177,7 @@ def losses(options: Options) -> Row:
         try:
             ms = median_ms(run, repeats=3 if options.tiny else 8, warm_up=2)
             found[name] = {"ms": ms} | take_memory_peaks()
-        except RuntimeError as error:  # out of memory is one
+        except RuntimeError as error:  # out of memory, for example
             found[name] = {"error": str(error).splitlines()[0][:200]}
     return found
 

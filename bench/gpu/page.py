@@ -1,13 +1,12 @@
-"""Tables of docs/GPU.md: what one H100 should reach by arithmetic, and what it reached.
+"""Print the tables of docs/GPU.md: what one H100 should reach by arithmetic, and what it reached.
 
     python bench/gpu/page.py
 
-Measured are the lines of docs/gpu.jsonl, the results.jsonl of bench/gpu/run.py, once there are any.
+What was measured is in docs/gpu.jsonl, if there is one: the results.jsonl of bench/gpu/run.py.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from bench.record import Rows, markdown
+from bench.record import Rows, load_json_lines, markdown
+from command_line import OneLineParser
 
 if TYPE_CHECKING:
     from bench.gpu.counts import Work
@@ -56,17 +56,19 @@ def speeds(measured: list[dict[str, Any]]) -> Rows:
     for side in dict.fromkeys([*MORE_BYTES, *timed]):
         row = {"side": side, "predicted ms": "", "predicted tokens/s": ""}
         if side in MORE_BYTES:
-            slow, fast = (
-                predict(work, config.n_params(), MORE_BYTES[side], s) for s in (SLOW, FAST)
-            )
+            slow = predict(work, config.n_params(), MORE_BYTES[side], SLOW)
+            fast = predict(work, config.n_params(), MORE_BYTES[side], FAST)
             row["predicted ms"] = f"{1e3 * fast:.0f} to {1e3 * slow:.0f}"
             row["predicted tokens/s"] = f"{tokens / slow:,.0f} to {tokens / fast:,.0f}"
         if side in timed:
             seen = timed[side]
-            row |= {"measured ms": f"{seen['ms']:.1f}", "tokens/s": f"{seen['tokens_per_s']:,}",
-                    "MFU": f"{seen['mfu_palm']:.1%}" if seen["mfu_palm"] else "n/a",
-                    "GiB": str(seen.get("peak_gib", "n/a")),
-                    "planned": str(seen.get("planned_gib", "n/a"))}  # fmt: skip
+            row |= {
+                "measured ms": f"{seen['ms']:.1f}",
+                "tokens/s": f"{seen['tokens_per_s']:,}",
+                "MFU": f"{seen['mfu_palm']:.1%}" if seen["mfu_palm"] else "n/a",
+                "GiB": str(seen.get("peak_gib", "n/a")),
+                "planned": str(seen.get("planned_gib", "n/a")),
+            }
         rows.append(row)
     return rows
 
@@ -85,14 +87,16 @@ def goals(measured: dict[str, dict[str, Any]]) -> Rows:
         "zero1+compile over seed+whole: 1": (f"{compiled / plain:.2f}", compiled >= plain),
         "zero1 slower than bare1: 2 % at most": (f"{slower:.1%}", slower <= 0.02),
         "HellaSwag over one at a time: 20": (f"{faster:.1f}", faster >= 20),
-        **{f"{stage}: ok": (str(row["ok"]), row["ok"]) for stage, row in measured.items()
-           if "ok" in row},
-    }  # fmt: skip
+    }
+    for stage, row in measured.items():
+        if "ok" in row:
+            found[f"{stage}: ok"] = (str(row["ok"]), row["ok"])
     rows = []
     for goal, (text, is_reached) in found.items():
-        is_known = "nan" not in text
-        reached = "yes" if is_reached else "no"
-        rows.append({"goal": goal, "found": text * is_known, "reached": reached * is_known})
+        row = {"goal": goal, "found": "", "reached": ""}
+        if "nan" not in text:  # else a stage that it needs has not run
+            row |= {"found": text, "reached": "yes" if is_reached else "no"}
+        rows.append(row)
     return rows
 
 
@@ -112,16 +116,12 @@ def _cell(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run the command line."""
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
-    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
-    rows = {row["stage"]: row for row in map(json.loads, lines) if row["stage"] != "begin"}
+    OneLineParser(description=__doc__).parse_args()
+    rows = {row["stage"]: row for row in load_json_lines(RESULTS) if row["stage"] != "begin"}
     card = rows.get("setup", {})
-    if lines and "device" not in card:
-        raise SystemExit(
-            f"error: {RESULTS}: of no GPU. Fix: give what bench/gpu/run.py left on one"
-        )
+    if rows and "device" not in card:
+        remedy = "copy what bench/gpu/run.py wrote on a GPU"
+        raise SystemExit(f"error: {RESULTS}: was not measured on a GPU. Fix: {remedy}")
     print(markdown(speeds(list(rows.values()))))
     if not rows:
         print("No run on a GPU exists: none is measured.")

@@ -1,4 +1,4 @@
-"""Stages about what people run: the command lines, evaluation, sampling, resume, export."""
+"""Measure what people run: the command lines, evaluation, sampling, resume, export."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.fidelity.parity import largest_difference
 from bench.gpu.device import ROOT, Options, Row, device, run_program, seconds
 from bench.gpu.training import LINEAR
+from bench.processes import flags
 from model import GPT, GPTConfig
 from model.presets import get_preset
 from training.ranks import Ranks
@@ -27,26 +29,33 @@ def commands(options: Options) -> Row:
     """The launcher, training, a resume at another stage, HellaSwag; what stdout holds."""
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        flags = ["--model", "debug", "--data_dir", str(options.data_dir), "--run_dir", str(run_dir),
-                 "--eval_tokens", "640", "--eval_every", "10", "--checkpoint_every", "10",
-                 "--sample_tokens", "4"]  # fmt: skip
+        arguments = flags(
+            model="debug",
+            data_dir=options.data_dir,
+            run_dir=run_dir,
+            eval_tokens=640,
+            eval_every=10,
+            checkpoint_every=10,
+            sample_tokens=4,
+        )
         launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", "1", "train.py"]
-        zero0 = ["--ds_config", "ds_configs/zero0.json"]
+        start = [*launcher, *arguments, *flags(max_steps=10)]
+        other_stage = flags(ds_config="ds_configs/zero0.json", max_steps=20)
+        hellaswag = ["eval/hellaswag.py", *flags(ckpt=run_dir, limit=40)]
         found = {
-            "launcher": run_program([*launcher, *flags, "--max_steps", "10"], 90),
-            "resume": run_program(["train.py", *flags, *zero0, "--max_steps", "20"], 60),
-            "hellaswag": run_program(["eval/hellaswag.py", "--ckpt", str(run_dir), "--limit", "40"],
-                                     60),
-        }  # fmt: skip
+            "launcher": run_program(start, 90),
+            "resume": run_program(["train.py", *arguments, *other_stage], 60),
+            "hellaswag": run_program(hellaswag, 60),
+        }
     scores = found["hellaswag"]["stdout"].splitlines()
-    ok = all(said["status"] == 0 for said in found.values())
+    ok = all(program["status"] == 0 for program in found.values())
     return found | {"stdout_is_one_json_line": len(scores) == 1 and scores[0][:1] == "{", "ok": ok}
 
 
 def evaluation(options: Options) -> Row:
     """HellaSwag packed against one example at a time; first and second call; sampling."""
     from eval.hellaswag import load_examples, predict
-    from eval.packing import crop_contexts, evaluate
+    from eval.packing import crop_contexts, sum_losses
     from eval.sample import sample_texts
     from eval.session import Session
 
@@ -58,7 +67,7 @@ def evaluation(options: Options) -> Row:
 
     def score() -> None:
         nonlocal ours
-        ours = evaluate(model, examples, device=device())
+        ours = sum_losses(model, examples, device=device())
 
     for call in ("first", "second"):
         found[f"hellaswag_{call}_s"] = seconds(score)
@@ -90,19 +99,19 @@ def _model(config: GPTConfig) -> GPT:
 
 @torch.no_grad()
 def _losses_of_one(model: GPT, example: Any) -> Tensor:
-    # Of the four endings, (4,) in nats, with full logits.
+    # The summed loss of each of the four endings, (4,) in nats, from full logits.
     rows = [torch.tensor([*example.context, *ending]) for ending in example.endings]
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device())  # (4, T)
     log_probs = model(tokens).float().log_softmax(-1).cpu()  # (4, T, V)
     sums = []
     for j, ending in enumerate(example.endings):
-        at = torch.arange(len(ending)) + len(example.context) - 1
-        sums.append(-log_probs[j, at, torch.tensor(ending)].double().sum())
+        positions = torch.arange(len(ending)) + len(example.context) - 1
+        sums.append(-log_probs[j, positions, torch.tensor(ending)].double().sum())
     return torch.stack(sums)
 
 
 def resume(options: Options) -> Row:
-    """Save, go on, load, go on again: how far apart the losses are, by kind of kernels."""
+    """Save, go on, load, go on again: the largest difference of the losses, by kind of kernels."""
     from training.rendezvous import init_process_group
 
     init_process_group(Ranks(), 300)
@@ -111,7 +120,7 @@ def resume(options: Options) -> Row:
         name = f"{stage} {'deterministic' if is_exact else 'default'}"
         torch.use_deterministic_algorithms(is_exact)
         try:
-            found[name] = _apart_after_a_resume(options, stage)
+            found[name] = _difference_after_resume(options, stage)
         except RuntimeError as error:  # no deterministic kernel
             found[name] = str(error).splitlines()[0][:200]
         finally:
@@ -119,7 +128,7 @@ def resume(options: Options) -> Row:
     return found | {"ok": all(v == 0 for name, v in found.items() if "deterministic" in name)}
 
 
-def _apart_after_a_resume(options: Options, stage: str) -> float:
+def _difference_after_resume(options: Options, stage: str) -> float:
     from checkpoint.manifest import read_manifest, step_name
     from checkpoint.resuming import load_checkpoint
     from checkpoint.saving import save_checkpoint
@@ -148,7 +157,7 @@ def _apart_after_a_resume(options: Options, stage: str) -> float:
             yield windows[:, :-1], windows[:, 1:]
 
     def build() -> Any:
-        F.linear = LINEAR
+        F.linear = LINEAR  # zero.Init has replaced it
         gc.collect()
         model = build_model(config, ds_config, device())
         engine, _ = build_engine(model, config, ds_config, Ranks())
@@ -160,19 +169,21 @@ def _apart_after_a_resume(options: Options, stage: str) -> float:
         return [float(take_step(engine, config, step, 1, given)[0]) for step in steps]
 
     with tempfile.TemporaryDirectory() as folder:
-        engine, precise = build(), precision(ds_config)
+        engine = build()
+        of_weights = precision(ds_config)
         train(engine, range(3))
-        save_checkpoint(engine, Path(folder), step=3, samples=0, precision=precise, order={})
+        save_checkpoint(engine, Path(folder), step=3, samples=0, precision=of_weights, order={})
         before = train(engine, range(3, 7))
         del engine
-        engine, saved = build(), Path(folder) / step_name(3)
-        load_checkpoint(engine, saved, read_manifest(saved), precise)
+        engine = build()
+        saved = Path(folder) / step_name(3)
+        load_checkpoint(engine, saved, read_manifest(saved), of_weights)
         after = train(engine, range(3, 7))
-    return max(abs(a - b) for a, b in zip(before, after, strict=True))
+    return largest_difference(before, after)
 
 
 def export(options: Options) -> Row:
-    """A consolidated folder in transformers: how far its logits are from ours."""
+    """A consolidated folder in transformers: the largest difference of its logits from ours."""
     from transformers import AutoModelForCausalLM
 
     from checkpoint.consolidate import save_consolidated
@@ -185,5 +196,5 @@ def export(options: Options) -> Row:
     to: Any = theirs.to  # transformers hides its types
     tokens = torch.randint(50_257, (2, min(64, config.block_size)), device=device())
     with torch.no_grad():
-        apart = (model(tokens) - to(device())(tokens).logits).abs().max().item()
-    return {"largest_apart": apart, "ok": apart < TOLERANCE}
+        difference = (model(tokens) - to(device())(tokens).logits).abs().max().item()
+    return {"largest_apart": difference, "ok": difference < TOLERANCE}

@@ -3,9 +3,9 @@
     python bench/gpu/run.py --out runs/gpu --data_dir my_tokens --budget 560
     python bench/gpu/run.py --out runs/gpu --tiny                            on a CPU: do they work?
 
-Each stage adds a line of JSON to OUT/results.jsonl as soon as it is known; one that takes too long
-or dies costs itself only. The same command again goes on with the stages that have no line yet.
-bench/gpu/page.py makes docs/GPU.md of them.
+Each stage adds a line of JSON to OUT/results.jsonl when it ends. A stage that takes too long or
+dies costs only itself. The same command again goes on with the stages that have no line yet.
+bench/gpu/page.py prints the tables of docs/GPU.md from these lines.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-if TYPE_CHECKING:
-    from bench.gpu.device import Row
+from bench.record import load_json_lines
+from bench.speed.train_step import write_tokens
+from command_line import OneLineParser
+from errors import BadInput
 
+Row = dict[str, Any]
 # Seconds that each may take on an H100: guesses, for none has run on one.
 FIRST = {
     "setup": 60, "commands": 110, "gradients": 40, "parity": 75, "zero1": 40, "seed": 30,
@@ -38,7 +41,7 @@ SECOND = {"curve": 150, "zero1 of gpt2-xl": 60, "offload": 160}
 SECONDS = FIRST | SECOND
 START_S = 120  # until the first stage of a process begins
 VOCABULARY = 50_257  # GPT-2's
-LEAST_S = 15  # too little for another stage
+LEAST_S = 15  # in less time no other stage begins
 LOST = 3  # exit status of a process whose GPU context is lost
 
 
@@ -49,13 +52,13 @@ def run_stage(name: str, args: argparse.Namespace) -> Row:
 
     options = Options(args.data_dir, args.tiny, args.curve_steps)
     for module in (kernels, programs, training):
-        if stage := getattr(module, name, None):
-            return stage(options)
-    side, _, what = name.partition(" ")
-    if what == "of gpt2-xl":
+        if hasattr(module, name):
+            return getattr(module, name)(options)
+    side, _, sizes = name.partition(" ")
+    if sizes == "of gpt2-xl":
         return training.speed(options, side, 3, model="gpt2-xl", micro_batch_size=16)
-    if what.startswith("at "):
-        return training.speed(options, side, 20, micro_batch_size=int(what.removeprefix("at ")))
+    if sizes.startswith("at "):
+        return training.speed(options, side, 20, micro_batch_size=int(sizes.removeprefix("at ")))
     return training.speed(options, side)
 
 
@@ -82,38 +85,37 @@ def write(out: Path, stage: str, row: Row) -> None:
         os.fsync(file.fileno())
 
 
-def read(out: Path) -> list[dict[str, Any]]:
+def read(out: Path) -> list[Row]:
     """Return the lines of the results so far."""
-    path = out / "results.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines]
+    return load_json_lines(out / "results.jsonl")
 
 
 def supervise(names: list[str], args: argparse.Namespace) -> None:
     """Have children run the stages until all are done or the time is up (the parent)."""
     deadline = time.monotonic() + args.budget
-    while (todo := [n for n in names if n not in done_of(args.out)]) and (
-        time.monotonic() < deadline - LEAST_S
-    ):
+    while time.monotonic() < deadline - LEAST_S:
+        todo = left_of(names, args.out)
+        if not todo:
+            return
         n_begun = len(_begun(args.out))
         command = [sys.executable, __file__, *sys.argv[1:], "--child", ",".join(todo)]
         with (args.out / "log.txt").open("ab") as log:
             child = subprocess.Popen(command, start_new_session=True, stdout=log, stderr=log)
         try:
             why = watch(child, args, deadline)
-        finally:  # a stop of this process is one of the child too
+        finally:  # a signal that stops this process stops the child, too
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
             status = child.wait()
         begun = _begun(args.out)
         if len(begun) == n_begun:
             raise SystemExit(f"error: {args.out / 'log.txt'}: no stage began. Fix: read it")
-        if begun[-1] not in done_of(args.out):
+        if left_of(begun[-1:], args.out):
             write(args.out, begun[-1], {"error": why or f"died with status {status}"})
 
 
 def watch(child: subprocess.Popen[bytes], args: argparse.Namespace, deadline: float) -> str:
-    """Wait for a child's end; return why it is to be ended first, or ""."""
+    """Wait until a child has ended; return why it must be ended before, or ""."""
     n_begun = len(_begun(args.out))
     seconds = START_S
     started = time.monotonic()
@@ -133,37 +135,40 @@ def _begun(out: Path) -> list[str]:
     return [row["name"] for row in read(out) if row["stage"] == "begin"]
 
 
-def done_of(out: Path) -> set[str]:
-    """Return the stages that have a line."""
-    return {row["stage"] for row in read(out)} - {"begin"}
+def left_of(names: list[str], out: Path) -> list[str]:
+    """Return those of the stages that have no line yet."""
+    done = {row["stage"] for row in read(out)}
+    return [name for name in names if name not in done]
 
 
 def check(args: argparse.Namespace, names: list[str]) -> None:
     """Refuse what would waste a GPU's time.
 
     Raises:
-        ValueError: Names the flag.
+        BadInput: Names the flag.
     """
     import torch
 
     from data.shards import TokenStream
 
-    if unknown := [name for name in names if name not in SECONDS]:
-        raise ValueError(f"--stages {unknown[0]}: unknown. Fix: of {', '.join(SECONDS)}")
+    unknown = [name for name in names if name not in SECONDS]
+    if unknown:
+        known = f"choose from {', '.join(SECONDS)}"
+        raise BadInput(f"--stages {unknown[0]}", "is not a stage", known)
     if args.budget <= LEAST_S:
-        raise ValueError(f"--budget {args.budget:g}: too little. Fix: give more than {LEAST_S}")
+        where = f"--budget {args.budget:g}"
+        raise BadInput(where, "is too short for a stage", f"give more than {LEAST_S}")
     is_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     if not args.tiny and not is_gpu:
-        raise ValueError(f"torch {torch.__version__} sees no GPU here. Fix: --tiny, for a CPU")
+        version = f"PyTorch {torch.__version__}"
+        raise BadInput(version, "does not see a GPU here", "--tiny takes sizes for a CPU")
     for split in ("train", "val"):
         TokenStream(args.data_dir, split, VOCABULARY)
 
 
 def main() -> int:
     """Run the command line; return 1 if a stage failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder for results.jsonl and log.txt")
     add("--data_dir", type=Path, help="folder of token shards (made-up tokens)")
@@ -176,8 +181,6 @@ def main() -> int:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.data_dir is None:
-        from bench.speed.train_step import write_tokens
-
         args.data_dir = args.out / "tokens"
         if not args.data_dir.exists():
             args.data_dir.mkdir()
@@ -193,15 +196,16 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: sys.exit(1))  # by way of `finally`
+        signal.signal(number, lambda *_: sys.exit(1))  # SystemExit: `finally` ends the child
     with contextlib.suppress(KeyboardInterrupt):
         supervise(names, args)
     rows = [row for row in read(args.out) if row["stage"] in names]
     print("\n".join(json.dumps(row)[:700] for row in rows))
-    left = [name for name in names if name not in done_of(args.out)]
+    left = left_of(names, args.out)
     if left:
         print(f"left out: {', '.join(left)}. Fix: the same command again goes on", file=sys.stderr)
-    return int(any("error" in row or row.get("ok") is False for row in rows) or bool(left))
+    failed = [row["stage"] for row in rows if "error" in row or row.get("ok") is False]
+    return 1 if failed or left else 0
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Stages that train: speed of each side, parity, host waits, profiles, curves, offload."""
+"""Measure training: speed of each side, parity, host waits, profiles, curves, offload."""
 
 from __future__ import annotations
 
 import argparse
 import collections
 import gc
-import json
+import itertools
 import resource
 import statistics
 import tempfile
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from bench.fidelity.parity import largest_difference
 from bench.gpu.device import (
     Options,
     Row,
@@ -28,6 +29,8 @@ from bench.gpu.device import (
     take_memory_peaks,
     wait,
 )
+from bench.processes import flags
+from bench.record import load_json_lines
 from bench.speed.side import build_run, run_engine, run_plain
 from training.ranks import Ranks
 from training.run import Run
@@ -35,7 +38,7 @@ from training.run import Run
 if TYPE_CHECKING:
     from bench.speed.side import Turns
 
-LINEAR = F.linear  # zero.Init replaces it for good: not for the next stage
+LINEAR = F.linear  # zero.Init replaces it and does not put it back
 TOLERANCE = 2e-3  # nats over 25 steps in bf16; on a CPU up to 4.2e-4, and 9.3e-4 over 200
 ENGINES = ("zero0", "zero1", "zero2", "zero3")
 
@@ -53,6 +56,11 @@ def train(options: Options, side: str, sizes: Sizes, turns: Turns) -> tuple[Run,
             run_plain(run, side, losses, turns)
     gc.collect()
     return run, losses
+
+
+def steps_of(n: int) -> Turns:
+    """Return turns for n steps."""
+    return lambda *_: itertools.repeat(None, n)
 
 
 def speed(options: Options, side: str, steps: int = 10, **more: int | str) -> Row:
@@ -73,10 +81,15 @@ def speed(options: Options, side: str, steps: int = 10, **more: int | str) -> Ro
 
     run, losses = train(options, side, sizes, turns)
     per_second = round(sizes.tokens / statistics.median(times))
-    found: Row = {"side": side, **vars(sizes), "tokens_per_s": per_second,
-                  "ms": round(1e3 * statistics.median(times), 2),
-                  "blocks_ms": [round(1e3 * t, 2) for t in times],
-                  "losses": [round(loss, 5) for loss in losses], **take_memory_peaks()}  # fmt: skip
+    found: Row = {
+        "side": side,
+        **vars(sizes),
+        "tokens_per_s": per_second,
+        "ms": round(1e3 * statistics.median(times), 2),
+        "blocks_ms": [round(1e3 * t, 2) for t in times],
+        "losses": [round(loss, 5) for loss in losses],
+        **take_memory_peaks(),
+    }
     return found | _against_the_plan(run, side, per_second)
 
 
@@ -89,8 +102,10 @@ def _against_the_plan(run: Run, side: str, tokens_per_s: int) -> Row:
     found: Row = {"mfu_palm": round(tokens_per_s * flops / peak, 4) if peak else None}
     if side.startswith("zero"):
         planned = plan_here(run, device())
-        found |= {"planned_gib": round(sum(planned.parts.values()) / 2**30, 2),
-                  "memory_use": str(planned.memory_use)}  # fmt: skip
+        found |= {
+            "planned_gib": round(sum(planned.parts.values()) / 2**30, 2),
+            "memory_use": str(planned.memory_use),
+        }
     return found
 
 
@@ -99,24 +114,20 @@ def parity(options: Options) -> Row:
     steps = 4 if options.tiny else 25
 
     def losses_of(side: str) -> list[float]:
-        turns = lambda *_: iter([None] * steps)  # noqa: E731
-        return train(options, side, options.sizes("parity"), turns)[1]
+        return train(options, side, options.sizes("parity"), steps_of(steps))[1]
 
     plain = {side: losses_of(side) for side in ("seed", "bare1")}
-
-    def apart(a: list[float], b: list[float]) -> float:
-        return max(abs(x - y) for x, y in zip(a, b, strict=True))
-
-    found: Row = {
-        side: apart(losses_of(side), plain["seed" if side == "zero0" else "bare1"])
-        for side in ENGINES
-    }
+    found: Row = {}
+    for side in ENGINES:
+        same_arithmetic = plain["seed" if side == "zero0" else "bare1"]
+        found[side] = largest_difference(losses_of(side), same_arithmetic)
     ok = all(found[side] < TOLERANCE for side in ENGINES)
-    return found | {"plain loops": apart(*plain.values()), "last": plain["seed"][-1], "ok": ok}
+    found["plain loops"] = largest_difference(plain["seed"], plain["bare1"])
+    return found | {"last": plain["seed"][-1], "ok": ok}
 
 
 def host_waits(options: Options) -> Row:
-    """Where a step of each stage makes the host wait for the GPU: file and line, how often."""
+    """Where and how often a step of each stage makes the host wait for the GPU."""
     found: Row = {}
     for side in ENGINES:
         waits: collections.Counter[str] = collections.Counter()
@@ -130,14 +141,11 @@ def host_waits(options: Options) -> Row:
                 yield
                 if on_gpu():
                     torch.cuda.set_sync_debug_mode("default")
-            places = [
-                (Path(w.filename), w.lineno) for w in caught if "synchroniz" in str(w.message)
-            ]
-            waits.update(
-                f"{'/'.join(path.parts[-3:])}:{line}"
-                for path, line in places
-                if path.parts[-2:] != ("training", "rendezvous.py")  # sum_tensor
-            )
+            for warning in caught:
+                path = Path(warning.filename)
+                is_own_sum = path.parts[-2:] == ("training", "rendezvous.py")  # sum_tensor
+                if "synchroniz" in str(warning.message) and not is_own_sum:
+                    waits[f"{'/'.join(path.parts[-3:])}:{warning.lineno}"] += 1
 
         train(options, side, options.sizes("parity"), turns)
         found[side] = dict(waits.most_common(20))
@@ -156,7 +164,9 @@ def profile(options: Options) -> Row:
         def turns(*_: object, side: str = side) -> Iterator[None]:
             yield from [None] * 4
             wait()
-            kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu()
+            kinds = [ProfilerActivity.CPU]
+            if on_gpu():
+                kinds.append(ProfilerActivity.CUDA)
             started = time.perf_counter()
             with trace(activities=kinds) as traced:
                 yield
@@ -165,8 +175,8 @@ def profile(options: Options) -> Row:
             wall_ms = 1e3 * (time.perf_counter() - started)
             which = "self_device_time_total" if on_gpu() else "self_cpu_time_total"
             kind = DeviceType.CUDA if on_gpu() else DeviceType.CPU
-            events = [e for e in traced.key_averages()
-                      if e.device_type == kind and not e.is_user_annotation]  # fmt: skip
+            events = [event for event in traced.key_averages() if event.device_type == kind]
+            events = [event for event in events if not event.is_user_annotation]
             events.sort(key=lambda e: -getattr(e, which))
             top = [(e.key[:60], e.count, round(getattr(e, which) / 1e3, 2)) for e in events[:28]]
             busy_ms = sum(getattr(e, which) for e in events) / 1e3
@@ -178,32 +188,44 @@ def profile(options: Options) -> Row:
 
 def curve(options: Options) -> Row:
     """`train.py`, compiled, on real text, against the seed's plain loop on the same batches."""
-    sizes, steps = options.sizes(), 6 if options.tiny else options.curve_steps
-    eval_tokens = 640 if options.tiny else 262_144
+    sizes = options.sizes()
+    steps = 6 if options.tiny else options.curve_steps
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        flags = {"model": sizes.model, "data_dir": options.data_dir, "run_dir": run_dir,
-                 "seq_len": sizes.seq_len, "micro_batch_size": sizes.micro_batch_size,
-                 "batch_tokens": sizes.tokens, "max_steps": steps, "warmup_steps": 0,
-                 "min_lr_ratio": 1.0, "lr": 6e-4, "eval_every": steps, "hellaswag_every": 0,
-                 "eval_tokens": eval_tokens, "sample_tokens": 4,
-                 "compile": "auto"}  # fmt: skip
-        command = ["train.py", *(word for k, v in flags.items() for word in (f"--{k}", str(v)))]
-        said = run_program(command, timeout_s=250)
-        log = run_dir / "metrics.jsonl"
-        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    rows = [json.loads(line) for line in lines]
-    ours = [row["train/loss"] for row in rows if "train/loss" in row]
-    turns = lambda *_: iter([None] * steps)  # noqa: E731
-    theirs = train(options, "seed", sizes, turns)[1]
-    apart = [abs(a - b) for a, b in zip(ours[1:], theirs[1:], strict=False)]
+        command = flags(
+            model=sizes.model,
+            data_dir=options.data_dir,
+            run_dir=run_dir,
+            seq_len=sizes.seq_len,
+            micro_batch_size=sizes.micro_batch_size,
+            batch_tokens=sizes.tokens,
+            max_steps=steps,
+            warmup_steps=0,
+            min_lr_ratio=1.0,
+            lr=6e-4,
+            eval_every=steps,
+            hellaswag_every=0,
+            eval_tokens=640 if options.tiny else 262_144,
+            sample_tokens=4,
+            compile="auto",
+        )
+        program = run_program(["train.py", *command], timeout_s=250)
+        rows = load_json_lines(run_dir / "metrics.jsonl")
+    steps_logged = [row for row in rows if "train/loss" in row]
+    ours = [row["train/loss"] for row in steps_logged]
+    theirs = train(options, "seed", sizes, steps_of(steps))[1]
+    # Of the steps that both have: a run that failed has fewer.
+    differences = [abs(a - b) for a, b in zip(ours[1:], theirs[1:], strict=False)]
     return {
-        "status": said["status"], "stderr": said["stderr"][-400:], "ours": ours, "seed": theirs,
-        "tokens_per_s": [r["perf/tokens_per_s"] for r in rows if "train/loss" in r][-3:],
+        "status": program["status"],
+        "stderr": program["stderr"][-400:],
+        "ours": ours,
+        "seed": theirs,
+        "tokens_per_s": [row["perf/tokens_per_s"] for row in steps_logged][-3:],
         "val": [row["val/loss"] for row in rows if "val/loss" in row],
-        "largest_apart": max(apart, default=None),
-        "ok": said["status"] == 0 and len(ours) == steps,
-    }  # fmt: skip
+        "largest_apart": max(differences, default=None),
+        "ok": program["status"] == 0 and len(ours) == steps,
+    }
 
 
 def offload(options: Options) -> Row:

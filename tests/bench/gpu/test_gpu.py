@@ -148,8 +148,8 @@ def test_what_the_budget_leaves_out_is_said_and_comes_next(
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--stages", "zero9"], "--stages zero9: unknown. Fix: of setup, "),
-        (["--budget", "9"], "--budget 9: too little. Fix: give more than 15"),
+        (["--stages", "zero9"], "--stages zero9: is not a stage. Fix: choose from setup, "),
+        (["--budget", "9"], "--budget 9: is too short for a stage. Fix: give more than 15"),
         (["--data_dir", "no_such"], "--data_dir no_such: "),
     ],
 )
