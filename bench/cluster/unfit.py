@@ -1,4 +1,4 @@
-"""Faults on one rank each, and what launch/preflight.py says of them.
+"""Make a fault on one rank each, and check what launch/preflight.py says.
 
     python bench/cluster/unfit.py --folder runs/unfit --healthy 10
 
@@ -8,7 +8,6 @@ where it was made, or something was found where there was none.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -20,6 +19,10 @@ from typing import Any
 
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from bench.processes import flags
+from bench.record import Rows, record
+from command_line import OneLineParser
 
 HEALTHY, FAULTS, HANG = "healthy", "a fault on each rank", "a rank hangs"
 DEAD_LINK = "a collective never returns"
@@ -36,7 +39,7 @@ def nothing() -> None:
 
 
 def install_another_torch() -> None:
-    """Have this rank's torch be of another version."""
+    """Report another version of torch on this rank."""
     import importlib.metadata as metadata
 
     real = metadata.version
@@ -45,7 +48,6 @@ def install_another_torch() -> None:
 
 def slow_down(seconds: float) -> None:
     """Let each matrix product of this rank take longer."""
-
     from training import probes
 
     real = probes.multiply
@@ -58,7 +60,7 @@ def slow_down(seconds: float) -> None:
 
 
 def hang() -> None:
-    """Never come back from a look at the memory."""
+    """Never return from reading the memory."""
 
     from launch.checks import machine
 
@@ -66,7 +68,7 @@ def hang() -> None:
 
 
 def hang_in_collectives() -> None:
-    """Wait for ever in the first all-reduce, as behind a link of NCCL's that is dead."""
+    """Hang in the first all-reduce, as NCCL does when a link is dead."""
     from launch.checks import survey
     from training import probes
 
@@ -75,7 +77,7 @@ def hang_in_collectives() -> None:
 
 
 def starts(argv: list[str], elsewhere: Path) -> dict[str, tuple[Found, Acts]]:
-    """Return for each kind of start what should be found, and what is done to which rank.
+    """Return for each kind of start what must be found, and what is done to which rank.
 
     Args:
         argv: Of the command; a rank may change its own.
@@ -94,8 +96,12 @@ def starts(argv: list[str], elsewhere: Path) -> dict[str, tuple[Found, Acts]]:
     }
     found = [("versions", [0]), ("run folder", [1]), ("run folder shared", [3]), ("matmul", [2])]
     dead = dict.fromkeys(range(N_RANKS), hang_in_collectives)
-    return {HEALTHY: ([], {}), FAULTS: (found, four), HANG: ([("answers", [2])], {2: hang}),
-            DEAD_LINK: ([("pairs in a machine", [0, 1, 2, 3])], dead)}  # fmt: skip
+    return {
+        HEALTHY: ([], {}),
+        FAULTS: (found, four),
+        HANG: ([("answers", [2])], {2: hang}),
+        DEAD_LINK: ([("pairs in a machine", [0, 1, 2, 3])], dead),
+    }
 
 
 def start(folder: Path, kind: str) -> dict[str, Any]:
@@ -105,17 +111,21 @@ def start(folder: Path, kind: str) -> dict[str, Any]:
     log = folder / f"{kind.replace(' ', '_')}.log"
     log.unlink(missing_ok=True)
     timeout_s = HANG_S if kind == HANG else LIMIT_S
-    argv = ["--model", "debug", "--data_dir", str(folder / "data"),
-            "--run_dir", str(folder / "run"), "--eval_tokens", "4096",
-            "--timeouts", f"start={timeout_s}"]  # fmt: skip
+    argv = flags(
+        model="debug",
+        data_dir=folder / "data",
+        run_dir=folder / "run",
+        eval_tokens=4096,
+        timeouts=f"start={timeout_s}",
+    )
     expected, acts = starts(argv, folder / "elsewhere")[kind]
     run = Run(argv, N_RANKS, log, lambda rank: acts.get(rank, nothing)(), "launch.preflight")
     began = time.monotonic()
-    while not run.poll() and 0 not in run.statuses and time.monotonic() - began < LIMIT_S:
-        time.sleep(0.05)
+    run.wait_until(lambda: 0 in run.statuses, LIMIT_S)
     run.wait(0 if kind == HANG else 2)  # launchers end whoever is left
     lines = log.read_text(encoding="utf-8").splitlines()
-    result = next((json.loads(line) for line in lines if line.startswith("{")), {"findings": []})
+    results = [json.loads(line) for line in lines if line.startswith("{")]
+    result = results[0] if results else {"findings": []}
     found = [(finding["check"], finding["ranks"]) for finding in result["findings"]]
     return {
         "ok": found == expected and run.statuses[0] == bool(expected),
@@ -128,29 +138,26 @@ def start(folder: Path, kind: str) -> dict[str, Any]:
 
 def main() -> int:
     """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="for data, logs, unfit.json")
     parser.add_argument("--healthy", type=int, default=1, help="starts without a fault (1)")
     args = parser.parse_args()
     os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     import launch.checks.survey  # noqa: F401  # once, before the forks
-    from bench.record import record
     from bench.speed.train_step import write_tokens
 
-    if not (args.folder / "data").exists():
-        (args.folder / "data").mkdir(parents=True)
-        write_tokens(args.folder / "data")
+    write_tokens(args.folder / "data")
     done = []
     for kind in [HEALTHY] * args.healthy + [FAULTS, HANG, DEAD_LINK]:
         done.append({"kind": kind} | start(args.folder, kind))
         print({k: v for k, v in done[-1].items() if k != "result"}, file=sys.stderr, flush=True)
-    rows = [{"start": kind, "tries": str(sum(d["kind"] == kind for d in done)),
-             "as it should be": str(sum(d["ok"] for d in done if d["kind"] == kind))}
-            for kind in (HEALTHY, FAULTS, HANG, DEAD_LINK)]  # fmt: skip
+    rows: Rows = []
+    for kind in (HEALTHY, FAULTS, HANG, DEAD_LINK):
+        tries = [result["ok"] for result in done if result["kind"] == kind]
+        row = {"start": kind, "tries": str(len(tries)), "as it should be": str(sum(tries))}
+        rows.append(row)
     record(args.folder / "unfit.json", "Preflight on 4 ranks", rows, done)
-    return 0 if all(d["ok"] for d in done) else 1
+    return 0 if all(result["ok"] for result in done) else 1
 
 
 if __name__ == "__main__":

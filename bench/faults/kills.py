@@ -211,9 +211,7 @@ def open_folder(folder: Path) -> Path:
     """Write data to train on into a folder; return the JSON file there for the results."""
     from bench.speed.train_step import write_tokens
 
-    if not (folder / "data").exists():
-        (folder / "data").mkdir(parents=True)
-        write_tokens(folder / "data")
+    write_tokens(folder / "data")
     return folder / "faults.json"
 
 

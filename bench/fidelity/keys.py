@@ -257,7 +257,6 @@ def prepare(folder: Path) -> None:
     # In the global table, and only here: the forks parse the flags of train.py, where a preset is a
     # name. Nothing else runs in this process.
     PRESETS[MODEL] = replace(PRESETS["debug"], config=GPTConfig(2, 2, 50, 64))
-    (folder / "data").mkdir(parents=True, exist_ok=True)
     write_tokens(folder / "data")
 
 

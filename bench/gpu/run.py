@@ -182,9 +182,7 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.data_dir is None:
         args.data_dir = args.out / "tokens"
-        if not args.data_dir.exists():
-            args.data_dir.mkdir()
-            write_tokens(args.data_dir)
+        write_tokens(args.data_dir)
     if args.child:
         run_stages(args.child.split(","), args)
         return 0

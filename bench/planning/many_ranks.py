@@ -1,11 +1,11 @@
-"""The engine as rank 0 of many, without the others: what it holds and sends, against the plan.
+"""Run the engine as rank 0 of many, without the others: compare what it holds with the plan.
 
     python bench/planning/many_ranks.py --side zero1 --ranks 1024
 
 PyTorch's fake process group takes every collective and returns at once, with whatever is in the
 buffers: the losses mean nothing, but the tensors have their sizes and the collectives their bytes.
-The engine issues the collectives that it uses with NCCL (every backend but gloo gets these).
-The second optimizer step is counted.
+The engine issues the collectives that it uses with NCCL, as for every backend but gloo. The second
+optimizer step is counted.
 """
 
 from __future__ import annotations
@@ -23,11 +23,18 @@ from typing import Any
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from command_line import OneLineParser
+
 ROOT = Path(__file__).resolve().parents[2]
 RANKS_OF_A_MACHINE = 8
 # What a GPU's host waits for: a value that is read, and one that is sent (torch.tensor).
-TRANSFERS = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero",
-             "aten::masked_select", "aten::lift_fresh")  # fmt: skip
+TRANSFERS = (
+    "aten::_local_scalar_dense",
+    "aten::equal",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::lift_fresh",
+)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -55,8 +62,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     model = build_model(run.config, run.ds_config, device)
     engine, _ = build_engine(model, run.config, run.ds_config, ranks)
     engine.train()
-    shape = args.micro_batch_size, args.seq_len
-    tokens = torch.zeros(shape, dtype=torch.long)
+    tokens = torch.zeros(args.micro_batch_size, args.seq_len, dtype=torch.long)
     batches = iter([(tokens, tokens)] * (2 * args.grad_accum))
     take_step(engine, run.config, 0, args.grad_accum, batches)
     with Traffic() as traffic, host_transfers() as transfers:
@@ -76,8 +82,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 @contextlib.contextmanager
 def host_transfers() -> Iterator[collections.Counter[str]]:
     """Count by file and line what reads or sends a tensor's value."""
+    import deepspeed
     from torch.utils._python_dispatch import TorchDispatchMode
 
+    # Whose lines are named, and the folder that their paths are relative to.
+    deepspeed_folder = Path(deepspeed.__file__).parent
+    bases = {ROOT / "training": ROOT, deepspeed_folder: deepspeed_folder.parent}
     transfers: collections.Counter[str] = collections.Counter()
 
     class Transfers(TorchDispatchMode):
@@ -85,26 +95,24 @@ def host_transfers() -> Iterator[collections.Counter[str]]:
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
             if func._schema.name in TRANSFERS:
-                frame: Any = sys._getframe(1)
-                while not frame.f_code.co_filename.startswith((str(ROOT / "training"), DEEPSPEED)):
-                    frame = frame.f_back
-                path = Path(frame.f_code.co_filename)
-                parent = Path(DEEPSPEED).parent if DEEPSPEED in str(path) else ROOT
-                transfers[f"{path.relative_to(parent)}:{frame.f_lineno}"] += 1
+                transfers[caller(sys._getframe(1))] += 1
             return func(*args, **(kwargs or {}))
 
-    import deepspeed
+    def caller(frame: Any) -> str:
+        while True:
+            path = Path(frame.f_code.co_filename)
+            for folder, base in bases.items():
+                if path.is_relative_to(folder):
+                    return f"{path.relative_to(base)}:{frame.f_lineno}"
+            frame = frame.f_back
 
-    DEEPSPEED = str(Path(deepspeed.__file__).parent)
     with Transfers():
         yield transfers
 
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__)
     add = parser.add_argument
     add("--side", default="zero1", help="zero0 to zero3 (default: zero1)")
     add("--ranks", type=int, default=8, help="of the run (default: 8)")

@@ -1,10 +1,10 @@
-"""The plan against published data-parallel runs: tokens/s of each device.
+"""Compare the plan with published data-parallel runs: tokens/s of each device.
 
 python bench/planning/published.py
 
 Sources: the run scripts of llm.c and its discussions 481 and 677; llm-foundry,
-scripts/train/benchmarking/README.md, where micro-batches and checkpointing are from too. llm.c
-shards the optimizer, as zero1 does; llm-foundry's FULL_SHARD is what zero3 does.
+scripts/train/benchmarking/README.md, also for micro-batches and checkpointing. llm.c shards the
+optimizer, as zero1 does; llm-foundry's FULL_SHARD is what zero3 does.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from bench.record import markdown
 from command_line import OneLineParser
 from launch.planning.estimate import DS_CONFIGS, Candidate, Cluster, estimate
 from model import GPTConfig
-from model.presets import PRESETS, get_preset
+from model.presets import PRESETS
 from training.config import resolve_train_config
 from training.devices import get_device
 from training.ds_config import load_ds_config
 
 TOLERANCE = 0.20
-PRESETS["30b"] = replace(PRESETS["gpt3-13b"], config=GPTConfig(48, 56, 7168, 2048))
-PRESETS["70b"] = replace(PRESETS["gpt3-13b"], config=GPTConfig(80, 64, 8192, 2048))
+PUBLISHED_PRESETS = PRESETS | {
+    "30b": replace(PRESETS["gpt3-13b"], config=GPTConfig(48, 56, 7168, 2048)),
+    "70b": replace(PRESETS["gpt3-13b"], config=GPTConfig(80, 64, 8192, 2048)),
+}
 
 
 @dataclass(frozen=True)
 class Published:
-    """One published run.
+    """One published run, on `n_devices` of a kind, eight to a machine.
 
     Attributes:
         who: Published it.
         model: Preset of the same shape.
-        device: Kind, and `n_devices` of it, eight to a machine.
-        seq_len: Tokens of a sequence.
         micro_batch_size: Sequences, and `grad_accum` micro-batches in a step.
         checkpointing: Of activations.
         tokens_per_s: Of one device.
@@ -57,7 +57,7 @@ class Published:
     reason: str = ""
 
 
-# Of the misses. What the plan expects of small models is what llm.c reached on the same devices.
+# Why a run is far from the plan. For small models the plan expects what llm.c reached.
 SMALL = "small: logits in fp32 and hundreds of unfused kernels count most; llm.c reaches the plan"
 ODD = "not known; the same table has 68,551 on 16 devices"
 RUNS = (
@@ -92,6 +92,7 @@ def planned(run: Published) -> float:
     sequences = run.n_devices * run.micro_batch_size * run.grad_accum
     config = resolve_train_config(
         model=run.model,
+        preset=PUBLISHED_PRESETS[run.model],
         seq_len=run.seq_len,
         batch_tokens=sequences * run.seq_len,
         micro_batch_size=run.micro_batch_size,
@@ -102,7 +103,7 @@ def planned(run: Published) -> float:
 
 def row(run: Published) -> dict[str, str]:
     """Return a row of the table."""
-    n_params = get_preset(run.model).config.n_params()
+    n_params = PUBLISHED_PRESETS[run.model].config.n_params()
     off = planned(run) / run.tokens_per_s - 1
     return {
         "run": f"{run.who} {n_params / 1e6:,.0f}M [{run.seq_len}]",
