@@ -1,17 +1,20 @@
-"""Blocks -> documents, each checked; what is wrong is named by file and line."""
+"""Turn blocks into checked documents; name what is wrong by file and line."""
 
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import orjson
 
-from data.blocks import BYTE_ORDER_MARK, SKIP, BadInputError, Block, Reading, split_documents
+from data.blocks import Cells, FileBlock
 from data.index import LITERAL
-from data.sources import LINES, TEXT, SourceFile
+from data.plain_text import BYTE_ORDER_MARK, split_documents
+from data.read_options import FIX_OR_SKIP, SKIP, ReadOptions
+from data.sources import LINES, ROWS, TEXT, SourceFile
 from data.tokenizer import EOT_BYTES
+from errors import BadInput
 
 LEADING_MARK = re.compile(rb"\A(\s*)" + BYTE_ORDER_MARK)  # of a file that was joined to others
 
@@ -26,113 +29,123 @@ class Documents(NamedTuple):
 
 
 def read_documents(
-    block: Block, file: SourceFile, how: Reading, val_every: int, split: str
+    block: FileBlock, file: SourceFile, options: ReadOptions, val_every: int, split: str
 ) -> Documents:
     """Return the documents of a block that belong to a split.
 
     Args:
         block: With its data.
         file: Where it is from.
-        how: Limits and names.
+        options: Limits and names.
         val_every: One document in so many is validation: by line, row, or the sum of the numbers of
             the `.txt` file and of the document in it; 0 takes all of them for any split.
         split: "train" or "val".
 
     Raises:
-        BadInputError: A bad document, unless `how` says to leave it out.
-        ValueError: The file could not be read.
+        BadInput: A bad document or file, unless the options say to leave it out.
     """
-    texts, bad, messages = [], Counter[str](), []
-    first = block.position.file + block.position.record
-    goes_on = file.kind == TEXT and block.position.offset > 0  # with the rest of a document
+    first = block.position.record
+    if file.kind == TEXT:
+        first += block.position.file
+    is_continued = file.kind == TEXT and block.position.offset > 0
 
-    def is_of_split(record: int) -> bool:
-        return not val_every or (split == "val") == (record % val_every == 0)
+    def is_of_split(number: int) -> bool:
+        return not val_every or (split == "val") == (number % val_every == 0)
 
-    for record, text in _records(block, file, how):
-        if isinstance(text, BadInputError):
-            if not how.skip_bad:
-                raise text
-            bad[text.what] += 1
-            messages.append(str(text))
+    found = Documents([], is_continued and is_of_split(first), Counter(), [])
+    for number, record in _records(block, file, options, first):
+        try:
+            text = _text_of(record, file, number, options)
+        except BadInput as error:
+            if not options.skip_bad:
+                raise
+            found.bad[error.what] += 1
+            found.messages.append(str(error))
             continue
-        bad[LITERAL] += EOT_BYTES in text and file.kind != TEXT
-        if is_of_split(record):
-            is_rest = goes_on and record == first
-            texts.append(text if is_rest else LEADING_MARK.sub(rb"\1", text))
-    continues = goes_on and is_of_split(first)
-    return Documents(texts, continues, +bad, messages)
+        # Also adds 0: the key stands where the first good document is, as in every shards.json.
+        found.bad[LITERAL] += file.kind != TEXT and EOT_BYTES in text
+        if is_of_split(number):
+            is_rest = is_continued and number == first
+            found.texts.append(text if is_rest else LEADING_MARK.sub(rb"\1", text))
+    return found._replace(bad=+found.bad)  # without zeros
 
 
 def _records(
-    block: Block, file: SourceFile, how: Reading
-) -> Iterator[tuple[int, bytes | BadInputError]]:
-    """Yield the number of each record and its text, or what is wrong with it."""
-    first = block.position.record
-    if isinstance(block.data, BadInputError):
-        yield first, block.data
-    elif file.kind == TEXT:
-        at, goes_on = block.position, block.position.offset > 0
-        pieces = [block.data] if how.literal_endoftext else split_documents(block.data, goes_on)
-        for number, text in enumerate(pieces, at.file + at.record):
-            yield number, text
-    elif file.kind == LINES:
-        for number, line in enumerate(block.data.split(b"\n"), first):
-            if line and not line.isspace():
-                yield number, _text_of_line(line, f"{file.url}:{number + 1}", how)
-    else:
-        for number, cell in enumerate(_cells(block.data), first):
-            yield number, _text_of_cell(cell, f"{file.url}:row {number + 1}", how)
+    block: FileBlock, file: SourceFile, options: ReadOptions, first: int
+) -> Iterable[tuple[int, bytes | BadInput | None]]:
+    """Return the records of a block with their numbers, from `first` on."""
+    data = block.data
+    assert data is not None
+    if isinstance(data, BadInput):
+        return [(first, data)]
+    if isinstance(data, Cells):
+        return enumerate(_to_bytes(data), first)
+    if file.kind == LINES:
+        lines = enumerate(data.split(b"\n"), first)
+        return [(number, line) for number, line in lines if line.strip()]
+    if options.literal_endoftext:
+        return [(first, data)]
+    return enumerate(split_documents(data, block.position.offset > 0), first)
 
 
-def _text_of_line(line: bytes, where: str, how: Reading) -> bytes | BadInputError:
-    if len(line) > how.max_line_bytes:
-        return _too_long(where, how)
+def _text_of(
+    record: bytes | BadInput | None, file: SourceFile, number: int, options: ReadOptions
+) -> bytes:
+    if isinstance(record, BadInput):
+        raise record
+    row = "row " if file.kind == ROWS else ""
+    where = f"{file.url}:{row}{number + 1}"
+    if record is None:
+        raise BadInput(where, f'"{options.text_column}" is null, not a string', FIX_OR_SKIP)
+    if file.kind == TEXT:
+        return record
+    if len(record) > options.max_line_bytes:
+        what = f"longer than {options.max_line_bytes:,} bytes"
+        raise BadInput(where, what, f"raise --max_line_bytes, or {SKIP}")
+    if file.kind == LINES:
+        return _text_of_line(record, where, options.text_column)
+    try:
+        record.decode()  # Parquet's strings are not checked when they are read
+    except UnicodeDecodeError as error:
+        raise BadInput(where, "not UTF-8", FIX_OR_SKIP) from error
+    return record
+
+
+def _text_of_line(line: bytes, where: str, column: str) -> bytes:
     try:
         record = orjson.loads(line)
-    except orjson.JSONDecodeError:  # or a lone surrogate, or a byte order mark at the beginning
-        try:
-            record = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError:
-            return BadInputError(where, "not UTF-8")
-        except (ValueError, RecursionError):
-            return BadInputError(where, "not JSON")
-    if not isinstance(record, dict) or how.text_column not in record:
-        return BadInputError(where, f'no "{how.text_column}" in this line')
-    text = record[how.text_column]
+    except orjson.JSONDecodeError:
+        record = _parse_leniently(line, where)
+    if not isinstance(record, dict) or column not in record:
+        raise BadInput(where, f'no "{column}" in this line', FIX_OR_SKIP)
+    text = record[column]
     if not isinstance(text, str):
         kind = "null" if text is None else type(text).__name__
-        return BadInputError(where, f'"{how.text_column}" is {kind}, not a string')
+        raise BadInput(where, f'"{column}" is {kind}, not a string', FIX_OR_SKIP)
     if "\0" in text:
-        return BadInputError(where, "NUL in text")
+        raise BadInput(where, "NUL in text", FIX_OR_SKIP)
     try:
         return text.encode()
     except UnicodeEncodeError:  # surrogates: joined or replaced, as tiktoken does
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
-def _text_of_cell(cell: bytes | None, where: str, how: Reading) -> bytes | BadInputError:
-    if cell is None:
-        return BadInputError(where, f'"{how.text_column}" is null, not a string')
-    if len(cell) > how.max_line_bytes:
-        return _too_long(where, how)
+def _parse_leniently(line: bytes, where: str) -> Any:
+    """Parse what orjson refuses though Python does not: lone surrogates, a byte order mark."""
     try:
-        cell.decode()  # Parquet's strings are not checked when they are read
-    except UnicodeDecodeError:
-        return BadInputError(where, "not UTF-8")
-    return cell
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise BadInput(where, "not UTF-8", FIX_OR_SKIP) from error
+    except (ValueError, RecursionError) as error:
+        raise BadInput(where, "not JSON", FIX_OR_SKIP) from error
 
 
-def _cells(column: Any) -> list[bytes | None]:
+def _to_bytes(cells: Cells) -> list[bytes | None]:
     import pyarrow
 
+    column = cells.column
     if pyarrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if pyarrow.types.is_string_view(column.type):  # which has no cast to bytes
         column = column.cast(pyarrow.large_string())
     return column.cast(pyarrow.large_binary()).to_pylist()
-
-
-def _too_long(where: str, how: Reading) -> BadInputError:
-    what = f"longer than {how.max_line_bytes:,} bytes"
-    return BadInputError(where, what, f"raise --max_line_bytes, or {SKIP}")

@@ -1,4 +1,4 @@
-"""Documents -> tokens: `<|endoftext|>` before each, with the fast tokenizer where it is there."""
+"""Tokenise documents, `<|endoftext|>` before each, with gigatoken where it is installed."""
 
 import sys
 import tempfile
@@ -11,12 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.shards import Tokens
-from data.tokenizer import END_OF_TEXT, EOT_BYTES, EOT_TOKEN, load_tokenizer, load_tokens
-from data.tokenizer import build_tokenizer as build
+from data.tokenizer import (
+    END_OF_TEXT,
+    EOT_BYTES,
+    EOT_TOKEN,
+    build_tokenizer,
+    load_tokenizer,
+    load_tokens,
+)
 
-SAMPLE_BYTES = 2**15  # compared on the first block of every file
+SAMPLE_BYTES = 2**15  # of a block, on which the tokenizers are compared
 RENEW_BYTES = 2**28  # gigatoken remembers every word: a fresh one bounds its memory
-# What tokenizers stumble over: white space, contractions, digits, scripts, the separator as text.
+# What tokenizers get wrong: white space, contractions, digits, scripts, the separator as text.
 TRICKY = (
     "  two  spaces\n\n\ttab \u00a0\u3000 end   ", "", " ", "I'll don't 'S 'twas o''clock I'M",
     "3.14 ²⅞Ⅷ ٣٤ 10000000",
@@ -30,7 +36,7 @@ class Encoder:
 
     Args:
         tokenizer: "auto" takes gigatoken if it is installed and agrees with tiktoken on hard
-            texts; "tiktoken" does not ask.
+            texts; "tiktoken" is always tiktoken.
     """
 
     def __init__(self, tokenizer: str = "auto") -> None:
@@ -38,7 +44,8 @@ class Encoder:
         self._build: Callable[[], Tokenizer] = Tiktoken
         if tokenizer == "auto" and _has_gigatoken():
             self._build = Gigatoken
-            self.check([text.encode() for text in TRICKY], "texts that are hard to tokenise")
+            tricky = [text.encode() for text in TRICKY]
+            self.compare_with_tiktoken(tricky, "texts that are hard to tokenise")
 
     @property
     def name(self) -> str:
@@ -54,26 +61,30 @@ class Encoder:
             tokens = _encode_each(texts)
         return tokens[1:] if continues else tokens
 
-    def check(self, texts: list[bytes], where: str) -> None:
-        """Compare both tokenizers on the first texts; warn and use tiktoken if they differ."""
-        sample, size = [], 0
+    def compare_with_tiktoken(self, texts: list[bytes], where: str) -> None:
+        """Check gigatoken, if it is used, on the first texts; warn and drop it where it differs."""
+        if self._build is not Gigatoken:
+            return
+        sample: list[bytes] = []
+        left = SAMPLE_BYTES
         for text in texts:
-            sample.append(text[: SAMPLE_BYTES - size].decode(errors="ignore").encode())
-            size += len(text)
-            if size >= SAMPLE_BYTES:
+            # `errors="ignore"`: the sample may end within a character.
+            sample.append(text[:left].decode(errors="ignore").encode())
+            left -= len(text)
+            if left <= 0:
                 break
-        if self._build is Gigatoken and not np.array_equal(
-            self.encode(sample), _encode_each(sample)
-        ):
-            self._build, self._idle = Tiktoken, SimpleQueue()
-            print(f"warning: gigatoken differs from tiktoken on {where}; using tiktoken",
-                  file=sys.stderr)  # fmt: skip
+        if not np.array_equal(self.encode(sample), _encode_each(sample)):
+            self._build = Tiktoken  # first: what is built after it goes into the new queue
+            self._idle = SimpleQueue()
+            what = f"gigatoken differs from tiktoken on {where}; using tiktoken"
+            print(f"warning: {what}", file=sys.stderr)
 
     def _encode_joined(self, joined: bytes) -> Tokens:
+        # One tokenizer serves one thread at a time: a thread takes an idle one, or builds its own.
         idle = self._idle
         try:
             tokenizer = idle.get_nowait()
-        except Empty:  # one object serves one thread at a time
+        except Empty:
             tokenizer = self._build()
         tokens = tokenizer.encode(joined).astype(np.uint16)
         tokenizer.seen_bytes += len(joined)
@@ -83,10 +94,10 @@ class Encoder:
 
 
 class Tiktoken:
-    """The reference."""
+    """The reference tokenizer."""
 
     def __init__(self) -> None:
-        self.encoding = build()
+        self.encoding = build_tokenizer()
         self.seen_bytes = 0
 
     def encode(self, joined: bytes) -> NDArray[np.uint32]:
@@ -95,7 +106,7 @@ class Tiktoken:
 
 
 class Gigatoken:
-    """The fast one."""
+    """The fast tokenizer."""
 
     def __init__(self) -> None:
         import gigatoken
@@ -122,13 +133,15 @@ Tokenizer = Tiktoken | Gigatoken
 
 def _encode_each(texts: list[bytes]) -> Tokens:
     encode = load_tokenizer().encode_ordinary
-    tokens = [token for text in texts for token in [EOT_TOKEN, *encode(text.decode())]]
+    tokens: list[int] = []
+    for text in texts:
+        tokens += [EOT_TOKEN, *encode(text.decode())]
     return np.array(tokens, np.uint16)
 
 
 def _has_gigatoken() -> bool:
     try:
-        import gigatoken  # noqa: F401 # the question is whether it can be
+        import gigatoken  # noqa: F401 # can it be imported?
     except ImportError:
         return False
     return True

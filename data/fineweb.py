@@ -1,4 +1,4 @@
-"""FineWeb-Edu -> token shards: the files, names and sizes of build-nanogpt's `fineweb.py`.
+"""Turn FineWeb-Edu into token shards: the files, names and sizes of build-nanogpt's `fineweb.py`.
 
     python data/fineweb.py                                        # sample-10BT -> edu_fineweb10B/
     python data/fineweb.py --name sample-100BT --out_dir /data/edu_fineweb100B
@@ -9,13 +9,13 @@ A preset of data/prepare.py. 100 shards of 100M tokens, shard 0 for validation; 
 download (none with --streaming) and 20 GB for the shards of sample-10BT.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from command_line import OneLineParser
 from data.prepare import add_options, run
 
 DATASET = "HuggingFaceFW/fineweb-edu"
@@ -27,11 +27,9 @@ OUT_DIRS = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> OneLineParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__)
     add = parser.add_argument
     add("--name", default="sample-10BT", help=f"{', '.join(OUT_DIRS)}, or one crawl, CC-MAIN-…")
     add("--dataset", default=DATASET, help="hub name, or a copy in a folder (default: %(default)s)")

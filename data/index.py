@@ -1,17 +1,18 @@
-"""`shards.json`: what a folder of shards holds and what it was made of."""
+"""Read and write `shards.json`: what a folder of shards holds and what it was made of."""
 
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MANIFEST = "shards.json"
-PARTIAL_SUFFIX = ".tmp"
-LITERAL = "with <|endoftext|> as text"  # texts that are taken as they are
+from errors import BadInput
+
+INDEX_NAME = "shards.json"
+TEMPORARY_SUFFIX = ".tmp"
+LITERAL = "with <|endoftext|> as text"  # counted beside bad documents, but kept
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,12 @@ class Position:
 
 @dataclass(frozen=True)
 class Resume:
-    """Where an unfinished preparation goes on, after its last whole shard.
+    """Where an unfinished preparation continues, after its last complete shard.
 
     Args:
-        split: Being written, where documents are dealt to splits one by one; else "".
-        position: Of the block in which the next token is.
-        skip_tokens: Of that block, already in a shard.
+        split: Being written, where every N-th document is validation; else "".
+        position: Of the block that holds the next token.
+        skip_tokens: Tokens of that block that are in a shard already.
         bad: Documents left out before that block, by reason.
     """
 
@@ -68,14 +69,14 @@ class Resume:
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """Everything about a folder of shards.
+class ShardIndex:
+    """The content of `shards.json`.
 
     Args:
         recipe: Sources, tokenizer and options: the same recipe gives the same bytes.
         shards: In order.
-        bad: Documents left out, by reason, and those that are LITERAL.
-        resume: None when all is done.
+        bad: Number of documents left out, by reason, and of those that are LITERAL.
+        resume: None when the preparation is complete.
     """
 
     recipe: dict[str, Any]
@@ -88,19 +89,23 @@ class Manifest:
         return sum(shard.tokens for shard in self.shards if shard.split == split)
 
     def remarks(self) -> list[str]:
-        """Return what was left out, and how many texts are LITERAL, where there are any."""
-        left_out = ", ".join(f"{n} {what}" for what, n in self.bad.items() if what != LITERAL)
-        literal = [f"{self.bad[LITERAL]:,} texts {LITERAL}"] if LITERAL in self.bad else []
-        return [f"left out: {left_out}", *literal] if left_out else literal
+        """Return one remark on what was left out and one on LITERAL texts, where there are any."""
+        reasons = [f"{n} {what}" for what, n in self.bad.items() if what != LITERAL]
+        remarks = []
+        if reasons:
+            remarks.append(f"left out: {', '.join(reasons)}")
+        if LITERAL in self.bad:
+            remarks.append(f"{self.bad[LITERAL]:,} texts {LITERAL}")
+        return remarks
 
 
-def read_manifest(folder: Path) -> Manifest | None:
-    """Read the manifest of a folder; None where there is none, as with other people's shards.
+def read_index(folder: Path) -> ShardIndex | None:
+    """Read the index of a folder; None: there is none, as with shards of other projects.
 
     Raises:
-        ValueError: It is damaged.
+        BadInput: It is damaged.
     """
-    path = folder / MANIFEST
+    path = folder / INDEX_NAME
     if not path.is_file():
         return None
     try:
@@ -109,27 +114,27 @@ def read_manifest(folder: Path) -> Manifest | None:
         resume = raw["resume"]
         if resume:
             resume = Resume(**resume | {"position": Position(**resume["position"])})
-        return Manifest(raw["recipe"], shards, raw["bad"], resume)
+        return ShardIndex(raw["recipe"], shards, raw["bad"], resume)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: damaged ({error!r}). Fix: prepare the data in a new folder"
-        ) from error
+        remedy = "prepare the data in a new folder"
+        raise BadInput(str(path), f"damaged ({error!r})", remedy) from error
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest, whole or not at all."""
-    path = folder / MANIFEST
-    partial = path.with_name(MANIFEST + PARTIAL_SUFFIX)
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
+def write_index(folder: Path, index: ShardIndex) -> None:
+    """Write the index atomically."""
+    path = folder / INDEX_NAME
+    temporary = path.with_name(INDEX_NAME + TEMPORARY_SUFFIX)
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(dataclasses.asdict(index), indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    publish(partial, path)
+    rename_durably(temporary, path)
 
 
-def publish(partial: Path, path: Path) -> None:
-    """Give a whole file on disk its own name, for good."""
-    partial.rename(path)
+def rename_durably(temporary: Path, path: Path) -> None:
+    """Rename a file that is complete on disk, so that a power failure keeps its new name."""
+    temporary.rename(path)
+    # The name is in the folder, which has to reach the disk too.
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -137,12 +142,7 @@ def publish(partial: Path, path: Path) -> None:
         os.close(folder)
 
 
-def hash_file(path: Path, progress: Callable[[int], object] | None = None) -> str:
-    """Return the SHA-256 of a file; `progress` is told the bytes of each part."""
-    digest = hashlib.sha256()
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
-        while part := file.read(2**22):
-            digest.update(part)
-            if progress:
-                progress(len(part))
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""This rank's batches, read ahead in a thread."""
+"""Read this rank's batches ahead in a thread."""
 
 import threading
 from collections.abc import Iterator
@@ -67,6 +67,8 @@ class Loader:
         self.stream, self.order = stream, order
         self.batch = (micro_batch_size, grad_accum_steps, rank, world_size)
         self.pin_memory = torch.cuda.is_initialized()
+        # The queue has no maxsize: a full one would wake the reader for every batch that is taken,
+        # which costs more than taking it. `_wanted` wakes it once, to refill half of the queue.
         self._ahead: SimpleQueue[Tensor | Exception] = SimpleQueue()
         self._wanted = threading.Event()
         self._closed = False
@@ -77,7 +79,7 @@ class Loader:
         return self
 
     def __next__(self) -> Tensor:
-        if self._ahead.qsize() <= READ_AHEAD // 2:  # waking a thread costs more than taking a batch
+        if self._ahead.qsize() <= READ_AHEAD // 2:
             self._wanted.set()
         item = self._ahead.get()
         if isinstance(item, Exception):
@@ -95,6 +97,7 @@ class Loader:
         while not self._closed:
             for part in rank_samples(samples, *self.batch):
                 self._ahead.put(self._read(part))
+                # Clear before the two tests: a `set` that comes between them is not lost.
                 self._wanted.clear()
                 if self._ahead.qsize() >= READ_AHEAD and not self._closed:
                     self._wanted.wait()

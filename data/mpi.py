@@ -1,4 +1,4 @@
-"""The processes that one MPI launcher or srun started, and how they talk to each other."""
+"""Find the processes that one MPI launcher or srun started, and connect them."""
 
 import os
 import re
@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, NamedTuple
+
+from errors import BadInput
 
 # Rank, local rank, world size, local world size.
 LAUNCHERS = {
@@ -34,34 +36,36 @@ class Tasks(NamedTuple):
 def find_tasks() -> Tasks | None:
     """Return the tasks of an MPI launcher or srun, from the environment; None: there is none.
 
-    Asking mpi4py itself would start MPI. Slurm's variables count within a step of several tasks
-    only: batch scripts and shells have some of them too.
-
     Raises:
-        ValueError: A variable is not a number, or several processes were started and do not know
-            their place; names it.
+        BadInput: A variable is not a number, or several processes were started and do not know
+            their rank; names it.
     """
-    missing: list[str] = []
+    # mpi4py would know too, but importing it starts MPI.
+    incomplete: list[str] = []
     is_single = False
     for launcher, names in LAUNCHERS.items():
+        # Batch scripts and shells have some of Slurm's variables too: only a step has ranks.
         if launcher == "Slurm" and not _is_in_slurm_step():
             continue
         given = {name: read_number(name) for name in names[:3] if name in os.environ}
+        missing = [name for name in names if name not in os.environ]
         if given.get(names[2]) == 1 and not given.get(names[0]):
             is_single = True
+        elif given and missing:
+            # Perhaps another launcher, whose names are partly the same, has set all of its own.
+            incomplete = incomplete or missing
         elif given:
-            lacking = [name for name in names if name not in os.environ]
-            if not lacking:
-                local_size = _slurm_local_size() if launcher == "Slurm" else read_number(names[3])
-                rank, local_rank, size = given.values()
-                return Tasks(launcher, rank, local_rank, size, local_size)
-            missing = missing or lacking
-    if "PMIX_RANK" in os.environ and not is_single:
-        missing = missing or ["a number of processes beside PMIX_RANK"]
-    if missing:
-        raise ValueError(
-            f"{', '.join(missing)}: not set, but a launcher started several processes. Fix: start "
-            f"train.py with torchrun or {BY_HAND}; data/prepare.py with Open MPI's mpirun or srun"
+            local_size = _slurm_local_size() if launcher == "Slurm" else read_number(names[3])
+            rank, local_rank, size = given.values()
+            return Tasks(launcher, rank, local_rank, size, local_size)
+    if "PMIX_RANK" in os.environ and not is_single and not incomplete:
+        incomplete = ["a number of processes beside PMIX_RANK"]
+    if incomplete:
+        raise BadInput(
+            ", ".join(incomplete),
+            "not set, but a launcher started several processes",
+            f"start train.py with torchrun or {BY_HAND}; "
+            "data/prepare.py with Open MPI's mpirun or srun",
         )
     return None
 
@@ -70,11 +74,11 @@ def read_number(name: str) -> int:
     """Return a variable of the environment that is a number.
 
     Raises:
-        ValueError: It is not; names it.
+        BadInput: It is not; names it.
     """
     value = os.environ.get(name, "not set")
     if not re.fullmatch(r"[0-9]+", value):
-        raise ValueError(f"{name}: is {value!r}, not a number. Fix: give one, or unset it")
+        raise BadInput(name, f"is {value!r}, not a number", "give one, or unset it")
     return int(value)
 
 
@@ -83,18 +87,20 @@ def _is_in_slurm_step() -> bool:
 
 
 def _slurm_local_size() -> int:
-    """Return the tasks of this machine, of a list as in "2(x2),1"."""
-    text = os.environ["SLURM_STEP_TASKS_PER_NODE"]
-    listed = re.findall(r"(?:^|,)([0-9]+)(?:\(x([0-9]+)\))?(?=,|$)", text)
-    counts = [int(count) for count, times in listed for _ in range(int(times or 1))]
+    """Return the tasks of this machine, of a list such as "2(x2),1"."""
+    name = "SLURM_STEP_TASKS_PER_NODE"
+    listed = re.findall(r"(?:^|,)([0-9]+)(?:\(x([0-9]+)\))?(?=,|$)", os.environ[name])
+    counts: list[int] = []
+    for count, times in listed:
+        counts += [int(count)] * int(times or 1)
     node = read_number("SLURM_NODEID") if len(counts) > 1 else 0
     if node >= len(counts):
-        raise ValueError(f"SLURM_STEP_TASKS_PER_NODE: {text!r} has no node {node}. Fix: {BY_HAND}")
+        raise BadInput(name, f"{os.environ[name]!r} has no node {node}", BY_HAND)
     return counts[node]
 
 
 class Alone:
-    """A communicator of one process, with mpi4py's names."""
+    """A communicator of one process, with the method names of mpi4py."""
 
     rank, size = 0, 1
 
@@ -121,6 +127,7 @@ def on_first_rank(comm: Any, work: Callable[[], Any]) -> Any:
         try:
             result = work()
         except ValueError as error:
+            # Its text alone: not every library's error can be sent to other processes.
             result = ValueError(str(error))
     result = comm.bcast(result)  # all ranks
     if isinstance(result, ValueError):
@@ -132,23 +139,25 @@ def connect() -> Any:
     """Return MPI's communicator where a launcher started several processes, else `Alone`.
 
     Raises:
-        ValueError: No mpi4py, or for another MPI; variables are missing, or they are torchrun's.
+        BadInput: No mpi4py, or for another MPI; variables are missing, or they are torchrun's.
     """
     tasks = find_tasks()
     if not tasks:
         if os.environ.get("RANK", "0") != "0" or os.environ.get("WORLD_SIZE", "1") != "1":
-            raise ValueError(
-                "RANK, WORLD_SIZE: set, but this program's ranks are MPI's, not torchrun's or "
-                "deepspeed's. Fix: start it with mpirun or srun, or alone without these variables"
+            raise BadInput(
+                "RANK, WORLD_SIZE",
+                "set, but this program's ranks are MPI's, not torchrun's or deepspeed's",
+                "start it with mpirun or srun, or alone without these variables",
             )
         return Alone()
     mpi = start_mpi(tasks)
 
+    # A rank that fails alone would leave the others waiting for ever in their next collective.
     def abort(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         sys.__excepthook__(kind, error, trace)
         mpi.COMM_WORLD.Abort(1)
 
-    sys.excepthook = abort  # a rank that dies alone would leave the others waiting
+    sys.excepthook = abort
     return mpi.COMM_WORLD
 
 
@@ -156,20 +165,22 @@ def start_mpi(tasks: Tasks) -> Any:
     """Return mpi4py's MPI, which knows all processes that the launcher has started (all ranks).
 
     Raises:
-        ValueError: There is no mpi4py or no library, or it is another launcher's.
+        BadInput: There is no mpi4py or no MPI library, or it is another launcher's.
     """
-    started = f"{tasks.launcher}: started {tasks.size} processes"
-    alone = "; for train.py MASTER_ADDR and MASTER_PORT on every machine will do"
+    started = f"started {tasks.size} processes"
+    without_mpi = "for train.py it is enough to set MASTER_ADDR and MASTER_PORT on every machine"
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise ValueError(
-            f"{started}, and there is no mpi4py ({error}). Fix: pip install -c constraints.txt "
-            f"-e '.[mpi]', and an MPI library{alone}"
+        raise BadInput(
+            tasks.launcher,
+            f"{started}, and there is no mpi4py ({error})",
+            "pip install -c constraints.txt -e '.[mpi]', and an MPI library; " + without_mpi,
         ) from error
     if MPI.COMM_WORLD.size != tasks.size:
-        raise ValueError(
-            f"{started}, mpi4py sees {MPI.COMM_WORLD.size}. Fix: start them with the mpirun of "
-            f"mpi4py's library (Slurm: srun --mpi=pmix){alone}"
+        raise BadInput(
+            tasks.launcher,
+            f"{started}, but mpi4py sees {MPI.COMM_WORLD.size}",
+            f"use the mpirun of mpi4py's library (Slurm: srun --mpi=pmix); {without_mpi}",
         )
     return MPI

@@ -1,4 +1,4 @@
-"""Source files, open: as they are stored, downloaded or streamed, and unpacked."""
+"""Open source files as they are stored, downloaded or streamed, and decompress them."""
 
 import bz2
 import gzip
@@ -10,16 +10,19 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, BinaryIO
 
-try:  # what LZMAFile and BZ2File read with: they end in silence before data that is damaged
-    from _compression import DecompressReader  # type: ignore
-except ImportError:  # Python 3.14
-    from compression._common._streams import DecompressReader  # type: ignore
+# LZMAFile and BZ2File end without an error at data that is damaged; what they read with raises.
+try:
+    from _compression import DecompressReader  # type: ignore # a private module
+except ImportError:
+    from compression._common._streams import DecompressReader  # type: ignore # its name in 3.14
 
+from data.index import hash_file
 from data.sources import HUB, SourceFile, split_url
 
-STREAMS: dict[str, Any] = {".xz": lzma.LZMADecompressor, ".bz2": bz2.BZ2Decompressor}
+DECOMPRESSORS: dict[str, Any] = {".xz": lzma.LZMADecompressor, ".bz2": bz2.BZ2Decompressor}
 BUFFER_BYTES = 2**20
 READ_AHEAD_BYTES = 2**23  # of a file that is streamed from the hub
+SHA256_LETTERS = 64
 
 
 def download(url: str) -> Path:
@@ -33,13 +36,14 @@ def download(url: str) -> Path:
 
     repo, commit, name = split_url(url)
     path = Path(hf_hub_download(repo, name, repo_type="dataset", revision=commit))
-    blob = path.resolve()  # the cache names a blob by the hub's checksum: SHA-256, or git's own
-    with blob.open("rb") as file:
-        if len(blob.name) == 2 * hashlib.sha256().digest_size:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        else:
-            header = f"blob {blob.stat().st_size}\0".encode()
-            digest = hashlib.sha1(header + file.read(), usedforsecurity=False).hexdigest()
+    # The cache names a blob by the hub's checksum: SHA-256 for large files, else git's own SHA-1.
+    blob = path.resolve()
+    if len(blob.name) == SHA256_LETTERS:
+        digest = hash_file(blob)
+    else:
+        content = blob.read_bytes()
+        git_object = b"blob %d\0" % len(content) + content
+        digest = hashlib.sha1(git_object, usedforsecurity=False).hexdigest()
     if digest != blob.name:
         path.unlink()
         blob.unlink()
@@ -72,6 +76,7 @@ class Opener:
         for i in (number, number + 1):
             if i < len(self.files) and i not in self._downloads:
                 self._downloads[i] = Future()
+                # A daemon, unlike an executor's threads: Ctrl-C does not wait for the download.
                 Thread(target=self._download, args=(i,), daemon=True).start()
         return self._downloads[number].result().open("rb")
 
@@ -83,11 +88,11 @@ class Opener:
 
 
 def unpack(raw: BinaryIO, packing: str) -> BinaryIO:
-    """Return the uncompressed stream of an open file."""
+    """Return the decompressed stream of an open file."""
     if packing == ".gz":
         return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value] # is one in all but name
-    if packing in STREAMS:
-        return io.BufferedReader(DecompressReader(raw, STREAMS[packing]))  # type: ignore
+    if packing in DECOMPRESSORS:
+        return io.BufferedReader(DecompressReader(raw, DECOMPRESSORS[packing]))  # type: ignore
     if packing == ".zst":
         import pyarrow
 

@@ -1,4 +1,4 @@
-"""The global order: sample number -> window of the token stream. Pure arithmetic, O(1) memory.
+"""Map sample numbers to windows of the token stream, by arithmetic alone: no index in memory.
 
 A window is `[i·T, i·T + T + 1)`: neighbours share one token, the target of one and the input of the
 next. Each epoch visits the windows in a keyed permutation: a Feistel network over the smallest
@@ -12,6 +12,8 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+
+from errors import BadInput
 
 ROUNDS = 6
 MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: Fibonacci hashing
@@ -30,9 +32,11 @@ def permute(index: NDArray[np.int64], n: int, seed: int, epoch: int) -> NDArray[
     keys = _round_keys(seed, epoch)
     result = index.astype(np.uint64)
     walking = np.ones(len(result), dtype=bool)
-    while walking.any():  # at most 4 walks are expected: the domain is below 4n
+    # The domain is smaller than 4n, so an index needs fewer than 4 walks on average.
+    while walking.any():
         left, right = result[walking] >> half_bits, result[walking] & mask
         for key in keys:
+            # uint64 products overflow on purpose; the shifts bring the well-mixed high bits down.
             hashed = (right ^ key) * MIX
             hashed ^= hashed >> np.uint64(29)
             hashed = (hashed * MIX) >> np.uint64(32)
@@ -53,7 +57,7 @@ class Order:
         shuffle: False visits the windows in stream order, as build-nanogpt does.
 
     Raises:
-        ValueError: The stream is shorter than one window.
+        BadInput: The stream is shorter than one window.
     """
 
     n_tokens: int
@@ -63,10 +67,9 @@ class Order:
 
     def __post_init__(self) -> None:
         if self.n_windows < 1:
-            raise ValueError(
-                f"{self.n_tokens} tokens are less than one window of --seq_len {self.seq_len} + 1. "
-                "Fix: give more text, or a smaller --seq_len"
-            )
+            what = f"{self.n_tokens} tokens are less than one window of seq_len + 1 tokens"
+            remedy = "give more text, or a smaller --seq_len"
+            raise BadInput(f"--seq_len {self.seq_len}", what, remedy)
 
     @property
     def n_windows(self) -> int:

@@ -1,13 +1,16 @@
-"""What a preparation makes: all that the bytes of the shards depend on, and what is there of it."""
+"""Describe what a preparation makes, and find what is there of it."""
 
 import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
-from data.index import Manifest, Position, Resume, read_manifest
-from data.sources import MAX_NAMED, TEXT, SourceFile
+from data.index import Position, Resume, ShardIndex, read_index
+from data.sources import TEXT, SourceFile, name_first
 from data.tokenizer import MERGES_SHA256
+from errors import BadInput
+
+EMPTY_FOLDER = "give an empty folder"
 
 
 def build_recipe(
@@ -19,7 +22,7 @@ def build_recipe(
     if any(file.kind == TEXT for file in files):
         names.append("literal_endoftext")
     identities = [file.identity() for file in files]
-    warn_of_copies(files, identities)
+    _warn_of_copies(files, identities)
     return {
         "prefix": prefix,
         "tokenizer": {"name": "gpt2", "merges_sha256": MERGES_SHA256},
@@ -35,41 +38,51 @@ def validation_tokens(args: argparse.Namespace) -> int:
     return 0 if args.val_every else args.val_tokens or args.shard_tokens
 
 
-def find_manifest(out_dir: Path, recipe: dict[str, Any]) -> Manifest:
-    """Return the manifest of an unfinished or finished preparation, or a fresh one."""
-    manifest = read_manifest(out_dir)
+def find_index(out_dir: Path, recipe: dict[str, Any]) -> ShardIndex:
+    """Return the index of an unfinished or finished preparation, or an empty one.
+
+    Raises:
+        BadInput: The folder holds something else, or lacks a shard.
+    """
+    index = read_index(out_dir)
+    where = f"--out_dir {out_dir}"
     holds_shards = any(out_dir.glob("*.npy")) or any(out_dir.glob("*.bin"))
-    if not manifest and holds_shards:
-        raise ValueError(f"--out_dir {out_dir}: holds shards already. Fix: give an empty folder")
-    if not manifest or not (manifest.shards or holds_shards):
-        first = "val" if recipe["val_every"] else ""
-        return Manifest(recipe, [], {}, Resume(first, Position(), 0, {}))
-    keys = [key for key in recipe if manifest.recipe.get(key) != recipe[key]]
-    if keys:
-        what = ", ".join(
-            key if key == "files" else f"{key} {manifest.recipe.get(key)}, not {recipe[key]}"
-            for key in keys
-        )
-        raise ValueError(
-            f"--out_dir {out_dir}: was made of other files or with other options ({what}). "
-            "Fix: give an empty folder"
-        )
-    for shard in manifest.shards:
-        if not (out_dir / shard.name).is_file():
-            raise ValueError(f"{out_dir / shard.name}: missing. Fix: give an empty folder")
-    return manifest
+    if not index and holds_shards:
+        raise BadInput(where, "holds shards already", EMPTY_FOLDER)
+    if not index or not (index.shards or holds_shards):
+        first_split = "val" if recipe["val_every"] else ""
+        return ShardIndex(recipe, [], {}, Resume(first_split, Position(), 0, {}))
+    differences = [
+        _difference(key, index.recipe.get(key), value)
+        for key, value in recipe.items()
+        if index.recipe.get(key) != value
+    ]
+    if differences:
+        said = ", ".join(differences)
+        what = f"was made of other files or with other options ({said})"
+        raise BadInput(where, what, EMPTY_FOLDER)
+    missing = [shard.name for shard in index.shards if not (out_dir / shard.name).is_file()]
+    if missing:
+        raise BadInput(str(out_dir / missing[0]), "missing", EMPTY_FOLDER)
+    return index
 
 
-def warn_of_copies(files: list[SourceFile], identities: list[dict[str, Any]]) -> None:
+def _difference(key: str, there: object, asked: object) -> str:
+    return key if key == "files" else f"{key} {there}, not {asked}"
+
+
+def _warn_of_copies(files: list[SourceFile], identities: list[dict[str, Any]]) -> None:
     """Say in one line which files hold what others do, as "a (1).txt", or "a.jsonl.gz"."""
     known: dict[Any, str] = {}
     copies = []
     for file, identity in zip(files, identities, strict=True):
-        content = file.n_bytes, identity.get("sha256_of_ends", file.url)
-        unpacked = file.url[: len(file.url) - len(file.packing)]
-        originals = [known.setdefault(key, file.name) for key in (content, unpacked)]
-        copies += [f"{file.name} = {name}" for name in sorted({*originals} - {file.name})[:1]]
+        content = (file.n_bytes, identity.get("sha256_of_ends", file.url))
+        unpacked = file.url[: len(file.url) - len(file.packing)]  # the suffix in any case
+        originals = {known.setdefault(key, file.name) for key in (content, unpacked)}
+        others = sorted(originals - {file.name})
+        if others:
+            copies.append(f"{file.name} = {others[0]}")
     if copies:
-        named = ", ".join(copies[:MAX_NAMED]) + ", …" * (len(copies) > MAX_NAMED)
-        what = f"{len(copies)} files look like copies, by size and ends or name: {named}"
-        print(f"warning: {what}. Fix: remove them: their text counts twice", file=sys.stderr)
+        what = f"{len(copies)} files look like copies, by size and ends or name"
+        remedy = "remove them: their text counts twice"
+        print(f"warning: {what}: {name_first(copies)}. Fix: {remedy}", file=sys.stderr)

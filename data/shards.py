@@ -1,4 +1,4 @@
-"""Token shards, ours and other people's, as one stream: memory-mapped uint16, read in place.
+"""Read token shards, ours and other people's, as one stream: memory-mapped uint16, in place.
 
 *_{split}_*.npy                build-nanogpt, and ours
 *_{split}_*.bin, *_{split}.bin llm.c: 256 int32 of header (magic, version, tokens), then uint16
@@ -7,76 +7,80 @@
 
 import hashlib
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.index import MANIFEST, PARTIAL_SUFFIX, Manifest, hash_file, read_manifest
+from data.index import INDEX_NAME, ShardIndex, ShardRecord, hash_file, read_index
 from data.tokenizer import MERGES_SHA256
+from errors import BadInput
 
 Tokens = NDArray[np.uint16]
 
 SPLITS = ("train", "val")
 DTYPE = np.dtype("<u2")
 HEADER_BYTES = 128  # of a .npy of one dimension, as numpy writes it
-CHECKED_TOKENS = 2**20  # of a shard without manifest, when it is opened; the rest when it is read
+CHECKED_TOKENS = 2**20  # of a shard without index, when it is opened; the rest when it is read
 FINGERPRINT_TOKENS = 2**15  # of either end of a shard
 TEXT_TOKENS = 8  # whose bytes are hardly ever all printable: pointers and web pages are
 NPY_MAGIC = b"\x93NUMPY"
 LLM_C_MAGIC, LLM_C_VERSION, LLM_C_HEADER_BYTES = 20240520, 1, 1024
-PREPARE = "Fix: prepare the text with data/prepare.py"
+MOVE_AWAY = "move it out of the folder"
+
+
+def _bad_shard(path: Path, what: str) -> BadInput:
+    return BadInput(str(path), what, "prepare the text with data/prepare.py")
 
 
 def find_shards(data_dir: Path, split: str) -> list[Path]:
-    """Return the shards of one split in order; hidden files are none.
+    """Return the shards of one split in order, without hidden files.
 
     Raises:
-        ValueError: There is none, they are of several kinds, or one has the name of a copy, as
+        BadInput: There is none, they are of several kinds, or one has the name of a copy, as
             "x_train_1 (1).npy" beside "x_train_1.npy".
     """
     patterns = (f"*_{split}_*.npy", f"*_{split}_*.bin", f"*_{split}.bin", f"{split}.bin")
-    files = {p: [f for f in sorted(data_dir.glob(p)) if f.name[0] != "."] for p in patterns}
+    files = {p: [f for f in data_dir.glob(p) if not f.name.startswith(".")] for p in patterns}
     found = {pattern: shards for pattern, shards in files.items() if shards}
+    where = f"--data_dir {data_dir}"
     if not found:
-        raise ValueError(
-            f"--data_dir {data_dir}: no shard {' or '.join(patterns)}. "
-            f"Fix: python data/prepare.py TEXT… --out_dir {data_dir}"
-        )
+        remedy = f"python data/prepare.py TEXT… --out_dir {data_dir}"
+        raise BadInput(where, f"no shard {' or '.join(patterns)}", remedy)
     if len(found) > 1:
-        raise ValueError(
-            f"--data_dir {data_dir}: holds {' and '.join(found)}. "
-            "Fix: give each dataset its own folder"
-        )
+        raise BadInput(where, f"holds {' and '.join(found)}", "give each dataset its own folder")
     (shards,) = found.values()
-    original = ""
-    for path in sorted(shards, key=lambda path: path.stem):
-        if original and path.stem.startswith(original) and not path.stem[len(original)].isalnum():
-            raise ValueError(
-                f"{path}: named like a copy of {original}{path.suffix}. "
-                "Fix: move it out of the folder"
-            )
-        original = path.stem
-    return shards
+    by_stem = sorted(shards, key=lambda path: path.stem)
+    copies = [(path, copy) for path, copy in pairwise(by_stem) if _is_copy(copy.stem, path.stem)]
+    if copies:
+        path, copy = copies[0]
+        raise BadInput(str(copy), f"named like a copy of {path.name}", MOVE_AWAY)
+    return sorted(shards)
+
+
+def _is_copy(stem: str, original: str) -> bool:
+    """Return whether a name continues another, but for longer numbers: 1 (1), not 10 after 1."""
+    return stem.startswith(original) and not stem[len(original)].isalnum()
 
 
 def open_shard(path: Path) -> Tokens:
     """Memory-map one shard.
 
     Raises:
-        ValueError: Not a shard of a known format that fills its file exactly; says what it is.
+        BadInput: Not a shard of a known format that fills its file exactly; says what it is.
     """
     with path.open("rb") as file:
         start = file.read(12)
-    if path.name.removesuffix(PARTIAL_SUFFIX).endswith(".npy"):
+    if path.suffix == ".npy":
         if not start.startswith(NPY_MAGIC):  # numpy would take it for a pickle
-            raise ValueError(f"{path}: not a .npy file, begins with {start!r}. {PREPARE}")
+            raise _bad_shard(path, f"not a .npy file, begins with {start!r}")
         return _open_npy(path)
     header = np.frombuffer(start[: len(start) // 4 * 4], "<i4")
     if len(header) == 3 and LLM_C_MAGIC in (header[0], header[0].byteswap()):
         return _open_llm_c(path, *map(int, header))
     if path.stem not in SPLITS:
-        raise ValueError(f"{path}: no llm.c header, magic {LLM_C_MAGIC}. {PREPARE}")
+        raise _bad_shard(path, f"no llm.c header, magic {LLM_C_MAGIC}")
     return _open_nanogpt(path)
 
 
@@ -84,51 +88,45 @@ def _open_npy(path: Path) -> Tokens:
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # numpy answers damage with many types, zipfile's among them
-        raise ValueError(f"{path}: not a readable .npy file ({error}). {PREPARE}") from error
+        raise _bad_shard(path, f"not a readable .npy file ({error})") from error
     if not isinstance(tokens, np.memmap) or tokens.ndim != 1 or tokens.dtype != DTYPE:
         found = f"{tokens.dtype.str} {tokens.shape}" if isinstance(tokens, np.ndarray) else "npz"
-        raise ValueError(
-            f"{path}: holds {found}; a shard is one dimension of {DTYPE.str}. {PREPARE}"
-        )
-    size, header_size = path.stat().st_size, tokens.offset
-    if size != header_size + tokens.nbytes:
-        raise ValueError(
-            f"{path}: header says {len(tokens)} tokens, the file has {size} bytes. {PREPARE}"
-        )
+        raise _bad_shard(path, f"holds {found}; a shard is one dimension of {DTYPE.str}")
+    size = path.stat().st_size
+    if size != tokens.offset + tokens.nbytes:
+        raise _bad_shard(path, f"header says {len(tokens)} tokens, the file has {size} bytes")
     if not len(tokens):
-        raise ValueError(f"{path}: holds no token. {PREPARE}")
+        raise _bad_shard(path, "holds no token")
     return tokens
 
 
 def _open_llm_c(path: Path, magic: int, version: int, n_tokens: int) -> Tokens:
     if magic != LLM_C_MAGIC:
-        raise ValueError(f"{path}: an llm.c file in big-endian order. {PREPARE}")
+        raise _bad_shard(path, "an llm.c file in big-endian order")
     if version != LLM_C_VERSION:
-        raise ValueError(
-            f"{path}: llm.c version {version}; GPT-2 tokens are version {LLM_C_VERSION}. {PREPARE}"
-        )
+        what = f"llm.c version {version}; GPT-2 tokens are version {LLM_C_VERSION}"
+        raise _bad_shard(path, what)
     size = path.stat().st_size
     if n_tokens < 1 or size != LLM_C_HEADER_BYTES + DTYPE.itemsize * n_tokens:
-        raise ValueError(
-            f"{path}: header says {n_tokens} tokens, the file has {size} bytes. {PREPARE}"
-        )
+        raise _bad_shard(path, f"header says {n_tokens} tokens, the file has {size} bytes")
     return np.memmap(path, DTYPE, "r", offset=LLM_C_HEADER_BYTES)
 
 
 def _open_nanogpt(path: Path) -> Tokens:
     size = path.stat().st_size
     if not size or size % DTYPE.itemsize:
-        raise ValueError(f"{path}: {size} bytes are not uint16 tokens. {PREPARE}")
+        raise _bad_shard(path, f"{size} bytes are not uint16 tokens")
     if (path.parent / "meta.pkl").exists():  # nanoGPT writes it beside tokens that are characters
-        raise ValueError(f"{path}: tokens of another vocabulary (meta.pkl beside it). {PREPARE}")
+        raise _bad_shard(path, "tokens of another vocabulary (meta.pkl beside it)")
     tokens = np.memmap(path, DTYPE, "r")
     head = tokens[:CHECKED_TOKENS]
     start = head[:TEXT_TOKENS].tobytes()
-    if len(start) == 2 * TEXT_TOKENS and re.fullmatch(rb"[\t\n\r -~]*", start):
-        raise ValueError(f"{path}: begins with the text {start[:24]!r}. {PREPARE}")
-    for width in (4, 2):  # int64 first: it would pass for int32
+    if len(head) >= TEXT_TOKENS and re.fullmatch(rb"[\t\n\r -~]*", start):
+        raise _bad_shard(path, f"begins with the text {start!r}")
+    # Of wider integers all parts but the lowest are 0; int64 first: it would pass for int32.
+    for width in (4, 2):
         if len(head) >= width and not np.delete(head, np.s_[::width]).any():
-            raise ValueError(f"{path}: {16 * width}-bit tokens, it seems. {PREPARE}")
+            raise _bad_shard(path, f"{16 * width}-bit tokens, it seems")
     return tokens
 
 
@@ -142,7 +140,7 @@ class TokenStream:
         verify: Compare every byte with `shards.json`, where there is one.
 
     Raises:
-        ValueError: No folder, no shard of this split, a damaged shard, one that `shards.json` does
+        BadInput: No folder, no shard of this split, a damaged shard, one that `shards.json` does
             not know, or a token out of range.
     """
 
@@ -150,16 +148,18 @@ class TokenStream:
         self.paths = find_shards(data_dir, split)
         self.vocab_size = vocab_size
         self.shards = [open_shard(path) for path in self.paths]
-        self.ends = np.cumsum([len(shard) for shard in self.shards])
-        if manifest := read_manifest(data_dir):
-            self._compare(manifest, data_dir, split, verify)
+        # Shard i holds the tokens [edges[i], edges[i + 1]).
+        self.edges = np.cumsum([0, *map(len, self.shards)])
+        index = read_index(data_dir)
+        if index:
+            self._compare(index, data_dir, split, verify)
         else:
             for i, shard in enumerate(self.shards):
-                self._check(shard[:CHECKED_TOKENS], i)
+                self._check_vocabulary(shard[:CHECKED_TOKENS], i)
 
     def __len__(self) -> int:
         """Return the number of tokens."""
-        return int(self.ends[-1])
+        return int(self.edges[-1])
 
     def fingerprint(self) -> str:
         """Return a SHA-256 of each shard's length and ends: cheap, and another for other data."""
@@ -182,71 +182,76 @@ class TokenStream:
         """Copy the tokens `[start, start + length)`, across shard edges.
 
         Raises:
-            ValueError: A token is out of range; the message names the shard.
+            BadInput: A token is out of range; names the shard.
         """
         assert 0 <= start <= start + length <= len(self)
-        parts = []
-        i = int(np.searchsorted(self.ends, start, side="right"))
+        parts = [np.empty(0, DTYPE)]
+        shard, offset = self._find(start)
         while length > 0:
-            begin = start - (int(self.ends[i]) - len(self.shards[i]))
-            part = np.array(self.shards[i][begin : begin + length])
-            self._check(part, i)
+            part = np.array(self.shards[shard][offset : offset + length])
+            self._check_vocabulary(part, shard)
             parts.append(part)
-            start, length, i = start + len(part), length - len(part), i + 1
-        return np.concatenate(parts) if parts else np.empty(0, DTYPE)
+            length -= len(part)
+            shard, offset = shard + 1, 0
+        return np.concatenate(parts)
 
     def locate(self, position: int) -> tuple[Path, int]:
         """Return the shard that holds a token, and the number of the token in it."""
-        i = int(np.searchsorted(self.ends, position, side="right"))
-        return self.paths[i], position - (int(self.ends[i]) - len(self.shards[i]))
+        shard, offset = self._find(position)
+        return self.paths[shard], offset
 
-    def _compare(self, manifest: Manifest, data_dir: Path, split: str, verify: bool) -> None:
-        if manifest.resume:
-            raise ValueError(f"--data_dir {data_dir}: not finished. Fix: run its preparation again")
-        made_with = manifest.recipe.get("tokenizer", {}).get("merges_sha256", MERGES_SHA256)
+    def _find(self, position: int) -> tuple[int, int]:
+        shard = int(np.searchsorted(self.edges, position, side="right")) - 1
+        return shard, position - int(self.edges[shard])
+
+    def _compare(self, index: ShardIndex, data_dir: Path, split: str, verify: bool) -> None:
+        if index.resume:
+            raise BadInput(f"--data_dir {data_dir}", "not finished", "run its preparation again")
+        made_with = index.recipe.get("tokenizer", {}).get("merges_sha256", MERGES_SHA256)
         if made_with != MERGES_SHA256:
-            raise ValueError(f"{data_dir / MANIFEST}: made with another tokenizer. {PREPARE}")
-        records = {shard.name: shard for shard in manifest.shards if shard.split == split}
-        for missing in sorted(records.keys() - {path.name for path in self.paths}):
-            raise ValueError(f"{data_dir / missing}: missing, {MANIFEST} names it. {PREPARE}")
+            raise _bad_shard(data_dir / INDEX_NAME, "made with another tokenizer")
+        records = {shard.name: shard for shard in index.shards if shard.split == split}
+        missing = sorted(records.keys() - {path.name for path in self.paths})
+        if missing:
+            raise _bad_shard(data_dir / missing[0], f"missing, {INDEX_NAME} names it")
         for path, tokens in zip(self.paths, self.shards, strict=True):
-            record = records.get(path.name)
-            if not record:
-                raise ValueError(f"{path}: not in {MANIFEST}. Fix: move it out of the folder")
-            if len(tokens) != record.tokens:
-                said = f"{len(tokens)} tokens, {MANIFEST} says {record.tokens}"
-                raise ValueError(f"{path}: {said}. {PREPARE}")
-            if record.max_token >= self.vocab_size:
-                raise ValueError(
-                    f"{path}: token {record.max_token}, the vocabulary has {self.vocab_size}. "
-                    f"{PREPARE}"
-                )
-            if verify and hash_file(path) != record.sha256:
-                raise ValueError(f"{path}: damaged (SHA-256). {PREPARE}")
+            self._compare_shard(path, tokens, records.get(path.name), verify)
 
-    def _check(self, tokens: Tokens, shard: int) -> None:
+    def _compare_shard(
+        self, path: Path, tokens: Tokens, record: ShardRecord | None, verify: bool
+    ) -> None:
+        if not record:
+            raise BadInput(str(path), f"not in {INDEX_NAME}", MOVE_AWAY)
+        if len(tokens) != record.tokens:
+            raise _bad_shard(path, f"{len(tokens)} tokens, {INDEX_NAME} says {record.tokens}")
+        if record.max_token >= self.vocab_size:
+            raise self._beyond_vocabulary(path, record.max_token)
+        if verify and hash_file(path) != record.sha256:
+            raise _bad_shard(path, "damaged (SHA-256)")
+
+    def _check_vocabulary(self, tokens: Tokens, shard: int) -> None:
         largest = int(tokens.max(initial=0))
         if largest >= self.vocab_size:
             swapped = int(tokens.byteswap().max()) < self.vocab_size
-            raise ValueError(
-                f"{self.paths[shard]}: token {largest}, the vocabulary has {self.vocab_size}"
-                f"{' (big-endian, it seems)' if swapped else ''}. {PREPARE}"
-            )
+            note = " (big-endian, it seems)" if swapped else ""
+            raise self._beyond_vocabulary(self.paths[shard], largest, note)
+
+    def _beyond_vocabulary(self, path: Path, token: int, note: str = "") -> BadInput:
+        return _bad_shard(path, f"token {token}, the vocabulary has {self.vocab_size}{note}")
 
 
 def require_targets(stream: TokenStream, eval_tokens: int) -> None:
     """Refuse a validation split that does not hold `eval_tokens` targets.
 
     Raises:
-        ValueError: It does not; names its last shard.
+        BadInput: It does not; names its last shard.
     """
     if eval_tokens >= len(stream):  # one more is the first token, which nothing predicts
         most = len(stream) - 1
         remedy = f"give --eval_tokens {most}" if most else "prepare more validation tokens"
-        raise ValueError(
-            f"{stream.paths[-1]}: the validation split has {len(stream)} tokens, not "
-            f"--eval_tokens {eval_tokens} + 1. Fix: {remedy}"
-        )
+        needed = f"--eval_tokens {eval_tokens} + 1"
+        what = f"the validation split has {len(stream)} tokens, not {needed}"
+        raise BadInput(str(stream.paths[-1]), what, remedy)
 
 
 def _ends(shard: Tokens) -> bytes:

@@ -1,4 +1,4 @@
-"""Where text comes from: files, folders, globs, and Hugging Face datasets by name."""
+"""Find the files to read: by name, in folders, by globs, and in Hugging Face datasets."""
 
 import glob
 import hashlib
@@ -7,23 +7,28 @@ import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-TEXT, LINES, ROWS = "text", "lines", "rows"  # one document; one per line; one per row
+from errors import BadInput
+
+TEXT, LINES, ROWS = "text", "lines", "rows"  # one document or several; one per line; one per row
+JSON_LINES = product((".jsonl", ".ndjson", ".json"), ("", ".gz", ".xz", ".zst", ".bz2"))
+# By suffix: what the file holds, and the suffix of its compression.
 KINDS = {
     ".txt": (TEXT, ""),
     ".parquet": (ROWS, ""),
-    **{f"{json}{pack}": (LINES, pack) for json in (".jsonl", ".ndjson", ".json")
-       for pack in ("", ".gz", ".xz", ".zst", ".bz2")},
-}  # fmt: skip
+    **{json + packing: (LINES, packing) for json, packing in JSON_LINES},
+}
+SUFFIXES = " ".join(KINDS)
 # Dot files, and what Windows, macOS, network disks and office programs leave.
 HIDDEN = re.compile(
     r"\.|~\$|(__MACOSX|lost\+found|\$RECYCLE\.BIN|System Volume Information|@eaDir)$"
 )
-MAX_NAMED = 5  # of the files that are left out
+MAX_NAMED = 5  # files in one warning
 HUB = "hf://datasets/"
-END_BYTES = 2**16  # at the beginning and the end of a file, which tell it from another
+END_BYTES = 2**16  # at either end of a file: they tell it from another
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,8 @@ class SourceFile:
         with open(self.url, "rb") as file:
             head = file.read(END_BYTES)
             file.seek(max(0, self.n_bytes - END_BYTES))
-            ends = hashlib.sha256(head + file.read(END_BYTES))
-        return values | {"sha256_of_ends": ends.hexdigest()}
+            tail = file.read(END_BYTES)
+        return values | {"sha256_of_ends": hashlib.sha256(head + tail).hexdigest()}
 
     @property
     def kind(self) -> str:
@@ -63,7 +68,7 @@ class SourceFile:
 
 
 def _kind(name: str) -> tuple[str, str]:
-    """Return kind and packing of a file by its name; nothing where it is none of ours."""
+    """Return kind and packing of a file by its name; nothing where it is of no known kind."""
     fitting = [suffix for suffix in KINDS if name.lower().endswith(suffix)]
     return KINDS[max(fitting, key=len)] if fitting else ("", "")
 
@@ -71,53 +76,51 @@ def _kind(name: str) -> tuple[str, str]:
 def find_files(inputs: list[str]) -> list[SourceFile]:
     """Return the files of `inputs` in order; a folder gives all that it holds, sorted by path.
 
-    A plain `.json`, which is read as lines too, counts only where it is named. What a folder holds
-    beside is named in one line on stderr.
+    A plain `.json`, which is read as lines too, counts only where it is named. Other files of a
+    folder are named in one warning.
 
     Raises:
-        ValueError: An input does not exist, is of another kind, comes twice, or there is none.
+        BadInput: An input does not exist, is of another kind, comes twice, or there is none.
     """
     files: list[SourceFile] = []
     left_out: dict[Path, str] = {}
-    for given in inputs:
-        for path in _expand(given):
-            if path.is_dir():
-                found, others = _look_into(path)
-                left_out |= others
-            else:
-                found = [path]
-            for p in found:
-                if not _kind(p.name)[0]:
-                    raise ValueError(
-                        f"{p}: not one of {' '.join(KINDS)}. Fix: convert it to one of them"
-                    )
-                name = str(p.relative_to(path)) if path.is_dir() else p.name
-                files.append(SourceFile(name, str(p), p.stat().st_size))
+    for path in _expand_all(inputs):
+        if path.is_dir():
+            found, others = _list_folder(path)
+            files += [SourceFile(str(p.relative_to(path)), str(p), p.stat().st_size) for p in found]
+            left_out |= others
+        elif _kind(path.name)[0]:
+            files.append(SourceFile(path.name, str(path), path.stat().st_size))
+        else:
+            raise BadInput(str(path), f"not one of {SUFFIXES}", "convert it to one of them")
     if left_out:
-        print(f"warning: left out {_describe(left_out)}", file=sys.stderr)
+        print(f"warning: left out {_describe_left_out(left_out)}", file=sys.stderr)
     if not files:
-        raise ValueError(
-            f"{' '.join(inputs)}: no file that ends in {' '.join(KINDS)}. Fix: give such"
-        )
+        what = f"no file that ends in {SUFFIXES}"
+        raise BadInput(" ".join(inputs), what, "give files of these kinds")
     url, times = Counter(os.path.realpath(file.url) for file in files).most_common(1)[0]
     if times > 1:
-        raise ValueError(f"{url}: given {times} times. Fix: name each file once")
+        raise BadInput(url, f"given {times} times", "name each file once")
     return files
 
 
-def _expand(given: str) -> list[Path]:
-    """Return the file or folder of that name, or what a glob finds."""
-    if given and Path(given).exists():
-        return [Path(given)]
-    found = [Path(p) for p in sorted(glob.glob(given, recursive=True))]
-    if "**" in given:  # which finds all that its folders hold
-        found = [p for p in found if p.is_file()]
-    if not found:
-        raise ValueError(f"{given}: no such file or folder. Fix: give what exists")
+def _expand_all(inputs: list[str]) -> list[Path]:
+    """Return the files and folders that are named, and those that globs find."""
+    found: list[Path] = []
+    for given in inputs:
+        if given and Path(given).exists():
+            found.append(Path(given))
+            continue
+        paths = [Path(path) for path in sorted(glob.glob(given, recursive=True))]
+        if "**" in given:  # which finds the content of its folders too
+            paths = [path for path in paths if path.is_file()]
+        if not paths:
+            raise BadInput(given, "no such file or folder", "give one that exists")
+        found += paths
     return found
 
 
-def _look_into(folder: Path) -> tuple[list[Path], dict[Path, str]]:
+def _list_folder(folder: Path) -> tuple[list[Path], dict[Path, str]]:
     """Return the files below a folder that are text by their names, and the kinds of all others.
 
     Links are followed, into each folder once. Hidden files, and what is in hidden folders, are not
@@ -126,44 +129,61 @@ def _look_into(folder: Path) -> tuple[list[Path], dict[Path, str]]:
 
     def refuse(error: OSError) -> None:
         if not _is_hidden(Path(error.filename).relative_to(folder)):
-            raise ValueError(
-                f"{error.filename}: cannot be read ({error.strerror}). Fix: chmod +rx, or move it "
-                "away"
-            )
+            what = f"cannot be read ({error.strerror})"
+            raise BadInput(error.filename, what, "chmod +rx, or move it away")
 
-    found, others, seen = [], {}, {os.path.realpath(folder)}
+    found: list[Path] = []
+    others: dict[Path, str] = {}
+    seen = {os.path.realpath(folder)}
     for here, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         inner = sorted(folders)
-        folders.clear()
+        folders.clear()  # os.walk goes into those that this list holds afterwards
         for name in inner:
             real = os.path.realpath(Path(here, name))
-            folders += [name] if real not in seen else []
+            if real not in seen:
+                folders.append(name)
             seen.add(real)
         for name in names:
             path = Path(here, name)
-            is_text = _kind(name)[0] and path.suffix.lower() != ".json"  # mostly settings
-            if _is_hidden(path.relative_to(folder)):
-                others[path] = "hidden"
-            elif not path.is_file():
-                others[path] = "no file"
-            elif is_text:
-                found.append(path)
+            kind = _kind_beside_text(path, path.relative_to(folder))
+            if kind:
+                others[path] = kind
             else:
-                others[path] = path.suffix or "no suffix"
+                found.append(path)
     return sorted(found), others
+
+
+def _kind_beside_text(path: Path, within: Path) -> str:
+    """Return why a file of a folder is left out; nothing where it is text."""
+    if _is_hidden(within):
+        return "hidden"
+    if not path.is_file():
+        return "no file"
+    if _kind(path.name)[0] and path.suffix.lower() != ".json":  # which is mostly settings
+        return ""
+    return path.suffix or "no suffix"
 
 
 def _is_hidden(path: Path) -> bool:
     return any(HIDDEN.match(part) for part in path.parts)
 
 
-def _describe(kinds: dict[Path, str]) -> str:
+def _describe_left_out(kinds: dict[Path, str]) -> str:
     """Say how many files these are, how large, of which kinds, and name the largest."""
     sizes = {path: path.stat().st_size if path.is_file() else 0 for path in kinds}
-    paths = sorted(sizes, key=lambda path: (-sizes[path], path))
-    named = ", ".join(map(str, paths[:MAX_NAMED])) + ", …" * (len(paths) > MAX_NAMED)
+    largest_first = sorted(sizes, key=lambda path: (-sizes[path], path))
     counts = ", ".join(f"{n} {kind}" for kind, n in Counter(kinds.values()).most_common())
-    return f"{len(paths)} files, {sum(sizes.values()) / 1e6:.3g} MB ({counts}): {named}"
+    megabytes = sum(sizes.values()) / 1e6
+    named = name_first([str(path) for path in largest_first])
+    return f"{len(kinds)} files, {megabytes:.3g} MB ({counts}): {named}"
+
+
+def name_first(names: list[str]) -> str:
+    """Join the first few names, with an ellipsis where there are more."""
+    shown = names[:MAX_NAMED]
+    if len(names) > MAX_NAMED:
+        shown = [*shown, "…"]
+    return ", ".join(shown)
 
 
 def find_dataset(
@@ -178,32 +198,30 @@ def find_dataset(
         revision: Branch, tag or commit on the hub.
 
     Raises:
-        ValueError: There is no such dataset, name or split, or its files are of another kind.
+        BadInput: There is no such dataset, name or split, or its files are of another kind.
     """
     import datasets
 
     datasets.disable_progress_bars()
+    flag = f"--dataset {dataset}"
     try:
         builder = datasets.load_dataset_builder(dataset, name, revision=revision)
     except (ValueError, OSError) as error:
-        raise ValueError(
-            f"--dataset {dataset}: {' '.join(str(error).split())}. "
-            "Fix: give a dataset of the hub, or a folder"
-        ) from error
+        what = " ".join(str(error).split())
+        raise BadInput(flag, what, "give a dataset of the hub, or a folder") from error
     splits: dict[str, Any] = dict(builder.config.data_files or {})
     if split not in splits:
-        raise ValueError(
-            f"--split {split}: {dataset} has {', '.join(map(str, splits))}. Fix: give one"
-        )
+        what = f"{dataset} has {', '.join(map(str, splits))}"
+        raise BadInput(f"--split {split}", what, "give one of these")
     urls = [str(url) for url in splits[split]]
-    if other := [url for url in urls if not _kind(url)[0]]:
-        raise ValueError(
-            f"--dataset {dataset}: {other[0]} is not one of {' '.join(KINDS)}. Fix: try the hub's "
-            "own conversion, --revision refs/convert/parquet"
-        )
+    others = [url for url in urls if not _kind(url)[0]]
+    if others:
+        remedy = "try the hub's own conversion, --revision refs/convert/parquet"
+        raise BadInput(flag, f"{others[0]} is not one of {SUFFIXES}", remedy)
     if urls[0].startswith(HUB):
         return _hub_files(urls), split_url(urls[0])[1]
-    names = [str(Path(url).relative_to(Path(dataset).resolve())) for url in urls]
+    folder = Path(dataset).resolve()
+    names = [str(Path(url).relative_to(folder)) for url in urls]
     sizes = [Path(url).stat().st_size for url in urls]
     return [SourceFile(*file) for file in zip(names, urls, sizes, strict=True)], ""
 
@@ -213,7 +231,7 @@ def _hub_files(urls: list[str]) -> list[SourceFile]:
 
     hub: Any = HfFileSystem()
     sizes: dict[str, int] = {}
-    for folder in {url.rpartition("/")[0] for url in urls}:  # one request for all its files
+    for folder in {url.rpartition("/")[0] for url in urls}:  # one request for all files of one
         for entry in hub.ls(folder, detail=True):
             sizes[f"hf://{entry['name']}"] = entry["size"]
     return [SourceFile(split_url(url)[2], url, sizes[url]) for url in urls]

@@ -1,4 +1,4 @@
-"""GPT-2's byte-pair encoding, built from the merges in this folder: no network."""
+"""Build GPT-2's byte-pair encoding from the merges in this folder, without network."""
 
 import hashlib
 import json
@@ -6,6 +6,8 @@ from functools import cache
 from pathlib import Path
 
 import tiktoken
+
+from errors import BadInput
 
 MERGES = Path(__file__).parent / "gpt2" / "vocab.bpe"
 MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
@@ -28,39 +30,32 @@ def _byte_symbols() -> dict[str, int]:
 
 
 @cache
-def _load_merges() -> list[tuple[str, str]]:
+def _load_merges() -> list[str]:
+    """Return the token that each merge makes, in GPT-2's symbols and in the order of their ids."""
     raw = MERGES.read_bytes()
     if hashlib.sha256(raw).hexdigest() != MERGES_SHA256:
-        raise ValueError(f"{MERGES}: not GPT-2's merges (wrong SHA-256). Fix: restore it from git")
+        raise BadInput(str(MERGES), "not GPT-2's merges (wrong SHA-256)", "restore it from git")
     lines = raw.decode().splitlines()[1:]  # the first line is "#version: 0.2"
-    return [(left, right) for left, right in (line.split() for line in lines)]
+    return [line.replace(" ", "") for line in lines]
 
 
 @cache
 def load_tokens() -> list[bytes]:
-    """Return the bytes of every token but the special one, in the order of their ids.
-
-    Raises:
-        ValueError: The merges file in the repository has been altered.
-    """
+    """Return the bytes of every token but the special one, in the order of their ids."""
     symbols = _byte_symbols()
     to_latin_1 = {ord(symbol): byte for symbol, byte in symbols.items()}
-    merged = [(left + right).translate(to_latin_1) for left, right in _load_merges()]
-    return [bytes([byte]) for byte in symbols.values()] + [m.encode("latin-1") for m in merged]
+    merged = [token.translate(to_latin_1).encode("latin-1") for token in _load_merges()]
+    return [bytes([byte]) for byte in symbols.values()] + merged
 
 
 @cache
 def load_tokenizer() -> tiktoken.Encoding:
-    """Return GPT-2's tokenizer; ids are the same as `tiktoken.get_encoding("gpt2")`'s.
-
-    Raises:
-        ValueError: The merges file in the repository has been altered.
-    """
+    """Return GPT-2's tokenizer; ids are the same as `tiktoken.get_encoding("gpt2")`'s."""
     return build_tokenizer()
 
 
 def build_tokenizer() -> tiktoken.Encoding:
-    """Return a tokenizer of its own: two threads that share one are no faster than one thread."""
+    """Return a new tokenizer: two threads that share one are no faster than one thread."""
     return tiktoken.Encoding(
         "gpt2",
         pat_str=PATTERN,
@@ -72,8 +67,7 @@ def build_tokenizer() -> tiktoken.Encoding:
 
 def save_hf_tokenizer(folder: Path, block_size: int) -> None:
     """Write the tokenizer files that `AutoTokenizer.from_pretrained(folder)` reads."""
-    merges = _load_merges()
-    tokens = [*_byte_symbols(), *(left + right for left, right in merges), END_OF_TEXT]
+    tokens = [*_byte_symbols(), *_load_merges(), END_OF_TEXT]
     vocab = {token: rank for rank, token in enumerate(tokens)}
     config = {
         "tokenizer_class": "GPT2Tokenizer",
@@ -85,6 +79,5 @@ def save_hf_tokenizer(folder: Path, block_size: int) -> None:
     }
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
     (folder / "merges.txt").write_bytes(MERGES.read_bytes())
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(config, indent=2) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(config, indent=2) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")

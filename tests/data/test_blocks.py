@@ -10,10 +10,12 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from data.blocks import CUT, Block, Reader, Reading
+from data.blocks import FileBlock, Reader
 from data.documents import read_documents
 from data.index import Position
 from data.opening import Opener
+from data.plain_text import SAFE_CUT
+from data.read_options import ReadOptions
 from data.sources import find_files
 from data.tokenizer import load_tokenizer
 
@@ -47,7 +49,7 @@ PIECES = [
 ]
 
 
-def reading(block_bytes: int = 50, **changes: object) -> Reading:
+def reading(block_bytes: int = 50, **changes: object) -> ReadOptions:
     values = {
         "text_column": "text",
         "block_bytes": block_bytes,
@@ -56,19 +58,25 @@ def reading(block_bytes: int = 50, **changes: object) -> Reading:
         "max_bytes": 10**9,
         "skip_bad": False,
     } | changes
-    return Reading(**values)  # type: ignore[arg-type] # by name
+    return ReadOptions(**values)  # type: ignore[arg-type] # by name
 
 
 def read(
-    path: Path, how: Reading, start: Position | None = None, rank: int = 0, world_size: int = 1
-) -> Iterator[Block]:
+    path: Path,
+    options: ReadOptions,
+    start: Position | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[FileBlock]:
     files = find_files([str(path)])
-    yield from Reader(files, Opener(files), how, rank, world_size).blocks(start or Position())
+    yield from Reader(files, Opener(files), options, rank, world_size).blocks(start or Position())
 
 
-def texts(path: Path, blocks: Iterator[Block] | list[Block], how: Reading) -> list[bytes]:
+def texts(
+    path: Path, blocks: Iterator[FileBlock] | list[FileBlock], options: ReadOptions
+) -> list[bytes]:
     files = find_files([str(path)])
-    found = [read_documents(b, files[b.position.file], how, 0, "") for b in blocks]
+    found = [read_documents(b, files[b.position.file], options, 0, "") for b in blocks]
     return [text for documents in found for text in documents.texts]
 
 
@@ -78,7 +86,7 @@ def test_a_text_cut_anywhere_gives_the_same_tokens() -> None:
     for _ in range(20_000):
         text = "".join(rng.choices(PIECES, k=rng.randint(2, 12))).encode()
         whole = tokenizer.encode_ordinary(text.decode())
-        for cut in CUT.finditer(text):
+        for cut in SAFE_CUT.finditer(text):
             parts = [text[: cut.start()], text[cut.start() :]]
             assert [t for p in parts for t in tokenizer.encode_ordinary(p.decode())] == whole
             n_cuts += 1
@@ -126,8 +134,8 @@ def test_the_size_of_blocks_changes_no_document(folder: Path) -> None:
     assert len(expected) == 90
     for name in files:
         for block_bytes in (1, 77, 1000):
-            how = reading(block_bytes)
-            assert texts(folder / name, read(folder / name, how), how) == expected
+            options = reading(block_bytes)
+            assert texts(folder / name, read(folder / name, options), options) == expected
     whole = (folder / "e.txt").read_bytes()
     for block_bytes in (1, 77, 1000):
         parts = texts(folder / "e.txt", read(folder / "e.txt", reading(block_bytes)), reading())

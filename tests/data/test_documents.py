@@ -11,14 +11,15 @@ import pytest
 from pyarrow import parquet
 
 from bench.fidelity.seed_prepare import tokenize
-from data.index import Manifest
+from data.index import ShardIndex
 from data.mpi import Alone
-from data.prepare import build_parser, prepare
+from data.preparation import prepare
+from data.prepare import build_parser
 
 GOOD = [f"document {i} " * 20 for i in range(4)]
 
 
-def run(*arguments: object) -> Manifest:
+def run(*arguments: object) -> ShardIndex:
     common = ["--quiet", "--workers", "2", "--val_tokens", "20"]
     return prepare(build_parser().parse_args([*common, *map(str, arguments)]), Alone())
 
@@ -61,8 +62,8 @@ def test_a_bad_line_is_named_or_left_out(
     with pytest.raises(ValueError, match=rf"/a\.jsonl{suffix}:4: {what}\. .*--on_error skip"):
         run(*options)
     assert not list((tmp_path / "out").iterdir())
-    manifest = run(*options, "--on_error", "skip")
-    assert manifest.bad == {what: 1}
+    index = run(*options, "--on_error", "skip")
+    assert index.bad == {what: 1}
     assert all_tokens(tmp_path / "out") == [t for text in GOOD for t in tokenize(text).tolist()]
 
 
@@ -142,8 +143,8 @@ def test_tables_name_row_and_column(tmp_path: Path) -> None:
         run(*options, "--text_column", "body")
     with pytest.raises(ValueError, match='column "n" is int64'):
         run(*options, "--text_column", "n")
-    manifest = run(*options, "--on_error", "skip", "--max_line_bytes", 400)
-    assert manifest.bad == {'"text" is null, not a string': 1, "longer than 400 bytes": 1}
+    index = run(*options, "--on_error", "skip", "--max_line_bytes", 400)
+    assert index.bad == {'"text" is null, not a string': 1, "longer than 400 bytes": 1}
     assert all_tokens(tmp_path / "out") == [t for text in GOOD for t in tokenize(text).tolist()]
 
 

@@ -72,7 +72,7 @@ def test_a_tokenizer_that_differs_is_not_used(
     encoder = Encoder("auto")
     assert encoder.name == "gigatoken"
     monkeypatch.setattr(encode.Gigatoken, "encode", wrong)  # from here on: a sample tells
-    encoder.check([b"some text"], "b.jsonl")
+    encoder.compare_with_tiktoken([b"some text"], "b.jsonl")
     assert encoder.name == "tiktoken"
     assert "differs from tiktoken on b.jsonl" in capsys.readouterr().err
     assert encoder.encode([b"some text"]).tolist() == reference(["some text"])

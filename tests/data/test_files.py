@@ -13,15 +13,16 @@ import pytest
 from pyarrow import parquet
 
 from bench.fidelity.seed_prepare import tokenize
-from data.index import Manifest
+from data.index import ShardIndex
 from data.mpi import Alone
-from data.prepare import build_parser, prepare
+from data.preparation import prepare
+from data.prepare import build_parser
 from data.sources import find_files
 
 TEXT = "Some words, and more of them. " * 20
 
 
-def run(*arguments: object) -> Manifest:
+def run(*arguments: object) -> ShardIndex:
     common = ["--quiet", "--workers", "2", "--val_tokens", "20"]
     return prepare(build_parser().parse_args([*common, *map(str, arguments)]), Alone())
 
@@ -198,6 +199,6 @@ def test_a_pointer_is_not_the_file(tmp_path: Path, name: str, pointer: bytes, to
     inputs = [tmp_path / "a.txt", tmp_path / name, "--out_dir", tmp_path / "out"]
     with pytest.raises(ValueError, match=rf"{name}: a {tool} pointer, .* Fix: get the file with"):
         run(*inputs)
-    manifest = run(*inputs, "--on_error", "skip")
-    assert manifest.bad == {f"a {tool} pointer, not the file": 1}
+    index = run(*inputs, "--on_error", "skip")
+    assert index.bad == {f"a {tool} pointer, not the file": 1}
     assert tokens(tmp_path / "out") == tokenize(TEXT).tolist()

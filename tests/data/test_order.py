@@ -57,5 +57,5 @@ def test_300_billion_tokens_cost_no_index() -> None:
 
 
 def test_a_stream_shorter_than_a_window_is_refused() -> None:
-    with pytest.raises(ValueError, match="64 tokens are less than one window of --seq_len 64"):
+    with pytest.raises(ValueError, match="--seq_len 64: 64 tokens are less than one window"):
         Order(64, 64)

@@ -12,9 +12,10 @@ import pytest
 from pyarrow import parquet
 
 from bench.fidelity.seed_prepare import tokenize, write_shards
-from data.index import Manifest, read_manifest, write_manifest
+from data.index import ShardIndex, read_index, write_index
 from data.mpi import Alone
-from data.prepare import build_parser, prepare
+from data.preparation import prepare
+from data.prepare import build_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = "One word and another.\n\n  Ünïcode, 日本語。 Don't stop 12345!  " * 300
@@ -56,7 +57,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 DOCUMENTS = [LONG, "one", *TEXTS * 3 * 6]
 
 
-def run(*arguments: object) -> Manifest:
+def run(*arguments: object) -> ShardIndex:
     common = ["--quiet", "--workers", "2"]
     return prepare(build_parser().parse_args([*common, *map(str, arguments)]), Alone())
 
@@ -99,15 +100,15 @@ def test_shards_are_the_seeds_byte_for_byte(
 
 
 def test_the_manifest_tells_what_is_there(sources: Path, tmp_path: Path) -> None:
-    manifest = run(sources, "--out_dir", tmp_path / "out", "--val_tokens", 9000)
-    assert manifest == read_manifest(tmp_path / "out")
-    assert manifest.resume is None
-    for shard in manifest.shards:
+    index = run(sources, "--out_dir", tmp_path / "out", "--val_tokens", 9000)
+    assert index == read_index(tmp_path / "out")
+    assert index.resume is None
+    for shard in index.shards:
         tokens = np.load(tmp_path / "out" / shard.name)
         assert (len(tokens), tokens.max()) == (shard.tokens, shard.max_token)
         assert shard.documents == (tokens == 50256).sum()
-    assert sum(shard.documents for shard in manifest.shards) == len(DOCUMENTS)
-    first = manifest.recipe["files"][0]
+    assert sum(shard.documents for shard in index.shards) == len(DOCUMENTS)
+    first = index.recipe["files"][0]
     assert (first["name"], first["n_bytes"]) == ("a/0.txt", len(LONG.encode()))
 
 
@@ -139,7 +140,7 @@ def read(folder: Path, split: str) -> list[int]:
 
 def test_every_nth_document_is_validation(sources: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    manifest = run(
+    index = run(
         sources / "a",
         sources / "b.jsonl",
         "--out_dir",
@@ -153,7 +154,7 @@ def test_every_nth_document_is_validation(sources: Path, tmp_path: Path) -> None
     for split, is_val in (("val", True), ("train", False)):
         chosen = [text for number, text in documents if (number % 4 == 0) == is_val]
         assert read(out, split) == [t for text in chosen for t in tokenize(text).tolist()]
-        assert manifest.tokens(split) == len(read(out, split))
+        assert index.tokens(split) == len(read(out, split))
         sizes = [len(np.load(p)) for p in sorted(out.glob(f"*_{split}_*.npy"))]
         assert all(size == 400 for size in sizes[:-1])
 
@@ -176,13 +177,13 @@ def test_killed_between_the_first_shard_and_its_record_it_goes_on(
     options = ["--val_tokens", "500", "--shard_tokens", "700", "--out_dir"]
     run(sources / "b.jsonl", *options, tmp_path / "whole")
 
-    def die_at_a_record(folder: Path, manifest: Manifest) -> None:
-        if manifest.shards:
+    def die_at_a_record(folder: Path, index: ShardIndex) -> None:
+        if index.shards:
             raise RuntimeError("killed")
-        write_manifest(folder, manifest)
+        write_index(folder, index)
 
     with monkeypatch.context() as patch:
-        patch.setattr("data.writing.write_manifest", die_at_a_record)
+        patch.setattr("data.writing.write_index", die_at_a_record)
         with pytest.raises(RuntimeError, match="killed"):
             run(sources / "b.jsonl", *options, tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.npy"))) == 1

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.index import Manifest
+from data.index import ShardIndex
 from data.mpi import Alone
-from data.prepare import build_parser, main, prepare
+from data.preparation import prepare
+from data.prepare import build_parser, main
 from data.tokenizer import END_OF_TEXT, EOT_TOKEN, load_tokenizer
 
 STORIES = [
@@ -25,7 +26,7 @@ STORIES = [
 ]
 
 
-def run(*arguments: object) -> Manifest:
+def run(*arguments: object) -> ShardIndex:
     common = ["--quiet", "--workers", "2"]
     return prepare(build_parser().parse_args([*common, *map(str, arguments)]), Alone())
 
@@ -64,7 +65,7 @@ def test_separators_are_the_special_token_wherever_blocks_are_cut(
 ) -> None:
     text = stories(seed)
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    manifest = run(
+    index = run(
         tmp_path / "a.txt",
         "--out_dir",
         tmp_path / "out",
@@ -74,7 +75,7 @@ def test_separators_are_the_special_token_wherever_blocks_are_cut(
         shard_tokens,
     )
     assert tokens(tmp_path / "out") == encoded(documents(text))
-    n_documents = sum(shard.documents for shard in manifest.shards)
+    n_documents = sum(shard.documents for shard in index.shards)
     assert n_documents == len(documents(text)) > 150
 
 
@@ -111,17 +112,17 @@ def test_stopped_in_a_file_it_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "a.txt").write_text(stories(3), encoding="utf-8")
     options = [tmp_path / "a.txt", "--val_every", 3, "--shard_tokens", 60, "--out_dir"]
     run(*options, tmp_path / "whole")
-    from data.writing import write_manifest
+    from data.writing import write_index
 
     for limit in (2, 5, 9):
 
-        def die(folder: Path, manifest: Manifest, limit: int = limit) -> None:
-            write_manifest(folder, manifest)
-            if len(manifest.shards) >= limit:
+        def die(folder: Path, index: ShardIndex, limit: int = limit) -> None:
+            write_index(folder, index)
+            if len(index.shards) >= limit:
                 raise RuntimeError("killed")
 
         with monkeypatch.context() as patch:
-            patch.setattr("data.writing.write_manifest", die)
+            patch.setattr("data.writing.write_index", die)
             with pytest.raises(RuntimeError, match="killed"):
                 run(*options, tmp_path / "out")
     run(*options, tmp_path / "out")
@@ -140,8 +141,8 @@ def test_whatever_a_file_begins_with_it_begins_a_document(
     for text in texts:
         (tmp_path / f"{text[0]}.txt").write_text(start + text, encoding="utf-8")
     sizes = ["--shard_tokens", 40] + ["--val_tokens", 20] * ("--val_every" not in flags)
-    manifest = run(tmp_path, "--out_dir", tmp_path / "out", *sizes, *flags)
-    assert sum(shard.documents for shard in manifest.shards) == 4
+    index = run(tmp_path, "--out_dir", tmp_path / "out", *sizes, *flags)
+    assert sum(shard.documents for shard in index.shards) == 4
     assert tokens(tmp_path / "out").count(EOT_TOKEN) == 4
 
 
@@ -149,10 +150,10 @@ def test_a_flag_keeps_the_literal_reading(tmp_path: Path) -> None:
     text = stories(1)
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     options = [tmp_path / "a.txt", "--val_tokens", 50, "--out_dir", tmp_path / "out"]
-    manifest = run(*options, "--literal_endoftext")
+    index = run(*options, "--literal_endoftext")
     expected = [EOT_TOKEN, *load_tokenizer().encode_ordinary(text)]
     assert tokens(tmp_path / "out") == expected
-    assert sum(shard.documents for shard in manifest.shards) == 1
+    assert sum(shard.documents for shard in index.shards) == 1
     with pytest.raises(
         ValueError,
         match=r"made of other files or with other options \(literal_endoftext True, not F",
@@ -181,7 +182,7 @@ def test_lines_stay_literal_and_are_counted(
     monkeypatch: pytest.MonkeyPatch,
     stopped: bool,
 ) -> None:
-    from data.writing import write_manifest
+    from data.writing import write_index
 
     line = '{"text": "some <|endoftext|> words"}\n{"text": "others, and more of them"}\n'
     (tmp_path / "a.jsonl").write_text(line * 40, encoding="utf-8")
@@ -199,12 +200,12 @@ def test_lines_stay_literal_and_are_counted(
     if stopped:
         with monkeypatch.context() as patch:
 
-            def die(folder: Path, manifest: Manifest) -> None:
-                write_manifest(folder, manifest)
-                if len(manifest.shards) == 2:
+            def die(folder: Path, index: ShardIndex) -> None:
+                write_index(folder, index)
+                if len(index.shards) == 2:
                     raise RuntimeError("killed")
 
-            patch.setattr("data.writing.write_manifest", die)
+            patch.setattr("data.writing.write_index", die)
             with pytest.raises(RuntimeError, match="killed"):
                 main()
     assert main() == 0

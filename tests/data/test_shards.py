@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.index import Manifest, Position, Resume, ShardRecord, hash_file, write_manifest
+from data.index import Position, Resume, ShardIndex, ShardRecord, hash_file, write_index
 from data.shards import TokenStream, open_shard
 
 
@@ -177,7 +177,7 @@ def test_a_numbered_bin_without_header_is_refused(tmp_path: Path) -> None:
 def test_no_token_and_another_tokenizer_are_refused(folder: Path, tmp_path: Path) -> None:
     records = read_records(folder)
     recipe = {"tokenizer": {"merges_sha256": "0" * 64}}
-    write_manifest(folder, Manifest(recipe, records, {}, None))
+    write_index(folder, ShardIndex(recipe, records, {}, None))
     with pytest.raises(ValueError, match=r"shards\.json: made with another tokenizer"):
         TokenStream(folder, "train", 50257)
     np.save(tmp_path / "text_val_000000.npy", np.zeros(0, np.uint16))
@@ -201,9 +201,9 @@ def test_two_kinds_in_a_folder_are_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two shards and the manifest that fits them."""
+    """Two shards and the index that fits them."""
     write(tmp_path, np.arange(10), np.arange(20, 35))
-    write_manifest(tmp_path, Manifest({}, read_records(tmp_path), {}, None))
+    write_index(tmp_path, ShardIndex({}, read_records(tmp_path), {}, None))
     return tmp_path
 
 
@@ -249,7 +249,7 @@ def test_the_largest_token_is_known_without_reading(folder: Path) -> None:
 
 
 def test_an_unfinished_or_damaged_manifest_is_refused(folder: Path) -> None:
-    write_manifest(folder, Manifest({}, [], {}, Resume("", Position(), 0, {})))
+    write_index(folder, ShardIndex({}, [], {}, Resume("", Position(), 0, {})))
     with pytest.raises(ValueError, match=r"not finished\. Fix: run its preparation again"):
         TokenStream(folder, "train", 50257)
     (folder / "shards.json").write_text('{"shards": 1}')

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from bench.fidelity.seed_prepare import tokenize
+from data.contents import documents_in
 from data.loader import read_windows
 from data.order import Order
 from data.shards import TokenStream
-from data.show import documents_in
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [f"Text number {i} has some words. " * (1 + i % 9) for i in range(60)]
