@@ -1,7 +1,7 @@
-"""What survives a run."""
+"""Save, resume, read and convert checkpoints."""
 
 import os
 
-# Wherever checkpoints are touched, nothing is unpickled but tensors and plain values: PyTorch puts
-# this above what a caller asks for, and DeepSpeed asks for anything.
+# Every process that reads checkpoints unpickles only tensors and plain values. In PyTorch this
+# variable overrides the argument of the caller, and DeepSpeed asks to unpickle everything.
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"

@@ -1,14 +1,12 @@
-"""Engine or step folder -> Hugging Face folder, one parameter at a time.
+"""Write an engine or a step folder as a Hugging Face folder, one parameter at a time.
 
 python checkpoint/consolidate.py --ckpt runs/x --out_dir x_hf
 """
 
 from __future__ import annotations
 
-import argparse
-import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +14,9 @@ if not __package__:  # run as a file: import from the repository root, exactly a
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from checkpoint.layouts import step_weights
-from checkpoint.manifest import PARTIAL_SUFFIX, newest_step, read_manifest, step_name
+from checkpoint.manifest import newest_step, read_manifest, step_name
+from command_line import OneLineParser
+from errors import BadInput
 from model import GPTConfig
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def engine_weights(engine: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield every fp32 weight of a live engine (all ranks, in step; each gets the whole)."""
+    """Yield every whole fp32 weight of an engine (all ranks: each next() gathers one weight)."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     sharded = engine.zero_optimization_stage() > 0
@@ -35,68 +35,54 @@ def engine_weights(engine: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def consolidate_engine(engine: Any, run_dir: Path, step: int, unverified: list[str]) -> Path:
-    """Write a live engine as `run_dir/consolidated/step_…` (all ranks); return the folder.
+    """Write an engine as `run_dir/consolidated/step_…` (all ranks); return the folder.
 
     Raises:
-        ValueError: The optimizer's weights are not those that the model computes with; on all
+        BadInput: The optimizer's weights are not those that the model computes with; on all
             ranks, and nothing is written.
     """
     import torch.distributed as dist
 
-    from checkpoint.fingerprints import checked, engine_fingerprints
+    from checkpoint.fingerprints import engine_fingerprints, verified
+    from checkpoint.hf_folder import save_hf_folder
 
     folder = run_dir / "consolidated" / step_name(step)
     expected = engine_fingerprints(engine)
     dtype = next(engine.module.parameters()).dtype
-    weights = checked(engine_weights(engine), expected, dtype, folder, unverified)
+    weights = verified(engine_weights(engine), expected, dtype, folder, unverified)
     if dist.get_rank() == 0:
-        save_consolidated(folder, engine.module.config, weights)
+        save_hf_folder(folder, engine.module.config, weights)
     for _ in weights:  # the other ranks take part in gathering each weight
         pass
-    dist.barrier()  # all ranks: the folder is there
+    dist.barrier()  # all ranks: the folder is written
     return folder
 
 
-def save_consolidated(
-    folder: Path, config: GPTConfig, weights: Iterable[tuple[str, Tensor]]
-) -> None:
-    """Write weights and tokenizer as a Hugging Face folder."""
-    from checkpoint.hf_folder import save_hf_folder
-    from data.tokenizer import save_hf_tokenizer
-
-    try:
-        save_hf_folder(
-            folder, config, weights, lambda partial: save_hf_tokenizer(partial, config.block_size)
-        )
-    except ValueError:  # of the weights: nothing of them stays
-        shutil.rmtree(folder.with_name(folder.name + PARTIAL_SUFFIX))
-        raise
-
-
 def check_empty(out_dir: Path) -> None:
-    """Refuse to write over anything.
+    """Refuse to overwrite anything.
 
     Raises:
-        ValueError: `out_dir` is a file, or a folder that holds something.
+        BadInput: `out_dir` is a file, or a folder that is not empty; hidden files do not count.
     """
-    if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.glob("[!.]*"))):
-        raise ValueError(f"--out_dir {out_dir}: is not an empty folder. Fix: give another")
+    is_file = out_dir.exists() and not out_dir.is_dir()
+    if is_file or any(out_dir.glob("[!.]*")):
+        raise BadInput(f"--out_dir {out_dir}", "is not an empty folder", "give another")
 
 
 def main() -> int:
     """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--ckpt", type=Path, required=True, help="run or step folder")
     parser.add_argument("--out_dir", type=Path, help="default: consolidated/step_… of the run")
     args = parser.parse_args()
+    from checkpoint.hf_folder import save_hf_folder
+
     try:
         folder = newest_step(args.ckpt.resolve())
         if args.out_dir:
             check_empty(args.out_dir)
         out_dir = args.out_dir or folder.parents[1] / "consolidated" / folder.name
-        save_consolidated(out_dir, GPTConfig(**read_manifest(folder).model), step_weights(folder))
+        save_hf_folder(out_dir, GPTConfig(**read_manifest(folder).model), step_weights(folder))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

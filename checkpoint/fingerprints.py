@@ -21,9 +21,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-BLOCK = 2**16  # values: a block's whole numbers and its part of h stay in the processor's cache
+from errors import BadInput
+
+BLOCK = 2**16  # values: a block's integers and its part of h stay in the processor's cache
 MASK = 2**64 - 1
-BITS = {2: torch.int16, 4: torch.int32}  # by bytes of a value
+BITS = {2: torch.int16, 4: torch.int32}  # by bytes per value
 DTYPES = {"bf16": torch.bfloat16, "autocast": torch.float32, "fp32": torch.float32}
 
 
@@ -50,7 +52,7 @@ def partial_fingerprint(
     Args:
         tensor: Whole, of any shape.
         dtype: bf16 or fp32; the tensor is rounded to it, block by block.
-        rank: Takes every world_size-th block from this one on.
+        rank: Takes every world_size-th block, from block `rank` on.
         world_size: Ranks that share the work.
     """
     flat = tensor.detach().reshape(-1)
@@ -73,7 +75,7 @@ def fingerprint(tensor: Tensor, dtype: torch.dtype) -> str:
 def engine_fingerprints(engine: Any) -> dict[str, str]:
     """Return the fingerprint of every weight that forward uses, in the engine's dtype (all ranks).
 
-    At stage 3 one parameter at a time is gathered. All ranks hold the same tensors then, so each
+    At stage 3 one parameter at a time is gathered. All ranks then hold the same tensors, so each
     takes its share of the blocks.
     """
     import deepspeed
@@ -81,7 +83,7 @@ def engine_fingerprints(engine: Any) -> dict[str, str]:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     is_sharded = engine.zero_optimization_stage() == 3
     if is_sharded:
-        engine.optimizer._partition_all_parameters()  # a forward may have left some on their way
+        engine.optimizer._partition_all_parameters()  # a forward may have left some gathered
     parts = {}
     for name, param in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([param], enabled=is_sharded):  # all ranks
@@ -91,39 +93,37 @@ def engine_fingerprints(engine: Any) -> dict[str, str]:
     return {name: f"{value & MASK:016x}" for name, value in zip(parts, sums.tolist(), strict=True)}
 
 
-def checked(
+def verified(
     weights: Iterable[tuple[str, Tensor]],
     expected: dict[str, str],
     dtype: torch.dtype,
     where: Path,
     unverified: list[str],
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield whole weights; after the last, refuse those with another fingerprint.
+    """Yield whole fp32 weights; after the last, check the fingerprints of all, rounded to `dtype`.
 
-    Args:
-        weights: fp32, by name.
-        expected: The fingerprint of each; with none at all there is only a warning.
-        dtype: Of the tensors that the fingerprints are of.
-        where: Folder to name in the error.
-        unverified: Keys of the ds_config that may be the cause.
-
-    Raises:
-        ValueError: As `compare`.
+    Args and Raises as in `check_fingerprints`.
     """
     found = {}
     for name, weight in weights:
         found[name] = fingerprint(weight, dtype) if expected else ""
         yield name, weight
-    compare(found, expected, where, unverified)
+    check_fingerprints(found, expected, where, unverified)
 
 
-def compare(
+def check_fingerprints(
     found: dict[str, str], expected: dict[str, str], where: Path, unverified: list[str]
 ) -> None:
-    """Refuse weights with other fingerprints than expected; say once that none is expected.
+    """Refuse weights with other fingerprints than expected; warn if none at all are expected.
+
+    Args:
+        found: By name of the weight.
+        expected: By name of the weight.
+        where: Folder to name in the error.
+        unverified: Keys of the ds_config that may be the cause.
 
     Raises:
-        ValueError: Names the first that differs, how many do, and the unverified keys of the run.
+        BadInput: Names the first that differs, how many do, and the unverified keys.
     """
     names = list(expected | found)
     wrong = [name for name in names if found.get(name) != expected.get(name)]
@@ -132,8 +132,10 @@ def compare(
         print(line, file=sys.stderr)
     elif expected and wrong:
         keys = f"; train without unverified {', '.join(unverified)}" if unverified else ""
-        raise ValueError(
-            f"{where}: {wrong[0]} is not the weight that was trained: {len(wrong)} of {len(names)} "
-            "fingerprints differ. Fix: at another layout take the ranks and the ds_config of the "
-            f"save; else move the checkpoint away, to go on from the one before{keys}"
+        raise BadInput(
+            f"{where}",
+            f"{wrong[0]} is not the weight that was trained: {len(wrong)} of {len(names)} "
+            "fingerprints differ",
+            "resume with the number of ranks and the ds_config of the save; if they are the same, "
+            f"move the checkpoint away, to resume from the one before it{keys}",
         )

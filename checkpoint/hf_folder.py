@@ -1,4 +1,4 @@
-"""Our weights as a Hugging Face GPT-2 folder, and back.
+"""Read and write a GPT as a Hugging Face GPT-2 folder.
 
 The names are GPT-2's own. Hugging Face adds the prefix `transformer.` and stores the four matrices
 of a block as Conv1D, which is transposed; its vocabulary is not padded.
@@ -6,28 +6,31 @@ of a block as Conv1D, which is transposed; its vocabulary is not padded.
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.config import GPTConfig
-from model.gpt import GPT
+from checkpoint.manifest import PARTIAL_SUFFIX
+from data.tokenizer import EOT_TOKEN, save_hf_tokenizer
+from errors import BadInput
+from model import GPT, GPTConfig
 
 PREFIX = "transformer."
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 MASKS = (".attn.bias", ".attn.masked_bias")  # buffers of older versions
-NOT_TIED = "lm_head is not tied to wte, as GPT-2's is. Fix: give a GPT-2"
-OTHER = "Fix: give a whole GPT-2"
-HEAD = "lm_head.weight"  # a second name of wte in some files
+LM_HEAD = "lm_head.weight"  # a second name of wte in some files
+FIX_GIVE_GPT2 = "give a whole GPT-2"
+FIX_GIVE_HF_FOLDER = "give a Hugging Face GPT-2 folder (of a run: consolidated/step_…)"
 SHARD_BYTES = 5 * 10**9  # Hugging Face's own limit for one file
-EOT_TOKEN = 50256
 ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # -> our `gelu`
-# What our network computes; a folder that says otherwise is not this model.
-FIXED = {
+# What our network computes: a folder whose config.json has other values is another network.
+HF_INVARIANTS = {
     "model_type": "gpt2",
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
@@ -38,10 +41,10 @@ FIXED = {
 }
 
 
-def hf_config(config: GPTConfig) -> dict[str, object]:
+def hf_config(config: GPTConfig) -> dict[str, Any]:
     """Return the `config.json` of a Hugging Face GPT-2 of this shape, weights in fp32."""
     last_token = min(EOT_TOKEN, config.vocab_size - 1)
-    return FIXED | {
+    return HF_INVARIANTS | {
         "architectures": ["GPT2LMHeadModel"],
         "activation_function": next(k for k, v in ACTIVATIONS.items() if v == config.gelu),
         "vocab_size": config.vocab_size,
@@ -59,51 +62,42 @@ def hf_config(config: GPTConfig) -> dict[str, object]:
 
 
 def load_hf_config(folder: Path) -> GPTConfig:
-    """Read the shape from a Hugging Face GPT-2 folder; its dropout is not taken over.
+    """Read the shape from a Hugging Face GPT-2 folder; its dropout is ignored.
 
     Raises:
-        ValueError: No `config.json`, not JSON, or not a GPT-2 that our network computes.
+        BadInput: `config.json` is missing or damaged, or describes another network than ours.
     """
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8-sig"))
-        for key, ours in FIXED.items():
-            if raw.get(key, ours) != ours:
-                raise ValueError(
-                    f"{path}: {key} = {raw[key]!r}, only {ours!r} is supported. {OTHER}"
-                )
-        if raw.get("n_inner") not in (None, 4 * raw["n_embd"]):
-            raise ValueError(
-                f"{path}: n_inner = {raw['n_inner']}, only 4·n_embd is supported. {OTHER}"
-            )
-        activation = raw.get("activation_function", "gelu_new")
-        if activation not in ACTIVATIONS:
-            supported = ", ".join(map(repr, ACTIVATIONS))
-            raise ValueError(
-                f"{path}: activation_function = {activation!r}, only {supported} are supported. "
-                f"{OTHER}"
-            )
+        _check_network(raw, path)
         shape = {key: raw[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
-        return GPTConfig(**shape, block_size=raw["n_positions"], gelu=ACTIVATIONS[activation])
+        gelu = ACTIVATIONS[raw.get("activation_function", "gelu_new")]
+        return GPTConfig(**shape, block_size=raw["n_positions"], gelu=gelu)
     except FileNotFoundError:
-        raise ValueError(
-            f"{folder}: no config.json. Fix: give a Hugging Face GPT-2 folder "
-            "(of a run: consolidated/step_…)"
-        ) from None
+        raise BadInput(f"{folder}", "no config.json", FIX_GIVE_HF_FOLDER) from None
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: not a GPT-2 configuration ({error!r}). Fix: give a Hugging Face "
-            "GPT-2 folder (of a run: consolidated/step_…)"
-        ) from error
+        what = f"not a GPT-2 configuration ({error!r})"
+        raise BadInput(f"{path}", what, FIX_GIVE_HF_FOLDER) from error
+
+
+def _check_network(raw: dict[str, Any], path: Path) -> None:
+    supported = {key: [value] for key, value in HF_INVARIANTS.items()}
+    supported["n_inner"] = [None, 4 * raw.get("n_embd", 0)]
+    supported["activation_function"] = list(ACTIVATIONS)
+    wrong = [key for key in supported if raw.get(key, supported[key][0]) not in supported[key]]
+    if wrong:
+        values = ", ".join(map(repr, supported[wrong[0]]))
+        what = f"{wrong[0]} = {raw[wrong[0]]!r}; supported: {values}"
+        raise BadInput(f"{path}", what, FIX_GIVE_GPT2)
 
 
 def weight_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every weight by name, `wte` at `vocab_size`, in the model's order."""
     d = config.n_embd
-    shapes: dict[str, tuple[int, ...]] = {
-        "wte.weight": (config.vocab_size, d),
-        "wpe.weight": (config.block_size, d),
-    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    shapes["wte.weight"] = (config.vocab_size, d)
+    shapes["wpe.weight"] = (config.block_size, d)
     linear = {"attn.c_attn": (3 * d, d), "attn.c_proj": (d, d)}
     linear |= {"mlp.c_fc": (4 * d, d), "mlp.c_proj": (d, 4 * d)}
     for layer in range(config.n_layer):
@@ -117,61 +111,63 @@ def weight_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
 def _files_by_key(folder: Path) -> dict[str, Path]:
     files = sorted(folder.glob("[!.]*.safetensors"))
     if not files:
-        raise ValueError(f"{folder}: no .safetensors file. Fix: give a Hugging Face GPT-2 folder")
+        raise BadInput(f"{folder}", "no .safetensors file", FIX_GIVE_HF_FOLDER)
     keys: dict[str, Path] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
                 found = dict.fromkeys(tensors.keys(), file)
         except Exception as error:  # safetensors raises its own type for every kind of damage
-            raise ValueError(
-                f"{file}: not a readable safetensors file ({error}). Fix: copy it again"
-            ) from error
+            what = f"not a readable safetensors file ({error})"
+            raise BadInput(f"{file}", what, "copy it again") from error
         twice = sorted(keys.keys() & found.keys())
         if twice:
-            other = keys[twice[0]].name
-            raise ValueError(f"{file}: {twice[0]} is in {other} too. Fix: move one of them away")
+            what = f"{twice[0]} is in {keys[twice[0]].name} too"
+            raise BadInput(f"{file}", what, "move one of them away")
         keys |= found
-    return {k: f for k, f in keys.items() if not k.endswith(MASKS)}
+    return {key: file for key, file in keys.items() if not key.endswith(MASKS)}
 
 
-def _check_head(folder: Path, files: dict[str, tuple[str, Path]]) -> None:
-    """Take the head out of `files`; refuse one that is not `wte`."""
-    if HEAD not in files or "wte.weight" not in files:
-        return
-    weights = []
-    for key, file in (files.pop(HEAD), files["wte.weight"]):
-        with safe_open(file, framework="pt") as tensors:
-            weights.append(tensors.get_tensor(key))
-    if not torch.equal(*weights):
-        raise ValueError(f"{folder}: {NOT_TIED}")
+def _read_tensor(key: str, file: Path) -> Tensor:
+    with safe_open(file, framework="pt") as tensors:
+        return tensors.get_tensor(key)
+
+
+def check_tied(head: Tensor, wte: Tensor, source: Path) -> None:
+    """Refuse a head that is not `wte`; `source` is named in the error."""
+    if head.data_ptr() != wte.data_ptr() and not torch.equal(head, wte):
+        what = "lm_head is not tied to wte, as in GPT-2"
+        raise BadInput(f"{source}", what, FIX_GIVE_GPT2)
 
 
 def load_hf_weights(folder: Path, config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
     """Yield every weight in our name, layout and padding, one at a time, in the model's order.
 
     Raises:
-        ValueError: A weight is missing, unknown, or has another shape than `config` says.
+        BadInput: A weight is missing, unknown, or has another shape than `config` says.
     """
-    files = {key.removeprefix(PREFIX): (key, file) for key, file in _files_by_key(folder).items()}
-    _check_head(folder, files)
+    keys = {key.removeprefix(PREFIX): (key, file) for key, file in _files_by_key(folder).items()}
     shapes = weight_shapes(config)
-    for problem, names in (("missing", shapes.keys() - files), ("unknown", files.keys() - shapes)):
-        if names:
-            raise ValueError(
-                f"{folder}: {problem} weights: {', '.join(sorted(names)[:5])}. {OTHER}"
-            )
+    if LM_HEAD in keys and "wte.weight" in keys:
+        check_tied(_read_tensor(*keys.pop(LM_HEAD)), _read_tensor(*keys["wte.weight"]), folder)
+    _check_names(keys, shapes, folder)
     for name, shape in shapes.items():
-        key, file = files[name]
-        with safe_open(file, framework="pt") as tensors:
-            weight = tensors.get_tensor(key)
+        key, file = keys[name]
+        weight = _read_tensor(key, file)
         if name.endswith(CONV1D):
             weight = weight.t().contiguous()
         if tuple(weight.shape) != shape:
-            raise ValueError(
-                f"{file}: {key} is {tuple(weight.shape)}, config.json says {shape}. {OTHER}"
-            )
+            what = f"{key} is {tuple(weight.shape)}, but config.json says {shape}"
+            raise BadInput(f"{file}", what, FIX_GIVE_GPT2)
         yield name, pad_vocabulary(weight, config) if name == "wte.weight" else weight
+
+
+def _check_names(found: Iterable[str], expected: Iterable[str], source: Path) -> None:
+    missing, unknown = set(expected) - set(found), set(found) - set(expected)
+    if missing or unknown:
+        kind = "missing" if missing else "unknown"
+        names = ", ".join(sorted(missing or unknown)[:5])
+        raise BadInput(f"{source}", f"{kind} weights: {names}", FIX_GIVE_GPT2)
 
 
 def load_hf_folder(folder: Path) -> GPT:
@@ -181,35 +177,29 @@ def load_hf_folder(folder: Path) -> GPT:
 
 
 def fill_model(config: GPTConfig, weights: Iterable[tuple[str, Tensor]], source: Path) -> GPT:
-    """Build a GPT in evaluation mode of copies of the given weights, by our names, in fp32.
+    """Build a GPT in evaluation mode from copies of the given weights, by our names, in fp32.
 
     Raises:
-        ValueError: A weight is missing, unknown, of another shape, or not of finite numbers; names
-            `source`.
+        BadInput: A weight is missing, unknown, of another shape, or not finite; names `source`.
     """
-    shapes, held = weight_shapes(config), {}
+    shapes = weight_shapes(config) | {"wte.weight": (config.padded_vocab_size, config.n_embd)}
+    held: dict[str, Tensor] = {}
     for name, weight in weights:
-        if name not in shapes:
-            raise ValueError(f"{source}: unknown weights: {name}. {OTHER}")
         if weight.layout != torch.strided or weight.is_meta or not weight.is_floating_point():
-            kind = f"{weight.dtype}, {weight.layout}"
-            raise ValueError(
-                f"{source}: {name} is {kind}; needs dense floating-point numbers. {OTHER}"
-            )
+            what = f"{name} is {weight.dtype}, {weight.layout}; needs dense floating-point numbers"
+            raise BadInput(f"{source}", what, FIX_GIVE_GPT2)
         if name == "wte.weight":
             weight = pad_vocabulary(weight, config)
-            shapes[name] = (config.padded_vocab_size, config.n_embd)
-        if tuple(weight.shape) != shapes[name]:
-            raise ValueError(
-                f"{source}: {name} is {tuple(weight.shape)}, the model needs {shapes[name]}. "
-                f"{OTHER}"
-            )
+        found = tuple(weight.shape)
+        expected = shapes.get(name, found)
+        if found != expected:
+            what = f"{name} is {found}, the model needs {expected}"
+            raise BadInput(f"{source}", what, FIX_GIVE_GPT2)
         if not weight.isfinite().all():
-            raise ValueError(f"{source}: {name} holds values that are no finite numbers. {OTHER}")
+            raise BadInput(f"{source}", f"{name} is not finite (NaN or inf)", FIX_GIVE_GPT2)
         held[name] = weight.to(torch.float32, copy=True)
-    if missing := sorted(shapes.keys() - held):
-        raise ValueError(f"{source}: missing weights: {', '.join(missing[:5])}. {OTHER}")
-    with torch.device("meta"):  # neither memory nor values of its own
+    _check_names(held, shapes, source)
+    with torch.device("meta"):  # takes no memory, and has no values
         model = GPT(config)
     model.load_state_dict(held, assign=True)
     return model.eval()
@@ -227,62 +217,49 @@ def pad_vocabulary(wte: Tensor, config: GPTConfig) -> Tensor:
     return torch.cat([wte, wte.mean(0, keepdim=True).expand(padding, -1)])
 
 
-def save_hf_folder(
-    folder: Path,
-    config: GPTConfig,
-    weights: Iterable[tuple[str, Tensor]],
-    save_tokenizer: Callable[[Path], None],
-) -> None:
-    """Write a Hugging Face folder; it appears whole or not at all.
+def save_hf_folder(folder: Path, config: GPTConfig, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Write weights and tokenizer as a Hugging Face folder; it appears whole or not at all.
 
     Args:
         folder: Replaced if it exists.
         config: Shape of the model.
-        weights: Every weight in our name and layout; taken one at a time, so that at most one
-            file's worth (5 GB) is held.
-        save_tokenizer: Writes the tokenizer's files into a folder.
+        weights: Every weight in our name and layout; taken one at a time, so that memory holds at
+            most one file of them (5 GB). What it raises is passed on.
     """
-    partial = folder.with_name(folder.name + ".tmp")
+    partial = folder.with_name(folder.name + PARTIAL_SUFFIX)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    (partial / "config.json").write_text(
-        json.dumps(hf_config(config), indent=2) + "\n", encoding="utf-8"
-    )
-    shards: list[list[str]] = []
-    held: dict[str, Tensor] = {}
-    n_bytes = total_bytes = 0
-
-    def write_shard() -> None:
-        save_file(held, partial / f"{len(shards)}.safetensors", metadata={"format": "pt"})
-        shards.append(list(held))
-        held.clear()
-
-    for name, weight in weights:
-        weight = weight[: config.vocab_size] if name == "wte.weight" else weight
-        weight = weight.t() if name.endswith(CONV1D) else weight
-        weight = weight.to("cpu", torch.float32, copy=True).contiguous()
-        if held and n_bytes + weight.nbytes > SHARD_BYTES:
-            write_shard()
-            n_bytes = 0
-        held[PREFIX + name] = weight
-        n_bytes, total_bytes = n_bytes + weight.nbytes, total_bytes + weight.nbytes
-    write_shard()
-    _name_shards(partial, shards, total_bytes)
-    save_tokenizer(partial)
+    _write_json(partial / "config.json", hf_config(config))
+    save_hf_tokenizer(partial, config.block_size)
+    try:
+        _save_weights(partial, config, weights)
+    except ValueError:  # the weights are wrong, which is known after the last: delete them all
+        shutil.rmtree(partial)
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
 
-def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> None:
-    if len(shards) == 1:
-        (folder / "0.safetensors").rename(folder / "model.safetensors")
-        return
-    weight_map = {}
-    for i, names in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"{i}.safetensors").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps(index, indent=2) + "\n", encoding="utf-8"
+def _save_weights(folder: Path, config: GPTConfig, weights: Iterable[tuple[str, Tensor]]) -> None:
+    shapes = weight_shapes(config)
+    empty = {PREFIX + name: torch.empty(shapes[name], device="meta") for name in shapes}
+    planned = split_torch_state_dict_into_shards(
+        empty, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_BYTES
     )
+    held: dict[str, dict[str, Tensor]] = {}
+    for name, weight in weights:
+        file = planned.tensor_to_filename[PREFIX + name]
+        weight = weight[: config.vocab_size] if name == "wte.weight" else weight
+        weight = weight.t() if name.endswith(CONV1D) else weight
+        weight = weight.to("cpu", torch.float32, copy=True).contiguous()
+        held.setdefault(file, {})[PREFIX + name] = weight
+        if len(held[file]) == len(planned.filename_to_tensors[file]):
+            save_file(held.pop(file), folder / file, metadata={"format": "pt"})
+    assert not held, f"{folder} lacks weights"
+    if planned.is_sharded:
+        index = {"metadata": planned.metadata, "weight_map": planned.tensor_to_filename}
+        _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

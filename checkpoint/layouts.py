@@ -1,7 +1,7 @@
-"""Step folder -> whole fp32 tensors, one parameter at a time, whatever ds_config wrote it.
+"""Read whole fp32 tensors from a step folder, one parameter at a time, whatever ds_config wrote it.
 
-DeepSpeed's own readers cannot read stage 1 with fp32 accumulation, nor lead from stage 1 to 3 or
-to 0, and load everything at once; the layouts that it writes are few and plain.
+DeepSpeed's own readers cannot read stage 1 with fp32 accumulation, cannot convert stage 1 to 3 or
+to 0, and load everything at once. The layouts that it writes are few and simple.
 """
 
 from __future__ import annotations
@@ -12,82 +12,93 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoint.manifest import Manifest, read_manifest, verify_files
+from errors import BadInput
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Size, Tensor
 
-WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")  # the moments by AdamW's names
+    # Rank, number of its flat tensor, start and length in it.
+    Part = tuple[int, int, int, int]
+    Placed = tuple[str, Size, list[Part]]  # name, shape and parts of one parameter
+
+WEIGHT = "weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's names
 MODEL_STATES = "mp_rank_00_model_states.pt"
-Shard = dict[str, Any]
+RankFile = dict[str, Any]  # one rank's part of the optimizer
 
 
 def step_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield every whole fp32 weight of a step folder, once each of its files is verified.
+    """Yield every whole fp32 weight of a step folder, after each of its files is verified.
 
     Raises:
-        ValueError: A file is missing, altered, or holds something else; after the last weight:
-            some are not those that the model computed with, by their fingerprints.
+        BadInput: A file is missing, altered, or has other contents; after the last weight: some
+            are not those that the model computed with, by their fingerprints.
     """
+    from checkpoint.fingerprints import DTYPES, verified
+
     manifest = read_manifest(folder)
     verify_files(folder, manifest)
-    yield from verified_weights(folder, manifest)
-
-
-def verified_weights(folder: Path, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
-    """Yield the same of a folder whose files are verified, with its own manifest."""
-    from checkpoint.fingerprints import DTYPES, checked
-
-    weights = step_tensors(folder, manifest, WEIGHT)
+    weights = ((name, weight) for name, (weight,) in whole_states(folder, manifest, WEIGHT))
     dtype = DTYPES[manifest.precision]
-    yield from checked(weights, manifest.fingerprints, dtype, folder, manifest.unverified)
+    yield from verified(weights, manifest.fingerprints, dtype, folder, manifest.unverified)
 
 
-def step_tensors(folder: Path, manifest: Manifest, key: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and whole fp32 tensor of every parameter, always in the same order.
+def whole_states(
+    folder: Path, manifest: Manifest, *keys: str
+) -> Iterator[tuple[str, list[Tensor]]]:
+    """Yield each parameter's name and whole fp32 tensors, one per key, always in the same order.
 
     Args:
-        folder: A step folder, verified.
-        manifest: Its own.
-        key: WEIGHT or one of MOMENTS.
+        folder: A step folder whose files are verified.
+        manifest: Its manifest.
+        keys: WEIGHT or some of MOMENTS.
 
     Raises:
-        ValueError: A file is missing or holds something else.
+        BadInput: A file is missing or has other contents.
     """
+    import torch
+
     with _naming_folder(folder):
         if manifest.zero_stage == 0:
-            yield from _unsharded(_load(folder / MODEL_STATES), key)
-        elif manifest.zero_stage < 3:
-            shapes = _load(folder / MODEL_STATES)["param_shapes"]
-            yield from _merge_slices(_shards(folder, manifest), shapes, key)
-        else:
-            shapes = _load(folder / f"zero_pp_rank_0_{MODEL_STATES}")["param_shapes"]
-            yield from _merge_stage3(_shards(folder, manifest), shapes, key)
+            yield from _unsharded(_load(folder / MODEL_STATES), keys)
+            return
+        is_stage3 = manifest.zero_stage == 3
+        first = f"zero_pp_rank_0_{MODEL_STATES}" if is_stage3 else MODEL_STATES
+        groups = _load(folder / first)["param_shapes"]
+        files = _rank_files(folder, manifest)  # mapped: memory holds only what is concatenated
+        placed = _equal_parts(files, groups) if is_stage3 else _slices(files, groups)
+        for name, shape, parts in placed:
+            states = []
+            for key in keys:
+                flats = [_flats(file, key) for file in files]
+                pieces = [flats[rank][i].narrow(0, start, n) for rank, i, start, n in parts]
+                states.append(torch.cat(pieces)[: shape.numel()].view(shape))
+            yield name, states
 
 
 def optimizer_steps(folder: Path, manifest: Manifest) -> int:
-    """Return AdamW's own count of steps: skipped ones are not in it.
+    """Return AdamW's own count of steps, which skipped steps do not increase.
 
     Raises:
-        ValueError: A file is missing or holds something else.
+        BadInput: A file is missing or has other contents.
     """
     with _naming_folder(folder):
         if manifest.zero_stage == 0:
             state = _load(folder / MODEL_STATES)["optimizer"]["state"]
         else:
-            state = _optimizer_state(_shards(folder, manifest)[0])
+            state = _optimizer_state(_rank_files(folder, manifest)[0])
         return int(next(iter(state.values()))["step"])
 
 
 @contextlib.contextmanager
 def _naming_folder(folder: Path) -> Iterator[None]:
-    """Turn what other contents than expected raise into one line."""
+    """Turn the errors of reading other contents than expected into one line."""
     try:
         yield
     except (LookupError, StopIteration, RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{folder}: not a checkpoint that this version wrote ({error!r}). "
-            "Fix: go on from a Hugging Face folder of it with --init_from"
-        ) from error
+        what = f"not a checkpoint that this version wrote ({error!r})"
+        remedy = "start from a Hugging Face folder of it with --init_from"
+        raise BadInput(f"{folder}", what, remedy) from error
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -97,78 +108,55 @@ def _load(path: Path) -> dict[str, Any]:
     return load_weights_only(path)
 
 
-def _shards(folder: Path, manifest: Manifest) -> list[Shard]:
-    files = [
-        next(folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))
-        for rank in range(manifest.world_size)
-    ]
-    return [_load(path)["optimizer_state_dict"] for path in files]
+def _rank_files(folder: Path, manifest: Manifest) -> list[RankFile]:
+    files = []
+    for rank in range(manifest.world_size):
+        path = next(folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))
+        files.append(_load(path)["optimizer_state_dict"])
+    return files
 
 
-def _optimizer_state(shard: Shard) -> dict[int, dict[str, Any]]:
-    inner = shard[
-        "base_optimizer_state" if "base_optimizer_state" in shard else "optimizer_state_dict"
-    ]
-    return inner["state"]
+def _optimizer_state(file: RankFile) -> dict[int, dict[str, Any]]:
+    is_wrapped = "base_optimizer_state" in file  # stages 1 and 2
+    return file["base_optimizer_state" if is_wrapped else "optimizer_state_dict"]["state"]
 
 
-def _flats(shard: Shard, key: str) -> list[Tensor]:
+def _flats(file: RankFile, key: str) -> list[Tensor]:
     """Return the flat tensors that one rank holds of all parameters, in order."""
     if key == WEIGHT:
-        return shard.get("fp32_flat_groups") or shard["single_partition_of_fp32_groups"]
-    return [state[key] for _, state in sorted(_optimizer_state(shard).items())]
+        return file.get("fp32_flat_groups") or file["single_partition_of_fp32_groups"]
+    return [state[key] for _, state in sorted(_optimizer_state(file).items())]
 
 
-def _unsharded(states: dict[str, Any], key: str) -> Iterator[tuple[str, Tensor]]:
+def _unsharded(file: dict[str, Any], keys: tuple[str, ...]) -> Iterator[tuple[str, list[Tensor]]]:
     """Stage 0: whole tensors; the optimizer numbers the decayed parameters before the others."""
-    weights = states["module"]
-    moments = sorted(weights, key=lambda name: weights[name].dim() < 2)
+    weights = file["module"]
+    numbered = sorted(weights, key=lambda name: weights[name].dim() < 2)
     for name, weight in weights.items():
-        yield (
-            name,
-            weight if key == WEIGHT else states["optimizer"]["state"][moments.index(name)][key],
-        )
+        state = file["optimizer"]["state"].get(numbered.index(name), {}) | {WEIGHT: weight}
+        yield name, [state[key] for key in keys]
 
 
-def _merge_slices(
-    shards: list[Shard], groups: list[dict[str, Any]], key: str
-) -> Iterator[tuple[str, Tensor]]:
-    """Stages 1 and 2: each rank holds a run of each flat group, and says which part of which."""
-    import torch
-
-    flats = [_flats(shard, key) for shard in shards]
+def _slices(files: list[RankFile], groups: list[dict[str, Size]]) -> Iterator[Placed]:
+    """Stages 1 and 2: each rank holds a range of each group's flat tensor, and says of what."""
     for i, shapes in enumerate(groups):
         for name, shape in shapes.items():
             parts = []
-            for shard, its_flats in zip(shards, flats, strict=True):
-                if address := shard["param_slice_mappings"][i].get(name):
-                    parts.append(its_flats[i].narrow(0, address.start, address.numel))
-            yield name, torch.cat(parts).view(shape)
+            for rank, file in enumerate(files):
+                address = file["param_slice_mappings"][i].get(name)
+                if address:  # else it lies on other ranks
+                    parts.append((rank, i, address.start, address.numel))
+            yield name, shape, parts
 
 
-def _merge_stage3(
-    shards: list[Shard], groups: list[dict[str, Any]], key: str
-) -> Iterator[tuple[str, Tensor]]:
+def _equal_parts(files: list[RankFile], groups: list[dict[str, Size]]) -> Iterator[Placed]:
     """Stage 3: each rank holds an equal part of every parameter, padded, in the groups' order."""
-    import torch
-
-    cursors = [_Cursor(_flats(shard, key)) for shard in shards]
+    sizes = [flat.numel() for flat in _flats(files[0], WEIGHT)]
+    flat = start = 0
     for shapes in groups:
         for name, shape in shapes.items():
-            part = -(-shape.numel() // len(shards))
-            whole = torch.cat([cursor.take(part) for cursor in cursors])
-            yield name, whole[: shape.numel()].view(shape)
-
-
-class _Cursor:
-    """Reads a list of flat tensors as one; a read never crosses from one into the next."""
-
-    def __init__(self, flats: list[Tensor]) -> None:
-        self.flats, self.start = list(flats), 0
-
-    def take(self, n: int) -> Tensor:
-        if self.start == self.flats[0].numel():
-            self.flats.pop(0)
-            self.start = 0
-        self.start += n
-        return self.flats[0].narrow(0, self.start - n, n)
+            if start == sizes[flat]:  # a group may fill several flat tensors (sub_group_size)
+                flat, start = flat + 1, 0
+            length = -(-shape.numel() // len(files))
+            yield name, shape, [(rank, flat, start, length) for rank in range(len(files))]
+            start += length

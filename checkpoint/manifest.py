@@ -1,4 +1,4 @@
-"""A checkpoint exists if and only if its manifest does.
+"""Write, find, verify and delete checkpoints: step folders with a manifest.
 
 checkpoints/step_000250/   the engine's files + manifest.json, written last
 checkpoints/latest         the name of the newest complete one, replaced atomically
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from errors import BadInput
 from model import GPTConfig
 
 MANIFEST = "manifest.json"
@@ -23,6 +24,10 @@ LATEST = "latest"
 PARTIAL_SUFFIX = ".tmp"
 DELETED_SUFFIX = ".deleted"
 STEP_NAME = re.compile(r"step_\d{6,}")
+
+
+class UnknownFileError(BadInput):
+    """A step folder holds a file that its manifest does not list."""
 
 
 @dataclass(frozen=True)
@@ -39,21 +44,19 @@ class Manifest:
 
     Args:
         step: Optimizer updates done.
-        samples: Samples consumed by all ranks: the loader's whole state.
         world_size: Ranks that wrote it.
         zero_stage: 0 to 3.
         precision: "fp32", "autocast" or "bf16".
         optimizer: The classes of the engine's optimizer and of the one within.
-        partition: How the optimizer's flat tensors hold the weights; "": not recorded.
         model: Fields of GPTConfig.
-        order: What decides, besides `samples`, on which tokens the next step is taken.
+        order: What decides, besides `step`, on which tokens the next step is taken.
         files: Every other file of the folder, by name.
+        partition: How the optimizer's flat tensors hold the weights; "": not recorded.
         fingerprints: Of each weight that the model computed with; empty: not recorded.
         unverified: Keys of the ds_config that were never verified.
     """
 
     step: int
-    samples: int
     world_size: int
     zero_stage: int
     precision: str
@@ -64,6 +67,14 @@ class Manifest:
     partition: str = ""
     fingerprints: dict[str, str] = field(default_factory=dict)
     unverified: list[str] = field(default_factory=list)
+
+    @property
+    def samples(self) -> int:
+        """Samples that all ranks have consumed: the state of the data loader.
+
+        It follows from the step, because a run cannot be resumed with another batch.
+        """
+        return self.step * self.order["batch_tokens"] // self.order["seq_len"]
 
 
 def step_name(step: int) -> str:
@@ -76,6 +87,11 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
+def checkpoint_bytes(precision: str, n_params: int) -> int:
+    """Return what one checkpoint of a model takes on disk."""
+    return BYTES_PER_PARAMETER[precision] * n_params
+
+
 def record_file(path: Path) -> FileRecord:
     """Measure and hash one file."""
     with path.open("rb") as file:
@@ -85,31 +101,23 @@ def record_file(path: Path) -> FileRecord:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest: from here on the checkpoint is complete."""
-    fields = dataclasses.asdict(manifest)
+    fields = {"samples": manifest.samples} | dataclasses.asdict(manifest)
     text = json.dumps({"sha256": _digest(fields)} | fields, indent=1)
     write_atomically(folder / MANIFEST, text)
-
-
-def _digest(fields: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
-def checkpoint_bytes(precision: str, n_params: int) -> int:
-    """Return what one checkpoint of a model takes on disk."""
-    return BYTES_PER_PARAMETER[precision] * n_params
 
 
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a step folder.
 
     Raises:
-        ValueError: There is none, or it is not one; names the file.
+        BadInput: It is missing or damaged.
     """
     path = folder / MANIFEST
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if raw.pop("sha256") != _digest(raw):
             raise ValueError("SHA-256")
+        raw.pop("samples")  # Manifest.samples computes it
         files = {name: FileRecord(**record) for name, record in raw.pop("files").items()}
         if not all(re.fullmatch(r"[\w.-]*\w", name) for name in files):
             raise ValueError("a file elsewhere")
@@ -119,132 +127,131 @@ def read_manifest(folder: Path) -> Manifest:
             raise ValueError("precision, zero_stage or world_size")
         return Manifest(**raw, files=files)
     except FileNotFoundError:
-        raise ValueError(f"{folder}: no {MANIFEST}: incomplete. Fix: delete it") from None
+        raise BadInput(f"{folder}", f"has no {MANIFEST}: incomplete", "delete it") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: damaged ({error!r}). Fix: rm -r {folder}, to go back") from error
+        raise _damaged(path, f"damaged ({error!r})") from error
+
+
+def _digest(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _damaged(path: Path, what: str) -> BadInput:
+    remedy = f"rm -r {path.parent}, to resume from the checkpoint before it"
+    return BadInput(f"{path}", what, remedy)
 
 
 def writer_of(name: str) -> int:
-    """Return the rank that wrote a file of a checkpoint: the first that its name bears."""
+    """Return the rank that wrote a file of a checkpoint: the first rank in its name."""
     found = re.search(r"rank_(\d+)", name)
     return int(found[1]) if found else 0
-
-
-def unknown_files(folder: Path, manifest: Manifest) -> list[Path]:
-    """Return the files that the manifest does not list.
-
-    Hidden ones are ignored: operating and file systems leave them (.DS_Store, ._x, .nfs…).
-    """
-    known = {MANIFEST, *manifest.files}
-    found = [p for p in folder.iterdir() if p.name not in known and not p.name.startswith(".")]
-    return sorted(found)
 
 
 def verify_files(folder: Path, manifest: Manifest, rank: int = 0, world_size: int = 1) -> None:
     """Compare this rank's share of the files with the manifest, byte for byte.
 
     Raises:
-        ValueError: A file is missing, altered or unknown; names it.
+        BadInput: A file is missing or damaged; names it.
+        UnknownFileError: The manifest does not list a file. Hidden files do not count: operating
+            and file systems leave them (.DS_Store, ._x, .nfs…).
     """
-    extra = unknown_files(folder, manifest)
+    extra = sorted({p.name for p in folder.glob("[!.]*")} - {MANIFEST, *manifest.files})
     if extra:
-        raise ValueError(f"{extra[0]}: not in {MANIFEST}. Fix: move it out of the folder")
-    for name in manifest.files:
+        where, what = f"{folder / extra[0]}", f"not in {MANIFEST}"
+        raise UnknownFileError(where, what, "move it out of the folder")
+    for name, record in manifest.files.items():
         path = folder / name
         if writer_of(name) % world_size != rank:
             continue
         if not path.is_file():
-            raise ValueError(f"{path}: missing. Fix: rm -r {folder}, to go back")
-        if record_file(path) != manifest.files[name]:
-            raise ValueError(f"{path}: damaged (SHA-256). Fix: rm -r {folder}, to go back")
+            raise _damaged(path, "missing")
+        if record_file(path) != record:
+            raise _damaged(path, "damaged (SHA-256)")
 
 
 def complete_steps(checkpoints: Path) -> list[Path]:
     """Return the folders of complete checkpoints, oldest first."""
+    return [folder for folder in _step_folders(checkpoints) if (folder / MANIFEST).is_file()]
+
+
+def incomplete_steps(checkpoints: Path) -> list[Path]:
+    """Return the step folders without a manifest; unfinished saves (.tmp) do not count."""
+    return [folder for folder in _step_folders(checkpoints) if not (folder / MANIFEST).is_file()]
+
+
+def _step_folders(checkpoints: Path) -> list[Path]:
     folders = [p for p in checkpoints.glob("step_*") if STEP_NAME.fullmatch(p.name)]
-    complete = [p for p in folders if (p / MANIFEST).is_file()]
-    return sorted(complete, key=step_of)
+    return sorted(folders, key=step_of)
 
 
 def newest_step(path: Path) -> Path:
-    """Return the step folder that `path` is, or the newest complete one of the run that it is.
+    """Return `path` if it is a step folder; of a run folder the newest complete step.
 
     Raises:
-        ValueError: Neither.
+        BadInput: It is neither.
     """
     if (path / MANIFEST).is_file():
         return path
     steps = complete_steps(path / "checkpoints")
     if not steps:
-        raise ValueError(
-            f"--ckpt {path}: neither a step folder nor a run with a complete checkpoint. "
-            "Fix: give one of them"
-        )
+        what = "neither a step folder nor a run with a complete checkpoint"
+        raise BadInput(f"--ckpt {path}", what, "give one of them")
     return steps[-1]
 
 
-def incomplete_steps(checkpoints: Path) -> list[Path]:
-    """Return the step folders without a manifest, unfinished saves (.tmp) left out."""
-    folders = [p for p in checkpoints.glob("step_*") if STEP_NAME.fullmatch(p.name)]
-    return sorted(p for p in folders if not (p / MANIFEST).is_file())
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Flush a file's bytes, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def sync_file(path: Path) -> None:
-    """Flush a file's bytes to the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file: its old or its new text is there at any moment."""
+    """Replace a small file: at any moment either its old or its new text is there."""
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    partial.write_text(text, encoding="utf-8")
+    sync(partial)
     partial.replace(path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
-def publish(partial: Path, manifest: Manifest) -> Path:
-    """Turn a `.tmp` folder, its files on the disk, into the checkpoint that `latest` names."""
+def publish_step(partial: Path, manifest: Manifest) -> Path:
+    """Turn a `.tmp` folder, its files flushed, into the checkpoint that `latest` names."""
     write_manifest(partial, manifest)
     folder = partial.with_name(partial.name.removesuffix(PARTIAL_SUFFIX))
-    if folder.exists():  # damaged: the run went back behind it
+    if folder.exists():  # damaged: the run went back to an older one and came here again
         delete_step(folder)
     partial.rename(folder)
-    sync_folder(folder.parent)
+    sync(folder.parent)
     write_atomically(folder.parent / LATEST, folder.name)
     return folder
 
 
 def prune(checkpoints: Path, keep: int, keep_every: int) -> None:
-    """Delete all but the newest `keep` checkpoints (0: none) and those of `keep_every` steps."""
-    for folder in complete_steps(checkpoints)[:-keep] if keep else []:
+    """Delete all but the newest `keep` checkpoints and the multiples of `keep_every` steps.
+
+    With `keep` 0 nothing is deleted; with `keep_every` 0 there are no such multiples.
+    """
+    if not keep:
+        return
+    for folder in complete_steps(checkpoints)[:-keep]:
         if not keep_every or step_of(folder) % keep_every:
             delete_step(folder)
 
 
 def delete_step(folder: Path) -> None:
-    """Delete a checkpoint; it ceases to be one before its first file goes."""
+    """Delete a checkpoint; it ceases to be one before its first file is deleted."""
     deleted = folder.with_name(folder.name + DELETED_SUFFIX)
     shutil.rmtree(deleted, ignore_errors=True)
     folder.rename(deleted)
-    sync_folder(folder.parent)
-    shutil.rmtree(deleted, ignore_errors=True)  # what somebody still holds goes at the next start
+    sync(folder.parent)
+    shutil.rmtree(deleted, ignore_errors=True)  # files still open elsewhere: at the next start
 
 
 def sweep(checkpoints: Path) -> None:
-    """Delete what an interrupted save or deletion left; nobody may be writing."""
+    """Delete what interrupted saves and deletions left; no other process may be writing."""
     for suffix in (PARTIAL_SUFFIX, DELETED_SUFFIX):
         for folder in checkpoints.glob(f"step_*{suffix}"):
             shutil.rmtree(folder, ignore_errors=True)

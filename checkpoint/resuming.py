@@ -1,6 +1,7 @@
-"""Step folder -> engine, at the same layout or another."""
+"""Find the checkpoint to resume from, and load it into an engine of the same or another layout."""
 
 import contextlib
+import functools
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -9,30 +10,31 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from checkpoint.fingerprints import compare, engine_fingerprints, fingerprint
-from checkpoint.layouts import MOMENTS, optimizer_steps, step_tensors, verified_weights
+from checkpoint.fingerprints import DTYPES, check_fingerprints, engine_fingerprints, fingerprint
+from checkpoint.layouts import MOMENTS, WEIGHT, optimizer_steps, whole_states
 from checkpoint.manifest import (
     Manifest,
+    UnknownFileError,
     complete_steps,
     incomplete_steps,
     read_manifest,
-    unknown_files,
     verify_files,
 )
-from checkpoint.saving import layout_of, rng_file
+from checkpoint.saving import layout_of, on_all_ranks, rng_file
 from checkpoint.unpickling import allow_deepspeed_types, load_weights_only, naming_pickled_code
+from errors import BadInput
 from model import GPTConfig
 
 
 def find_checkpoints(run_dir: Path, resume: str) -> list[Path]:
-    """Return the step folders to go on from, the newest first; none to start anew.
+    """Return the step folders to resume from, the newest first; none to start a new run.
 
     Args:
         run_dir: The run.
         resume: "auto", "must" or "none".
 
     Raises:
-        ValueError: "must" without a checkpoint, or step folders that are all incomplete.
+        BadInput: "must" without a checkpoint, or all step folders are incomplete.
     """
     checkpoints = run_dir / "checkpoints"
     if resume == "none":
@@ -40,30 +42,29 @@ def find_checkpoints(run_dir: Path, resume: str) -> list[Path]:
     steps = complete_steps(checkpoints)
     if steps:
         return steps[::-1]
-    if broken := incomplete_steps(checkpoints):
-        raise ValueError(f"{broken[-1]}: no manifest.json. Fix: rm -r {broken[-1]}, to start anew")
+    broken = incomplete_steps(checkpoints)
+    if broken:
+        raise BadInput(f"{broken[-1]}", "no manifest.json", f"rm -r {broken[-1]}, to start anew")
     if resume == "must":
-        raise ValueError(f"--resume must: no checkpoint in {checkpoints}. Fix: --resume auto")
+        raise BadInput("--resume must", f"no checkpoint in {checkpoints}", "give --resume auto")
     return []
 
 
 def check_same_run(
     manifest: Manifest, *, precision: str, model: GPTConfig, order: dict[str, Any]
 ) -> None:
-    """Refuse to go on with another model, arithmetic or order of the data than the saved ones.
+    """Refuse to resume with another model, arithmetic or order of the data than the saved ones.
 
     Raises:
-        ValueError: Lists every difference as `key: saved -> given`.
+        BadInput: Lists every difference as `key: saved -> given`.
     """
     saved = {"fp32": manifest.precision == "fp32"} | manifest.order | _shape(manifest.model)
     given = {"fp32": precision == "fp32"} | order | _shape(asdict(model))
     differences = [f"{k}: {saved.get(k)} -> {v}" for k, v in given.items() if saved.get(k) != v]
     if differences:
-        raise ValueError(
-            f"--resume: step {manifest.step} was saved with other settings "
-            f"({', '.join(differences)}). Fix: resume with the saved ones, or consolidate it and "
-            "start a new run with --init_from"
-        )
+        what = f"step {manifest.step} was saved with other settings ({', '.join(differences)})"
+        remedy = "resume with these, or consolidate it and start a new run with --init_from"
+        raise BadInput("--resume", what, remedy)
 
 
 def _shape(model: dict[str, Any]) -> dict[str, Any]:
@@ -74,42 +75,43 @@ def newest_intact(folders: list[Path], resume: str) -> tuple[Path, Manifest] | N
     """Return the first folder whose every byte is as its manifest says (all ranks).
 
     Raises:
-        ValueError: The first is damaged and "must" be taken, or all are; or one holds an unknown
-            file: then no older one is taken. Names the file.
+        BadInput: All are damaged, or the first is and `resume` is "must"; or one holds an unknown
+            file, which the user may want to keep: then no older one is taken. Names the file.
     """
     for folder in folders:
-        problem, manifest, extra = "", None, []
-        try:
-            manifest = read_manifest(folder)
-            extra = unknown_files(folder, manifest)
-            verify_files(folder, manifest, dist.get_rank(), dist.get_world_size())
-        except ValueError as error:
-            problem = str(error)
-        outcomes = [(problem, bool(extra))] * dist.get_world_size()
-        dist.all_gather_object(outcomes, (problem, bool(extra)))  # all ranks
-        found = next((problem for problem, _ in outcomes if problem), "")
-        if not found and manifest:
-            return folder, manifest
-        if any(is_strange for _, is_strange in outcomes):
-            raise ValueError(next(problem for problem, is_strange in outcomes if is_strange))
-        if resume == "must" or folder == folders[-1]:
-            what = found.partition(". Fix: ")[0]
-            remedy = "--resume auto" if folder != folders[-1] else "give another --run_dir"
-            raise ValueError(f"{what}. Fix: {remedy}")
+        found = on_all_ranks(functools.partial(_problem_of, folder))  # all ranks
+        problems = [problem for problem in found if problem]
+        if not problems:
+            return folder, read_manifest(folder)
+        unknown = [problem for problem in problems if isinstance(problem, UnknownFileError)]
+        if unknown:
+            raise unknown[0]
+        is_last = folder == folders[-1]
+        if resume == "must" or is_last:
+            remedy = "give another --run_dir" if is_last else "give --resume auto"
+            raise BadInput(problems[0].where, problems[0].what, remedy)
         if dist.get_rank() == 0:
-            print(f"warning: {found}", file=sys.stderr)
+            print(f"warning: {problems[0]}", file=sys.stderr)
+    return None
+
+
+def _problem_of(folder: Path) -> BadInput | None:
+    try:
+        verify_files(folder, read_manifest(folder), dist.get_rank(), dist.get_world_size())
+    except BadInput as error:
+        return error
     return None
 
 
 def load_checkpoint(engine: Any, folder: Path, manifest: Manifest, precision: str) -> None:
     """Load weights, optimizer and random states of every rank (all ranks).
 
-    The engine's own files serve only the layout that wrote them; with another number of ranks,
-    ZeRO stage or optimizer, whole weights and moments are read from all of them.
+    DeepSpeed can load its files only into the layout that wrote them. With another number of
+    ranks, ZeRO stage or optimizer, we read whole weights and moments from the files of all ranks.
 
     Raises:
-        ValueError: A file holds something else, or the weights that the engine goes on with are
-            not those that were saved, by their fingerprints.
+        BadInput: A file has other contents, or the weights in the engine are not those that were
+            saved, by their fingerprints.
     """
     now = layout_of(engine, precision)
     saved = {key: getattr(manifest, key) or now[key] for key in now}
@@ -124,13 +126,14 @@ def load_checkpoint(engine: Any, folder: Path, manifest: Manifest, precision: st
             print(f"{folder}: read for another layout ({changes})", file=sys.stderr)
         expected = load_whole_tensors(engine, folder, manifest)
     refresh_weights(engine)  # all ranks
-    compare(engine_fingerprints(engine), expected, folder, manifest.unverified)  # all ranks
+    found = engine_fingerprints(engine)  # all ranks
+    check_fingerprints(found, expected, folder, manifest.unverified)
     if saved["world_size"] == now["world_size"]:
         states = load_weights_only(folder / rng_file(dist.get_rank()))
         torch.set_rng_state(states["cpu"])
         if engine.device.type == "cuda" and "cuda" in states:
             torch.cuda.set_rng_state(states["cuda"])
-    else:  # dropout draws anew, not what it drew from step 0 on
+    else:  # dropout draws new numbers, not again those that it drew from step 0 on
         torch.manual_seed(torch.initial_seed() + (manifest.step << 20))
 
 
@@ -141,37 +144,40 @@ def load_whole_tensors(engine: Any, folder: Path, manifest: Manifest) -> dict[st
         The fingerprints of the weights in the engine's dtype.
 
     Raises:
-        ValueError: A file holds something else.
+        BadInput: A file has other contents, or a weight is not the one that was saved.
     """
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-    is_sharded, states = engine.zero_optimization_stage() > 0, engine.basic_optimizer.state
+    is_sharded = engine.zero_optimization_stage() > 0
     make_moments(engine, optimizer_steps(folder, manifest))
     params = dict(engine.module.named_parameters())
-    fingerprints = {}
-    weights = verified_weights(folder, manifest)
-    moments = [step_tensors(folder, manifest, key) for key in MOMENTS]
-    for (name, weight), *named in zip(weights, *moments, strict=True):
+    saved_dtype = DTYPES[manifest.precision]
+    saved, given = {}, {}
+    for name, (weight, exp_avg, exp_avg_sq) in whole_states(folder, manifest, WEIGHT, *MOMENTS):
         param = params[name]
-        fingerprints[name] = fingerprint(weight, param.dtype)
+        saved[name] = fingerprint(weight, saved_dtype)
+        given[name] = fingerprint(weight, param.dtype)
         if is_sharded:
             safe_set_full_fp32_param(param, weight.to(engine.device))
+            safe_set_full_optimizer_state(param, exp_avg.to(engine.device), "exp_avg")
+            safe_set_full_optimizer_state(param, exp_avg_sq.to(engine.device), "exp_avg_sq")
         else:
             param.data.copy_(weight)
-        for key, (_, moment) in zip(MOMENTS, named, strict=True):
-            if is_sharded:
-                safe_set_full_optimizer_state(param, moment.to(engine.device), key)
-            else:
-                states[param][key].copy_(moment)
-    return fingerprints
+            state = engine.basic_optimizer.state[param]
+            state["exp_avg"].copy_(exp_avg)
+            state["exp_avg_sq"].copy_(exp_avg_sq)
+    check_fingerprints(saved, manifest.fingerprints, folder, manifest.unverified)
+    return given
 
 
 def refresh_weights(engine: Any) -> None:
-    """Make the weights of forward anew from the fp32 ones, as each step does (all ranks).
+    """Copy the optimizer's fp32 weights to those of forward, as each step does (all ranks).
 
-    This changes nothing, unless the optimizer holds them in another order than they were loaded in.
+    This changes nothing, unless the optimizer holds them in another order than that of the file:
+    then the fingerprints show it.
     """
-    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    optimizer = engine.optimizer
+    stage = engine.zero_optimization_stage()
     if stage in (1, 2):
         optimizer.update_lp_params()
     elif stage == 3:
@@ -184,17 +190,18 @@ def refresh_weights(engine: Any) -> None:
 
 
 def make_moments(engine: Any, n_steps: int) -> None:
-    """Give the optimizer the state that its first step would make, after `n_steps` steps."""
+    """Create the optimizer's state, as its first step would, with a count of `n_steps` steps."""
     optimizer, adam = engine.optimizer, engine.basic_optimizer
     if engine.zero_optimization_stage() == 3:
         flats = optimizer.fp32_partitioned_groups_flat
     else:
         flats = [param for group in adam.param_groups for param in group["params"]]
     for flat in flats:
-        adam.state[flat] = {key: torch.zeros_like(flat) for key in MOMENTS}
-        in_tensor = isinstance(adam, torch.optim.AdamW)  # DeepSpeed's own count in Python
-        adam.state[flat]["step"] = (
-            torch.tensor(float(n_steps), device=flat.device) if in_tensor else n_steps
-        )
+        state: dict[str, Any] = {key: torch.zeros_like(flat) for key in MOMENTS}
+        # PyTorch's AdamW counts in a tensor, DeepSpeed's in a Python integer.
+        in_tensor = isinstance(adam, torch.optim.AdamW)
+        count = torch.tensor(float(n_steps), device=flat.device)
+        state["step"] = count if in_tensor else n_steps
+        adam.state[flat] = state
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2
         optimizer._lazy_init_hp_params_optimizer_state()

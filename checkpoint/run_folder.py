@@ -1,4 +1,4 @@
-"""The run folder as the property of one run at a time: its lock, its room, how the run stands."""
+"""Lock a run folder, check its disk space, and record the run's outcome in run_status.json."""
 
 from __future__ import annotations
 
@@ -14,65 +14,65 @@ from pathlib import Path
 from typing import IO, Any
 
 from checkpoint.manifest import sweep, write_atomically
+from errors import BadInput
 
-LOCK, STATUS = "lock", "run_status.json"
-MAX_RESTARTS = 3  # without one more checkpoint
+LOCK = "lock"
+STATUS = "run_status.json"
+MAX_RESTARTS = 3  # without a further checkpoint
+GIB = 2**30
 
 
 def check_unused(run_dir: Path) -> None:
-    """Refuse a folder in which something is, but for hidden files.
+    """Refuse a folder that is not empty; hidden files do not count.
 
     Raises:
-        ValueError: Names it.
+        BadInput: Names it.
     """
-    if run_dir.is_dir() and any(not path.name.startswith(".") for path in run_dir.iterdir()):
-        raise ValueError(f"--resume none: {run_dir} is not empty. Fix: give another --run_dir")
+    if any(run_dir.glob("[!.]*")):
+        raise BadInput("--resume none", f"{run_dir} is not empty", "give another --run_dir")
 
 
 def check_not_lost(run_dir: Path) -> None:
-    """Refuse to begin anew where a run has saved checkpoints that are gone.
+    """Refuse to start a new run where a run saved checkpoints that are gone.
 
     Raises:
-        ValueError: Its log is beyond its first checkpoint; names the folder.
+        BadInput: Its log is beyond its first checkpoint; names the folder.
     """
     try:
         config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
         every = config["checkpoint_every"]
         lines = (run_dir / "log.txt").read_text(encoding="utf-8").splitlines()
-        steps = [int(line.split()[0]) for line in lines]
+        last = max((int(line.split()[0]) for line in lines), default=0)
     except (OSError, ValueError, KeyError, IndexError):
         return  # no run, or one that had not begun
-    if read_status(run_dir).get("status") == "finished" or max(steps, default=0) >= every:
-        raise ValueError(
-            f"{run_dir}: its log is at step {max(steps, default=0)}, its checkpoints are gone. "
-            "Fix: put them back, or give another --run_dir"
-        )
+    if read_status(run_dir).get("status") == "finished" or last >= every:
+        what = f"its log is at step {last}, but its checkpoints are gone"
+        raise BadInput(f"{run_dir}", what, "put them back, or give another --run_dir")
 
 
 def refuse_links(run_dir: Path) -> None:
-    """Refuse symbolic links in a run folder: it may be somebody else's, and is written to.
+    """Refuse symbolic links in a run folder: the run would write through them, to other folders.
 
     Raises:
-        ValueError: Names the first.
+        BadInput: Names the first.
     """
-    for path in (*run_dir.glob("*"), *(run_dir / "checkpoints").glob("*")):
-        if path.is_symlink():
-            raise ValueError(f"{path}: a symbolic link. Fix: delete it (--run_dir may be one)")
+    paths = (*run_dir.glob("*"), *(run_dir / "checkpoints").glob("*"))
+    links = [path for path in paths if path.is_symlink()]
+    if links:
+        raise BadInput(f"{links[0]}", "a symbolic link", "delete it (--run_dir itself may be one)")
 
 
 def lock_run_dir(run_dir: Path, needed_bytes: int, resume_step: int) -> IO[str]:
-    """Make the folder this process's alone until the returned file is closed, or it dies.
-
-    `run_status.json` says "running" then.
+    """Lock the folder until the returned file is closed or this process ends; status "running".
 
     Args:
-        run_dir: Made if it is not there; what an interrupted save left in it is deleted.
-        needed_bytes: Of the first checkpoint.
-        resume_step: From which the run goes on.
+        run_dir: Created if it does not exist; what an interrupted save left in it is deleted.
+        needed_bytes: Disk space that a checkpoint takes.
+        resume_step: The step from which the run goes on.
 
     Raises:
-        ValueError: Another run writes there, it holds symbolic links, or restarts lead nowhere.
-        OSError: It cannot be written, or there is no room for a checkpoint.
+        BadInput: Another run has locked it, it holds symbolic links, or MAX_RESTARTS is exceeded.
+        OSError: It cannot be written, or has no disk space for a checkpoint.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -86,11 +86,11 @@ def lock_run_dir(run_dir: Path, needed_bytes: int, resume_step: int) -> IO[str]:
         free = shutil.disk_usage(run_dir).free
         if free < needed_bytes:
             raise OSError(
-                f"--run_dir {run_dir}: {free / 2**30:.2f} GiB are free, a checkpoint takes "
-                f"{needed_bytes / 2**30:.2f}. Fix: make room or give another folder"
+                f"--run_dir {run_dir}: {free / GIB:.2f} GiB are free, a checkpoint takes "
+                f"{needed_bytes / GIB:.2f}. Fix: free disk space or give another folder"
             )
         write_status(run_dir, "running", starts=count_starts(run_dir, resume_step))
-        undo.pop_all()  # it stays locked
+        undo.pop_all()  # the lock is kept
     return lock
 
 
@@ -99,11 +99,10 @@ def _lock(lock: IO[str], run_dir: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.seek(0)
-        raise ValueError(
-            f"--run_dir {run_dir}: in use by {lock.read().strip() or 'another run'}. "
-            "Fix: stop that run, or give another folder"
-        ) from None
-    except OSError as error:
+        what = f"in use by {lock.read().strip() or 'another run'}"
+        remedy = "stop that run, or give another folder"
+        raise BadInput(f"--run_dir {run_dir}", what, remedy) from None
+    except OSError as error:  # a file system without locks
         print(f"warning: {lock.name}: {error.strerror}; start no second run here", file=sys.stderr)
     lock.truncate(0)
     lock.write(f"process {os.getpid()} of {socket.gethostname()} since {time.ctime()}\n")
@@ -112,12 +111,12 @@ def _lock(lock: IO[str], run_dir: Path) -> None:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Replace a small file of the run: its old or its new text is there at any moment."""
+    """Replace a small JSON file of the run atomically."""
     write_atomically(path, json.dumps(values, indent=2) + "\n")
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
-    """Return what `run_status.json` says; nothing where there is none or it is not one."""
+    """Return the contents of `run_status.json`; {} if it is missing or damaged."""
     with contextlib.suppress(OSError, ValueError):
         status = json.loads((run_dir / STATUS).read_text(encoding="utf-8"))
         if isinstance(status, dict):
@@ -134,24 +133,22 @@ def write_status(run_dir: Path, status: str, **more: Any) -> None:
 
 
 def count_starts(run_dir: Path, resume_step: int) -> list[int]:
-    """Return the steps of the starts that ended without notice, the last ones, and of this one.
+    """Return the steps at which the last starts began that crashed, and the step of this one.
 
     Raises:
-        ValueError: MAX_RESTARTS restarts from this step have come no checkpoint further.
+        BadInput: MAX_RESTARTS restarts from this step have saved no further checkpoint.
     """
     old = read_status(run_dir)
-    if old.get("status") == "running":  # nobody holds the lock: it is gone
+    if old.get("status") == "running":  # but nobody holds the lock
         what = f"the run that began at {old.get('time')} was killed, it seems"
         print(f"warning: {run_dir}: {what}; going on from step {resume_step}", file=sys.stderr)
     crashed = old.get("status") in ("running", "hung", "failed", "diverged")
     starts = old.get("starts", []) if crashed else []
-    if old.get("status") == "diverged":  # its steps changed no weight: they are no progress
+    if old.get("status") == "diverged":  # its last steps changed no weight: they are no progress
         starts = [resume_step for _ in starts]
     starts = [*starts, resume_step]
     if starts.count(resume_step) > 1 + MAX_RESTARTS:
-        raise ValueError(
-            f"{run_dir / STATUS}: {MAX_RESTARTS} restarts from step {resume_step} came to no "
-            f"checkpoint ({old.get('reason') or 'killed'}). "
-            "Fix: mend the cause, then delete this file"
-        )
+        reason = old.get("reason") or "killed"
+        what = f"{MAX_RESTARTS} restarts from step {resume_step} came to no checkpoint ({reason})"
+        raise BadInput(f"{run_dir / STATUS}", what, "fix the cause, then delete this file")
     return starts

@@ -1,4 +1,4 @@
-"""Engine -> step folder: the engine's own files, this run's random states, and the manifest."""
+"""Save an engine as a step folder: its own files, the random states and the manifest."""
 
 import contextlib
 import hashlib
@@ -19,10 +19,10 @@ from checkpoint.manifest import (
     FileRecord,
     Manifest,
     prune,
-    publish,
+    publish_step,
     record_file,
     step_name,
-    sync_file,
+    sync,
     writer_of,
 )
 
@@ -60,7 +60,6 @@ def save_checkpoint(
     checkpoints: Path,
     *,
     step: int,
-    samples: int,
     precision: str,
     order: dict[str, Any],
     keep: int = 0,
@@ -72,41 +71,41 @@ def save_checkpoint(
     Args:
         engine: At a step boundary.
         checkpoints: Folder of the step folders.
-        step: Of the manifest, as `samples`, `precision` and `order`.
-        keep: Checkpoints to keep, the newest; 0: all.
-        keep_every: Of the older ones those of a multiple of this step stay; 0: none.
-        unverified: Of the manifest.
+        step: As in Manifest, like `precision`, `order` and `unverified`.
+        keep: How many checkpoints to keep, the newest; 0: all.
+        keep_every: Older ones stay if their step is a multiple of this; 0: none stays.
 
     Raises:
-        OSError: The disk refused, on whichever rank; names the file.
+        OSError: A rank could not write, on all ranks; names the file.
     """
     rank = dist.get_rank()
     partial = checkpoints / (step_name(step) + PARTIAL_SUFFIX)
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
-    dist.barrier()  # all ranks: the old attempt is gone
+    dist.barrier()  # all ranks: the unfinished save of an earlier run is deleted
     write_files(engine, partial)
     fingerprints = engine_fingerprints(engine)  # all ranks
     dist.barrier()  # all ranks: every file is written
-    shares = gather(lambda: record_share(partial, rank))  # all ranks
+    files: dict[str, FileRecord] = {}
+    for share in on_all_ranks(lambda: record_share(partial, rank)):  # all ranks
+        files |= share
     manifest = Manifest(
         step=step,
-        samples=samples,
         **layout_of(engine, precision),
         model=asdict(engine.module.config),
         order=order,
-        files={name: record for share in shares for name, record in share.items()},
+        files=files,
         fingerprints=fingerprints,
         unverified=unverified or [],
     )
-    gather(lambda: _finish(partial, manifest, keep, keep_every))  # all ranks
+    on_all_ranks(lambda: _finish(partial, manifest, keep, keep_every))  # all ranks
 
 
 def _finish(partial: Path, manifest: Manifest, keep: int, keep_every: int) -> None:
     if dist.get_rank() == 0:
         for script in partial.parent.glob(RECOVERY_SCRIPTS):
             script.unlink()
-        publish(partial, manifest)
+        publish_step(partial, manifest)
         prune(partial.parent, keep, keep_every)
 
 
@@ -121,26 +120,24 @@ def write_files(engine: Any, partial: Path) -> None:
             engine.save_checkpoint(str(partial.parent), tag=partial.name, save_latest=False)
         torch.save(states, partial / rng_file(rank))
     except RuntimeError as error:  # PyTorch's writer on a full disk
-        raise OSError(
-            f"{partial}: {str(error).splitlines()[0]}. Fix: make room, start again"
-        ) from error
+        what = str(error).splitlines()[0]
+        raise OSError(f"{partial}: {what}. Fix: free disk space, then start again") from error
 
 
 def record_share(partial: Path, rank: int) -> dict[str, FileRecord]:
     """Flush and hash the files that this rank wrote."""
-    records = {}
-    for path in sorted(partial.glob("[!.]*")):  # hidden files are not ours
-        if writer_of(path.name) == rank:
-            sync_file(path)
-            records[path.name] = record_file(path)
-    return records
+    paths = sorted(partial.glob("[!.]*"))  # hidden files are not ours
+    own = [path for path in paths if writer_of(path.name) == rank]
+    for path in own:
+        sync(path)
+    return {path.name: record_file(path) for path in own}
 
 
-def gather(work: Callable[[], Any]) -> list[Any]:
-    """Return what `work` returns on each rank (all ranks).
+def on_all_ranks(work: Callable[[], Any]) -> list[Any]:
+    """Do `work` on every rank; return the result of each (all ranks).
 
     Raises:
-        OSError: It raised one on a rank; the same on all.
+        OSError: `work` raised one on some rank: then all ranks raise it, and none waits for ever.
     """
     failure, result = "", None
     try:
@@ -149,6 +146,7 @@ def gather(work: Callable[[], Any]) -> list[Any]:
         failure = f"rank {dist.get_rank()}: {error}"
     outcomes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, (failure, result))  # all ranks
-    if failures := [failure for failure, _ in outcomes if failure]:
+    failures = [failure for failure, _ in outcomes if failure]
+    if failures:
         raise OSError(failures[0])
     return [result for _, result in outcomes]

@@ -1,4 +1,4 @@
-"""torch.load of weights only; whatever it refuses becomes one line."""
+"""Load weights with torch.load, and nothing else; turn what it refuses into one line."""
 
 import contextlib
 import os
@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-# What PyTorch's readers raise on files that are damaged or not theirs.
+from errors import BadInput
+
+# What PyTorch's readers raise on damaged files and on files of another format.
 DAMAGE = (RuntimeError, EOFError, KeyError, TypeError, ValueError, AttributeError, IndexError)
 
 
@@ -19,28 +21,27 @@ def naming_pickled_code(path: Path) -> Iterator[None]:
     """Turn PyTorch's refusal of a pickled object into one line.
 
     Raises:
-        ValueError: The file, or one in the folder, holds more than tensors and plain values.
+        BadInput: The file, or one in the folder, holds more than tensors and plain values.
     """
     try:
         yield
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"the pickled object {refused[1]}" if refused else "pickled objects"
-        raise ValueError(
-            f"{path}: holds {what}, only tensors are loaded. Fix: consolidate it where it is from"
-        ) from error
+        found = f"the pickled object {refused[1]}" if refused else "pickled objects"
+        what = f"holds {found}, but only tensors are loaded"
+        raise BadInput(f"{path}", what, "consolidate it with the program that wrote it") from error
 
 
 def load_weights_only(path: Path, stand_in: tuple[type, str] | None = None) -> Any:
-    """Load a file of `torch.save` without running anything in it; tensors stay mapped.
+    """Load a file of `torch.save` without running code from it; tensors stay mapped to the file.
 
     Args:
         path: The file.
-        stand_in: (class, "Name"): the class takes the fields of pickled objects whose own class,
-            in whatever module, has that name; that class is neither imported nor run.
+        stand_in: (class, "Name"): the class takes the fields of pickled objects whose own class
+            has that name, in any module; their class is neither imported nor run.
 
     Raises:
-        ValueError: A missing or damaged file, or one that holds more than tensors and plain values.
+        BadInput: The file is missing or damaged, or holds more than tensors and plain values.
     """
     allowed: list[Any] = []
     with naming_pickled_code(path):
@@ -51,15 +52,14 @@ def load_weights_only(path: Path, stand_in: tuple[type, str] | None = None) -> A
             with torch.serialization.safe_globals(allowed):
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except FileNotFoundError:
-            raise ValueError(f"{path}: missing. Fix: copy it again") from None
+            raise BadInput(f"{path}", "missing", "copy it again") from None
         except DAMAGE as error:
-            raise ValueError(
-                f"{path}: damaged ({str(error).splitlines()[0][:80]}). Fix: copy it again"
-            ) from error
+            what = f"damaged ({str(error).splitlines()[0][:80]})"
+            raise BadInput(f"{path}", what, "copy it again") from error
 
 
 def allow_deepspeed_types() -> None:
-    """Let `torch.load` take what DeepSpeed puts into its files, and nothing else, from here on."""
+    """Let `torch.load` load the types in DeepSpeed's files, and no others, from now on."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guessed
     from deepspeed.runtime.fp16.loss_scaler import LossScaler

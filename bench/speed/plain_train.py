@@ -211,7 +211,7 @@ def hf_twin(model: GPT) -> nn.Module:
     from transformers import GPT2LMHeadModel
 
     with tempfile.TemporaryDirectory() as folder:
-        save_hf_folder(Path(folder) / "hf", model.config, model.named_parameters(), lambda _: None)
+        save_hf_folder(Path(folder) / "hf", model.config, model.named_parameters())
         twin = GPT2LMHeadModel.from_pretrained(Path(folder) / "hf")
     to: dict[str, Any] = {"device": model.wte.weight.device}  # transformers hides `to`'s types
     return twin.train().to(**to)

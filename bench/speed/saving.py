@@ -64,14 +64,13 @@ def compare(engine: Any, folder: Path, blocks: int) -> dict[str, list[float]]:
 
         return run
 
-    saving.sync_file = timed("flushing", manifest.sync_file)
+    saving.sync = timed("flushing", manifest.sync)
     saving.record_file = timed("hashing", manifest.record_file)
     saving.engine_fingerprints = timed("fingerprints", fingerprints.engine_fingerprints)
 
     def ours() -> None:
-        saving.save_checkpoint(
-            engine, folder / "ours", step=1, samples=1, precision="bf16", order={}
-        )
+        order = {"batch_tokens": 1, "seq_len": 1}
+        saving.save_checkpoint(engine, folder / "ours", step=1, precision="bf16", order=order)
 
     def engines() -> None:
         engine.save_checkpoint(str(folder / "engine"), tag="step", save_latest=True)

@@ -18,6 +18,7 @@ from training.ranks import Ranks
 from training.step import optimizer_step, set_optimizer
 
 MASK = 2**64 - 1
+ORDER = {"batch_tokens": 128, "seq_len": 32}
 
 
 def mix(index: int) -> int:
@@ -73,9 +74,7 @@ def train_and_save(ranks: Ranks, stage: int, folder: Path, fp32: bool) -> tuple[
     engine.backward(engine(*batch()))
     optimizer_step(engine, grad_clip=1.0)
     precision = "fp32" if fp32 else "bf16" if stage else "autocast"
-    save_checkpoint(
-        engine, folder, step=1, samples=4, precision=precision, order={}, unverified=["x.y"]
-    )
+    save_checkpoint(engine, folder, step=1, precision=precision, order=ORDER, unverified=["x.y"])
     return engine, folder / step_name(1)
 
 

@@ -7,8 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import checkpoint.hf_folder
-from checkpoint.consolidate import save_consolidated
-from checkpoint.hf_folder import load_hf_config, load_hf_folder
+from checkpoint.hf_folder import load_hf_config, load_hf_folder, save_hf_folder
 from checkpoint.hub import locate_hf_folder
 from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
@@ -38,7 +37,7 @@ def test_logits_survive_import_and_export(hf_folder: Path, tmp_path: Path) -> No
     expected = hf_logits(hf_folder, tokens)
     ours = load_hf_folder(hf_folder)
     torch.testing.assert_close(ours(tokens), expected, rtol=1e-5, atol=1e-5)
-    save_consolidated(tmp_path / "ours", ours.config, ours.named_parameters())
+    save_hf_folder(tmp_path / "ours", ours.config, ours.named_parameters())
     torch.testing.assert_close(hf_logits(tmp_path / "ours", tokens), expected, rtol=0, atol=1e-6)
     again = load_hf_folder(tmp_path / "ours")
     torch.testing.assert_close(again(tokens), expected, rtol=1e-5, atol=1e-5)
@@ -46,7 +45,7 @@ def test_logits_survive_import_and_export(hf_folder: Path, tmp_path: Path) -> No
 
 def test_exported_tokenizer_gives_our_ids(tmp_path: Path) -> None:
     gpt = GPT(CONFIG)
-    save_consolidated(tmp_path / "ours", CONFIG, gpt.named_parameters())
+    save_hf_folder(tmp_path / "ours", CONFIG, gpt.named_parameters())
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ours")
     text = "Hello, I'm  a language model; ñandú 日本 123\n\n<|endoftext|>"
     expected = load_tokenizer().encode(text, allowed_special="all")
@@ -59,7 +58,7 @@ def test_large_exports_are_split_with_an_index(
 ) -> None:
     monkeypatch.setattr(checkpoint.hf_folder, "SHARD_BYTES", 40_000)
     gpt = GPT(CONFIG).eval()
-    save_consolidated(tmp_path / "ours", CONFIG, gpt.named_parameters())
+    save_hf_folder(tmp_path / "ours", CONFIG, gpt.named_parameters())
     files = list((tmp_path / "ours").glob("model-*-of-*.safetensors"))
     index = json.loads((tmp_path / "ours" / "model.safetensors.index.json").read_text())
     assert len(files) > 2

@@ -102,4 +102,4 @@ def test_a_wrong_checksum_is_refused_and_the_file_deleted(hub: str, tmp_path: Pa
 
 def test_a_hub_out_of_reach_is_one_clear_error(tmp_path: Path) -> None:
     done = locate("http://127.0.0.1:9", tmp_path / "home", "gpt2-xl")
-    assert "ValueError: gpt2-xl: neither a folder nor to be had from the hub" in done.stderr
+    assert "BadInput: gpt2-xl: is not a local folder, and the hub could not provide" in done.stderr

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from checkpoint.manifest import (
     complete_steps,
     incomplete_steps,
     prune,
-    publish,
+    publish_step,
     read_manifest,
     record_file,
     step_name,
@@ -24,7 +25,7 @@ from checkpoint.run_folder import check_unused
 from model import GPTConfig
 
 MODEL = GPTConfig(2, 2, 64, 64)
-ORDER = {"seed": 1337, "batch_tokens": 512}
+ORDER = {"seed": 1337, "batch_tokens": 512, "seq_len": 64}
 
 
 def save(checkpoints: Path, step: int) -> Path:
@@ -33,8 +34,8 @@ def save(checkpoints: Path, step: int) -> Path:
     (partial / "a.pt").write_bytes(b"weights" * step)
     (partial / "b.pt").write_bytes(b"moments" * step)
     files = {name: record_file(partial / name) for name in ("a.pt", "b.pt")}
-    manifest = Manifest(step, 8 * step, 2, 1, "bf16", "Adam", MODEL.__dict__, ORDER, files)
-    return publish(partial, manifest)
+    manifest = Manifest(step, 2, 1, "bf16", "Adam", MODEL.__dict__, ORDER, files)
+    return publish_step(partial, manifest)
 
 
 def test_manifest_survives_the_disk(tmp_path: Path) -> None:
@@ -43,6 +44,7 @@ def test_manifest_survives_the_disk(tmp_path: Path) -> None:
     assert folder.name == "step_000250"
     assert (manifest.step, manifest.samples, manifest.zero_stage) == (250, 2000, 1)
     assert GPTConfig(**manifest.model) == MODEL
+    assert json.loads((folder / "manifest.json").read_text())["samples"] == 8 * 250
     verify_files(folder, manifest)
     assert (tmp_path / "latest").read_text() == "step_000250"
     assert not list(tmp_path.rglob("*.tmp"))

@@ -197,7 +197,7 @@ def test_a_cut_or_old_llm_c_file_is_refused(tmp_path: Path) -> None:
         ({"model_args": None}, "not a GPT-2"),
         ({"config": 3}, "not a GPT-2"),
         ({"model": {"wte.weight": torch.zeros(3), "wpe.weight": torch.tensor(1)}}, "not a GPT-2"),
-        ({"model": {1: 2}}, "1 is no tensor"),
+        ({"model": {1: 2}}, "1 is not a tensor"),
     ],
 )
 def test_another_network_is_refused(
@@ -212,7 +212,7 @@ def test_another_network_is_refused(
 @pytest.mark.parametrize(
     ("weight", "message"),
     [
-        (torch.full((32,), torch.nan), "holds values that are no finite numbers"),
+        (torch.full((32,), torch.nan), r"is not finite \(NaN or inf\)"),
         (torch.zeros(32, dtype=torch.int32), "is torch.int32, .*needs dense floating-point"),
         (torch.zeros(32).to_sparse(), "is .*sparse_coo; needs dense floating-point"),
         (torch.zeros(33), r"is \(33,\), the model needs \(32,\)"),

@@ -7,7 +7,6 @@ import pytest
 from nbclient import NotebookClient
 
 from checkpoint.hf_folder import save_hf_folder
-from data.tokenizer import save_hf_tokenizer
 from model import GPT, PRESETS
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
@@ -15,12 +14,7 @@ NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 
 def test_every_cell_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, folder = PRESETS["debug"].config, tmp_path / "hf"
-    save_hf_folder(
-        folder,
-        config,
-        GPT(config).named_parameters(),
-        lambda partial: save_hf_tokenizer(partial, config.block_size),
-    )
+    save_hf_folder(folder, config, GPT(config).named_parameters())
     for name, value in {"CKPT": folder, "HF_HUB_OFFLINE": 1, "MPLBACKEND": "agg"}.items():
         monkeypatch.setenv(name, str(value))
     notebook = nbformat.read(NOTEBOOKS / "play.ipynb", as_version=4)
