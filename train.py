@@ -18,10 +18,11 @@ from checkpoint.run_folder import write_json
 from launch.planning.fitting import advice, explain_out_of_memory, plan_here, settle_micro_batch
 from training.config import TrainConfig, parse_flags, to_json
 from training.ds_config import precision, zero_stage
+from training.exit_status import BAD_INPUT, FAILED, FINISHED
 from training.ranks import leave, ranks_or_exit, say_once
 from training.run import Inputs, Run, describe_run, open_inputs, resolve_run, take_run_dir
 from training.streams import outlive_readers
-from training.supervise import BAD_INPUT, FAILED, FINISHED, error_line, report, supervise
+from training.supervise import error_line, report, supervise
 from training.watchdog import Watchdog, group_timeout_s
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> int:
         for remark in run.remarks if ranks.is_main else []:
             print(f"warning: {remark}", file=sys.stderr)
         if run.config.dry_run:
-            print(describe_run(run.config, run.batch, run.ds_config))
+            print(describe_run(run))
             if not run.is_settled:
                 n = run.batch.micro_batch_size
                 print(f"micro-batch     {n}, or more where the GPU holds it, or fewer")
@@ -97,13 +98,7 @@ def start_engine(run: Run, inputs: Inputs, device: torch.device) -> tuple[Any, i
     """
     from checkpoint.hf_folder import load_hf_weights
     from checkpoint.resuming import load_checkpoint, newest_intact
-    from training.engine import (
-        ask_for_determinism,
-        build_engine,
-        build_model,
-        load_weights,
-        set_clipping,
-    )
+    from training.engine import ask_for_determinism, build_engine, build_model, load_weights
 
     settle_micro_batch(run, device, resumes=bool(inputs.checkpoints))
     config, ds_config = run.config, run.ds_config
@@ -115,25 +110,24 @@ def start_engine(run: Run, inputs: Inputs, device: torch.device) -> tuple[Any, i
     if config.deterministic:
         ask_for_determinism()
     model = build_model(config, ds_config, device)
-    model.use_memory(planned.memory_use)
+    model.use_memory(planned.share.memory_use)
     if inputs.init_folder:
         weights = load_hf_weights(inputs.init_folder, config.gpt_config)
         load_weights(model, weights, zero_stage(ds_config))
     engine, groups = build_engine(model, config, ds_config, run.ranks)
     if checkpoint:
         load_checkpoint(engine, *checkpoint, precision(ds_config))
-        set_clipping(engine, config.grad_clip)
     if run.ranks.is_main:
         if checkpoint:
             print(f"resumed from {checkpoint[0]}", file=sys.stderr)
-        print(describe_run(config, run.batch, ds_config), file=sys.stderr)
+        print(describe_run(run), file=sys.stderr)
         print(groups, file=sys.stderr)
         write_json(config.run_dir / "config.json", to_json(config))
         write_json(config.run_dir / "ds_config.json", ds_config)
     return engine, checkpoint[1].step if checkpoint else 0
 
 
-def open_session(run: Run, engine: Any, stops: Stops, device: torch.device) -> Session:
+def build_session(run: Run, engine: Any, stops: Stops, device: torch.device) -> Session:
     """Return a session that looks for a request to stop before each forward (all ranks)."""
     from eval.session import Session
 
@@ -141,7 +135,7 @@ def open_session(run: Run, engine: Any, stops: Stops, device: torch.device) -> S
         stops.check(device)  # all ranks: each does the same number of forwards
         return engine(*args, **kwargs)
 
-    return Session(forward, device, run.ranks)
+    return Session(forward, run.config.gpt_config, device, run.ranks)
 
 
 @dataclass
@@ -194,7 +188,7 @@ def start(
     ):
         parts = Parts(
             engine=engine,
-            session=open_session(run, engine, stops, device),
+            session=build_session(run, engine, stops, device),
             batches=(split_windows(windows, device) for windows in loader),
             saver=Saver(run, inputs.order, engine, health, watchdog, saved_step=step),
             metrics=metrics,
@@ -229,9 +223,7 @@ def validate(run: Run, inputs: Inputs, session: Session) -> tuple[float, list[st
         eval_tokens=config.eval_tokens,
         batch_size=run.batch.micro_batch_size,
     )
-    texts = sample_texts(
-        session, config.gpt_config, config.sample_prompt, config.sample_tokens, config.seed
-    )
+    texts = sample_texts(session, config.sample_prompt, config.sample_tokens, config.seed)
     return loss, texts
 
 

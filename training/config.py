@@ -1,4 +1,4 @@
-"""TrainConfig: everything about a run that the engine's JSON does not own, one flag per field."""
+"""Define TrainConfig, what the engine's JSON does not own of a run, with one flag per field."""
 
 import argparse
 import dataclasses
@@ -16,16 +16,15 @@ from model import GPTConfig
 from model.presets import EVAL_TOKENS, PROMPT, Preset, get_preset
 from training.watchdog import parse_timeouts
 
-MAX_SEQUENCES = 16  # of a micro-batch that nobody asked for
-MAX_GPU_TOKENS = 65_536  # the same where a GPU has room: larger products, fewer sums of gradients
+# Of a micro-batch that nobody asked for: on a CPU, and on a GPU, where larger matrix products and
+# fewer sums of gradients are faster.
+MAX_SEQUENCES = 16
+MAX_GPU_TOKENS = 65_536
+FROM_PRESET: Any = dataclasses.MISSING  # `resolve_train_config` fills it in
 
 
 def _flag(default: object, text: str) -> Any:
     return field(default=default, metadata={"help": text})
-
-
-def _from_preset(text: str) -> Any:
-    return field(metadata={"help": text})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,19 +39,19 @@ class TrainConfig:
     model: str = _flag("gpt2", "preset: the model, its batch and its learning rate")
     data_dir: Path = _flag(Path("edu_fineweb10B"), "folder of token shards")
     verify: bool = _flag(False, "compare every byte of the shards with shards.json at the start")
-    run_dir: Path = _from_preset("folder for everything the run writes (runs/MODEL)")
+    run_dir: Path = _flag(FROM_PRESET, "folder for everything the run writes (runs/MODEL)")
     ds_config: Path = _flag(Path("ds_configs/zero1.json"), "the engine's JSON")
     resume: str = _flag("auto", "auto: if there is a checkpoint; must; none: start anew")
     init_from: str = _flag("", "start from these weights: Hugging Face folder or hub name")
-    batch_tokens: int = _from_preset("tokens per optimizer step, over all ranks (preset's)")
+    batch_tokens: int = _flag(FROM_PRESET, "tokens per optimizer step, over all ranks (preset's)")
     micro_batch_size: int = _flag(
         0, "sequences per forward and rank; 0: a GPU takes what fits, a CPU 16"
     )
-    seq_len: int = _from_preset("tokens per sequence (the model's block_size)")
-    max_steps: int = _from_preset("optimizer steps (preset's tokens / batch_tokens)")
-    lr: float = _from_preset("peak learning rate (preset's)")
-    warmup_steps: int = _from_preset("steps of linear warm-up (preset's tokens)")
-    decay_steps: int = _from_preset("step at which the cosine ends (preset's tokens)")
+    seq_len: int = _flag(FROM_PRESET, "tokens per sequence (the model's block_size)")
+    max_steps: int = _flag(FROM_PRESET, "optimizer steps (preset's tokens / batch_tokens)")
+    lr: float = _flag(FROM_PRESET, "peak learning rate (preset's)")
+    warmup_steps: int = _flag(FROM_PRESET, "steps of linear warm-up (preset's tokens)")
+    decay_steps: int = _flag(FROM_PRESET, "step at which the cosine ends (preset's tokens)")
     min_lr_ratio: float = _flag(0.1, "learning rate after decay_steps, as a fraction of lr")
     beta1: float = _flag(0.9, "AdamW")
     beta2: float = _flag(0.95, "AdamW")
@@ -64,7 +63,7 @@ class TrainConfig:
     shuffle: bool = _flag(True, "permute the windows in each epoch; false: in stream order")
     eval_every: int = _flag(250, "steps between validations and samples")
     eval_tokens: int = _flag(EVAL_TOKENS, "validation tokens, the first of the split")
-    hellaswag_every: int = _from_preset("steps between HellaSwag scores; 0: none (preset's)")
+    hellaswag_every: int = _flag(FROM_PRESET, "steps between HellaSwag scores; 0: none (preset's)")
     hellaswag_limit: int = _flag(10_042, "HellaSwag rows, the first of the validation set")
     sample_tokens: int = _flag(32, "tokens of each in-loop sample")
     sample_prompt: str = _flag(PROMPT, "prompt of the in-loop samples")
@@ -100,7 +99,7 @@ class BatchArithmetic:
 
     @property
     def losses_per_step(self) -> int:
-        """Return how many micro-batches all ranks have in one step: each gives one mean loss."""
+        """Count the micro-batches of all ranks in one step: each has one mean loss."""
         return self.grad_accum_steps * self.world_size
 
 
@@ -137,7 +136,7 @@ def resolve_train_config(
 
 
 CHOICES = {"resume": ("auto", "must", "none"), "compile": ("auto", "true", "false")}
-# Fields, what must hold of their values and how to say it.
+# Fields, what must hold of their values, and the words for it.
 RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (("batch_tokens", "seq_len", "max_steps", "lr", "eps", "eval_every",
       "eval_tokens", "hellaswag_limit", "sample_tokens", "checkpoint_every", "log_every",
@@ -159,37 +158,36 @@ def _check_ranges(config: TrainConfig) -> None:
         for name in names:
             value = getattr(config, name)
             if not is_within(value):
-                raise ValueError(f"--{name} {value}: out of range. Fix: give one {words}")
-    for name, values in CHOICES.items():
-        if (value := getattr(config, name)) not in values:
-            raise ValueError(f"--{name} {value}: unknown. Fix: give {', '.join(values)}")
-    name = str(config.run_dir)
-    if name == "." or not name.isprintable() or set(name) & set("*?["):  # DeepSpeed globs it
-        raise ValueError(f"--run_dir {name!r}: not a name without *?[ in it. Fix: as in runs/x")
+                raise BadInput(f"--{name} {value}", "out of range", f"give one {words}")
+    for name, choices in CHOICES.items():
+        value = getattr(config, name)
+        if value not in choices:
+            raise BadInput(f"--{name} {value}", "unknown", f"give {', '.join(choices)}")
+    run_dir = str(config.run_dir)
+    # DeepSpeed passes the path to glob, for which *, ? and [ are patterns.
+    if run_dir == "." or not run_dir.isprintable() or set(run_dir) & set("*?["):
+        what = "not a usable path: it must be printable, without *, ? and ["
+        raise BadInput(f"--run_dir {run_dir!r}", what, "e.g. runs/x")
     parse_timeouts(config.timeouts)
-    if config.profile:
-        first, end = profiled_steps(config)
-        if not first < end <= config.max_steps:
-            raise ValueError(
-                f"--profile {config.profile}: out of range. Fix: FIRST below END, and END "
-                f"at most --max_steps {config.max_steps}"
-            )
-    if config.seq_len > config.preset.config.block_size:
-        raise ValueError(
-            f"--seq_len {config.seq_len}: {config.model} has a block_size of "
-            f"{config.preset.config.block_size}. Fix: give no more"
-        )
+    first, end = profiled_steps(config)
+    if config.profile and not first < end <= config.max_steps:
+        remedy = f"give FIRST below END, and END of at most --max_steps {config.max_steps}"
+        raise BadInput(f"--profile {config.profile}", "out of range", remedy)
+    block_size = config.preset.config.block_size
+    if config.seq_len > block_size:
+        what = f"{config.model} has a block_size of {block_size}"
+        raise BadInput(f"--seq_len {config.seq_len}", what, f"give at most {block_size}")
 
 
 def profiled_steps(config: TrainConfig) -> tuple[int, int]:
     """Return first and end of the steps to trace; the same number twice for none.
 
     Raises:
-        ValueError: `profile` is not two numbers.
+        BadInput: `profile` is not two numbers.
     """
     match = re.fullmatch(r"([0-9]+):([0-9]+)", config.profile or "0:0")
     if not match:
-        raise ValueError(f"--profile {config.profile}: not FIRST:END. Fix: give such, as in 10:13")
+        raise BadInput(f"--profile {config.profile}", "must be FIRST:END", "e.g. 10:13")
     return int(match[1]), int(match[2])
 
 
@@ -197,32 +195,31 @@ def resolve_batch(config: TrainConfig, world_size: int) -> BatchArithmetic:
     """Split `batch_tokens` over `world_size` ranks.
 
     Raises:
-        ValueError: It does not divide; the message suggests a value that does.
+        BadInput: It does not divide; the message suggests a value that does.
     """
-    sequences, rest = divmod(config.batch_tokens, config.seq_len)
+    batch_tokens, seq_len = config.batch_tokens, config.seq_len
+    where = f"--batch_tokens {batch_tokens}"
+    sequences, rest = divmod(batch_tokens, seq_len)
     if rest or not sequences:
-        nearest = max(1, round(config.batch_tokens / config.seq_len)) * config.seq_len
-        raise ValueError(
-            f"--batch_tokens {config.batch_tokens} is not a multiple of --seq_len "
-            f"{config.seq_len}. Fix: --batch_tokens {nearest}"
-        )
+        nearest = max(1, round(batch_tokens / seq_len)) * seq_len
+        what = f"is not a multiple of --seq_len {seq_len}"
+        raise BadInput(where, what, f"--batch_tokens {nearest}")
     per_rank, rest = divmod(sequences, world_size)
     if rest or not per_rank:
-        below = per_rank * world_size * config.seq_len
-        nearest = f"{below} or " * (per_rank > 0) + f"{below + world_size * config.seq_len}"
-        raise ValueError(
-            f"--batch_tokens {config.batch_tokens}: {sequences} sequences do not divide among "
-            f"{world_size} ranks. Fix: --batch_tokens {nearest}"
-        )
+        below = per_rank * world_size * seq_len
+        above = below + world_size * seq_len
+        nearest = f"{below} or {above}" if below else f"{above}"
+        what = f"{sequences} sequences do not divide among {world_size} ranks"
+        raise BadInput(where, what, f"--batch_tokens {nearest}")
     sizes = divisors(per_rank)
-    micro = config.micro_batch_size or max(m for m in sizes if m <= MAX_SEQUENCES)
-    if micro not in sizes:
-        fitting = max(m for m in sizes if m <= micro)
-        raise ValueError(
-            f"--micro_batch_size {micro} does not divide the {per_rank} sequences of a rank and "
-            f"step. Fix: --micro_batch_size {fitting}"
-        )
-    return BatchArithmetic(sequences, micro, per_rank // micro, world_size)
+    micro_batch_size = config.micro_batch_size or max(n for n in sizes if n <= MAX_SEQUENCES)
+    if micro_batch_size not in sizes:
+        nearest = max(n for n in sizes if n <= micro_batch_size)
+        what = f"does not divide the {per_rank} sequences of a rank and step"
+        where = f"--micro_batch_size {micro_batch_size}"
+        raise BadInput(where, what, f"--micro_batch_size {nearest}")
+    grad_accum_steps = per_rank // micro_batch_size
+    return BatchArithmetic(sequences, micro_batch_size, grad_accum_steps, world_size)
 
 
 def divisors(n: int) -> list[int]:
@@ -270,9 +267,9 @@ def parse_flags(argv: list[str], description: str) -> dict[str, Any]:
 
 def to_json(config: TrainConfig) -> dict[str, object]:
     """Return the values of all flags as JSON values."""
-    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    del values["preset"]
-    return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
+    values = vars(config).items()
+    flags = {name: value for name, value in values if name != "preset"}
+    return {name: str(v) if isinstance(v, Path) else v for name, v in flags.items()}
 
 
 def largest_micro_batch(seq_len: int, on_gpu: bool) -> int:

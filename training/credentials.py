@@ -1,7 +1,9 @@
-"""Passwords and access tokens, which a run would store in plain text in its folder."""
+"""Refuse passwords and access tokens, which a run would store in plain text in its folder."""
 
 import re
 from typing import Any
+
+from errors import BadInput
 
 # A token of Hugging Face, GitHub, OpenAI, Weights & Biases' or Amazon's; a URL with a password.
 LOOKS_SECRET = re.compile(
@@ -15,16 +17,14 @@ def refuse_credentials(values: dict[str, Any], where: str) -> None:
 
     Args:
         values: A JSON object.
-        where: What to call it: "--" or a file.
+        where: What the error puts before a key: "--" or a file.
 
     Raises:
-        ValueError: Names the key, not the value.
+        BadInput: Names the key, not the value.
     """
     for key, value in values.items():
         if isinstance(value, dict):
             refuse_credentials(value, f"{where}{key}.")
         elif isinstance(value, str) and (LOOKS_SECRET.search(value) or NAMED_SECRET.search(key)):
-            raise ValueError(
-                f"{where}{key}: looks like a password or an access token, which would be stored. "
-                "Fix: give it in the environment (HF_TOKEN)"
-            )
+            what = "looks like a password or an access token, which would be stored"
+            raise BadInput(f"{where}{key}", what, "give it in the environment (HF_TOKEN)")

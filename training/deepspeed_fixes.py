@@ -1,4 +1,4 @@
-"""Workarounds for DeepSpeed 0.19.8 and for glibc, each with its reason: an upgrade begins here."""
+"""Work around DeepSpeed 0.19.8 and glibc, each time with the reason: an upgrade begins here."""
 
 import contextlib
 import ctypes
@@ -7,17 +7,18 @@ import functools
 import gc
 import hashlib
 import inspect
-import os
+import io
+import logging
 import sys
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from errors import BadInput
 from training.config import TrainConfig
 from training.extension_locks import check_extension_locks
 from training.ranks import Ranks
@@ -28,6 +29,71 @@ UPDATE_SHA256 = "23c204f6af81602ae3544a2ebb6909dd5b5079e367b935b4ffe0f78d440cce2
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
 
 
+def quiet_deepspeed(device: torch.device) -> None:
+    """Silence what every run would print and nobody can act on."""
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    # It calls PyTorch's collectives by their old names, at stage 3 many times in each step.
+    old_names = ".*(all_gather_into|reduce_scatter)_tensor. is deprecated"
+    warnings.filterwarnings("ignore", old_names, FutureWarning)
+    if device.type == "cpu":
+        # DeepSpeed's shared-memory all-reduce serves inference only; compiling it takes a minute.
+        # Not on a GPU: there reading this table makes DeepSpeed try every operator, on stdout.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@contextlib.contextmanager
+def one_line_key_errors(config: TrainConfig) -> Iterator[None]:
+    """Turn DeepSpeed's error about a nested key, which has many lines, into one line."""
+    from pydantic import ValidationError
+
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        where = f"--ds_config {config.ds_config}: {key}"
+        raise BadInput(where, first["msg"], "correct or remove it") from error
+
+
+@contextlib.contextmanager
+def building_engine(config: TrainConfig) -> Iterator[None]:
+    """Have DeepSpeed build an engine fast and silently.
+
+    It prints while it builds. It imports Inductor, which takes seconds, for Muon alone, which no
+    run uses. For its memory reports it collects garbage, and would search all that was imported.
+    """
+    from deepspeed.runtime import compiler
+
+    theirs = compiler.compile
+    setattr(compiler, "compile", lambda: lambda function: function)  # noqa: B010
+    gc.freeze()
+    try:
+        with one_line_key_errors(config), contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        gc.unfreeze()
+        setattr(compiler, "compile", theirs)  # noqa: B010
+
+
+def fix_engine(engine: Any) -> None:
+    """Replace what is slow or wrong in an engine that has just been built (all ranks)."""
+    from deepspeed.runtime import bf16_optimizer
+    from deepspeed.runtime.zero import stage_1_and_2
+
+    if dist.get_backend() == "gloo":
+        for module in (bf16_optimizer, stage_1_and_2):
+            setattr(module, "all_gather_dp_groups", gather_by_broadcasts)  # noqa: B010
+    if getattr(engine.optimizer, "round_robin_gradients", False):
+        link_in_round_robin_order(engine.optimizer)
+    if isinstance(engine.optimizer, bf16_optimizer.BF16_Optimizer):
+        update_by_parts(engine)
+    if not torch.cuda.is_initialized():
+        keep_freed_memory_after_a_step(engine.basic_optimizer)
+
+
 def keep_freed_memory_after_a_step(optimizer: Any) -> None:
     """Have malloc keep what is freed, from the first step on, which makes the moments.
 
@@ -36,6 +102,9 @@ def keep_freed_memory_after_a_step(optimizer: Any) -> None:
     MALLOC_TRIM_THRESHOLD_, for those who did not set them. The moments, which live as long as the
     run, keep pages of their own.
     """
+    libc = ctypes.CDLL(None)
+    if sys.platform != "linux" or not hasattr(libc, "mallopt"):
+        return
 
     def keep(*_: Any) -> None:
         libc.malloc_trim(0)
@@ -43,24 +112,8 @@ def keep_freed_memory_after_a_step(optimizer: Any) -> None:
         libc.mallopt(M_TRIM_THRESHOLD, -1)
         hook.remove()
 
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 2**17)  # glibc's first value; else it grows to 32 MiB
-        hook = optimizer.register_step_post_hook(keep)
-
-
-@contextlib.contextmanager
-def one_line_key_errors(config: TrainConfig) -> Iterator[None]:
-    """Turn DeepSpeed's complaint about a nested key into one line."""
-    from pydantic import ValidationError
-
-    try:
-        yield
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise ValueError(
-            f"--ds_config {config.ds_config}: {key}: {first['msg']}. Fix: correct or remove it"
-        ) from error
+    libc.mallopt(M_MMAP_THRESHOLD, 2**17)  # glibc's first value; else it grows to 32 MiB
+    hook = optimizer.register_step_post_hook(keep)
 
 
 def update_by_parts(engine: Any) -> None:
@@ -138,7 +191,8 @@ def link_in_round_robin_order(optimizer: Any) -> None:
     DeepSpeed's map assumes another order than these tensors have then: weights and moments that are
     read or set through it would be those of other parameters.
     """
-    groups, link = optimizer.bit16_groups, optimizer._link_all_hp_params
+    groups = optimizer.bit16_groups
+    link = optimizer._link_all_hp_params
 
     def link_all() -> None:
         optimizer.bit16_groups = optimizer.round_robin_bit16_groups
@@ -169,39 +223,6 @@ def build_cpu_adam(ranks: Ranks) -> None:
     check_extension_locks(ranks)
     dist.barrier()  # all ranks: nobody mistakes the build for one that was killed
     if ranks.local_rank == 0:  # its constructor compiles it; the others find it built
-        with quiet_stdout():
+        with contextlib.redirect_stdout(io.StringIO()):  # the compiler's
             DeepSpeedCPUAdam([nn.Parameter(torch.zeros(1))])
     dist.barrier()  # all ranks
-
-
-@contextlib.contextmanager
-def quiet_stdout() -> Iterator[None]:
-    """Drop what is printed: DeepSpeed prints while it compiles and while it builds an engine."""
-    with (
-        Path(os.devnull).open("w", encoding="utf-8") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-    ):
-        yield
-
-
-@contextlib.contextmanager
-def without_old_garbage() -> Iterator[None]:
-    """Keep what was imported out of the garbage that DeepSpeed collects for its memory reports."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
-@contextlib.contextmanager
-def without_inductor() -> Iterator[None]:
-    """Do without the import of Inductor, which DeepSpeed needs for Muon alone: no run uses it."""
-    from deepspeed.runtime import compiler
-
-    theirs = compiler.compile
-    setattr(compiler, "compile", lambda: lambda function: function)  # noqa: B010
-    try:
-        yield
-    finally:
-        setattr(compiler, "compile", theirs)  # noqa: B010

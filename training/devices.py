@@ -1,11 +1,12 @@
-"""What each kind of device can do, by its maker's data sheet, and what share of it a GPT gets."""
-
-from __future__ import annotations
+"""List what each kind of device can do by its data sheet, and what share of it a GPT gets."""
 
 import contextlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
+
+from errors import BadInput
 
 GIB = 2**30
 
@@ -61,29 +62,24 @@ _DEVICES = (
     Device("cpu", 24 * GIB, 0.4e12, 20e9, 5e9, 1e9, 24 * GIB, 20e9, 0.75, 0.4, on_gpu=False),
 )
 DEVICES = {device.kind: device for device in _DEVICES}
-PARTS = {  # of the name that a device gives itself, the first that fits, with its kind
-    "H200": "h200", "H100": "h100", "B200": "b200", "A100": "a100", "L40S": "l40s",
-    "RTX 4090": "4090", "MI300X": "mi300x",
-}  # fmt: skip
 SLOWER = {"H100 PCIe": 756e12, "H100 NVL": 835e12}  # NVIDIA H100 data sheet, FLOP/s
 
 
 def get_device(kind: str) -> Device:
-    """Return the device called `kind`, in small letters or large.
+    """Return the device called `kind`, in lower or upper case.
 
     Raises:
-        ValueError: No such kind; the message lists them all.
+        BadInput: No such kind; the message lists them all.
     """
     if kind.lower() not in DEVICES:
-        raise ValueError(f"--device {kind}: unknown. Fix: choose from {', '.join(DEVICES)}")
+        raise BadInput(f"--device {kind}", "unknown", f"choose from {', '.join(DEVICES)}")
     return DEVICES[kind.lower()]
 
 
 def flops_of(name: str) -> float | None:
-    """Return the peak in FLOP/s of a device by the name it gives itself; None if not known."""
-    kinds = (DEVICES[kind].flops for part, kind in PARTS.items() if part in name)
-    slower = (flops for part, flops in SLOWER.items() if part in name)
-    return next(slower, None) or next(kinds, None)
+    """Return the peak in FLOP/s of a GPU by the name it gives itself; None if not known."""
+    peaks = SLOWER | {kind.upper(): gpu.flops for kind, gpu in DEVICES.items() if gpu.on_gpu}
+    return next((flops for part, flops in peaks.items() if part in name), None)
 
 
 def machine_bytes(
@@ -95,14 +91,16 @@ def machine_bytes(
         groups: Lists them, a line `number:controllers:path` each; version 2 names no controllers.
         root: Where they are mounted.
     """
-    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for line in groups.read_text(encoding="utf-8").splitlines() if groups.exists() else []:
+    limits = [psutil.virtual_memory().total]
+    lines = groups.read_text(encoding="utf-8").splitlines() if groups.exists() else []
+    for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
+        is_version_1 = bool(controllers)
+        if is_version_1 and "memory" not in controllers.split(","):
             continue
-        limit = "memory.limit_in_bytes" if controllers else "memory.max"
-        group = root / ("memory" if controllers else "") / path.lstrip("/")
+        name = "memory.limit_in_bytes" if is_version_1 else "memory.max"
+        group = root / ("memory" if is_version_1 else "") / path.lstrip("/")
         for folder in (group, *group.parents):
             with contextlib.suppress(OSError, ValueError):  # no limit there; or "max"
-                found = min(found, int((folder / limit).read_text(encoding="utf-8")))
-    return found
+                limits.append(int((folder / name).read_text(encoding="utf-8")))
+    return min(limits)

@@ -1,30 +1,24 @@
-"""The engine's JSON and a TrainConfig -> the dict for `deepspeed.initialize`.
+"""Make the dict for `deepspeed.initialize` from the engine's JSON and a TrainConfig.
 
 Each value has one owner. The JSON owns the engine; the keys that follow from the run are derived
 here and may only be absent or "auto" in the file.
 """
 
+import collections
 import json
 import math
 from pathlib import Path
 from typing import Any
 
+from errors import BadInput
 from model import GPTConfig
+from training import ds_keys
 from training.config import BatchArithmetic, TrainConfig
-from training.ds_keys import (
-    BF16,
-    FP32,
-    HALF_BLOCKS,
-    KEYS,
-    Review,
-    refuse_fp16,
-    refuse_unknown,
-    review_keys,
-)
+from training.ds_keys import KEYS, Review
 
 ENGINE_KEYS = dict.fromkeys(key.partition(".")[0] for key in KEYS)
-BLOCKS = ("zero_optimization", "bf16", "torch_autocast", "data_types", "activation_checkpointing")
-OFFLOADS = ("offload_optimizer", "offload_param")
+# The values of these keys must be JSON objects.
+OBJECTS = ("zero_optimization", "bf16", "torch_autocast", "data_types", "activation_checkpointing")
 # Keys that DeepSpeed wants and the run owns, with the flag that sets each.
 DERIVED_KEYS = {
     "train_batch_size": "--batch_tokens",
@@ -43,51 +37,51 @@ def load_ds_config(path: Path) -> dict[str, Any]:
     """Read an engine JSON and check its top-level keys.
 
     Raises:
-        ValueError: No such file, not JSON, a duplicate key, an unknown key (with the nearest
+        BadInput: No such file, not JSON, a duplicate key, an unknown key (with the nearest
             known one), a derived key with a value of its own, or fp16.
     """
+    name = str(path)
     raw = _read_json(path)
     if not isinstance(raw, dict):
-        raise ValueError(
-            f"{path}: holds {type(raw).__name__}, no object. Fix: begin and end it with braces"
-        )
+        what = f"is a {type(raw).__name__}, expected a JSON object"
+        raise BadInput(name, what, "wrap it in { }")
     for key, value in raw.items():
-        if key in BLOCKS and not isinstance(value, dict):
-            raise ValueError(f"{path}: {key} is {value!r}, no block. Fix: put it in braces")
-        if key in BLOCKS and not isinstance(value.get("enabled", True), bool):
-            raise ValueError(
-                f"{path}: {key}.enabled is {value['enabled']!r}, no answer. Fix: true or false"
-            )
-        if key in DERIVED_KEYS and value != "auto":
-            raise ValueError(
-                f'{path}: {key} belongs to {DERIVED_KEYS[key]}. Fix: remove it or say "auto"'
-            )
-        if key not in (*ENGINE_KEYS, *DERIVED_KEYS, *HALF_BLOCKS):
-            refuse_unknown(str(path), key, ENGINE_KEYS)
-    refuse_fp16(raw, str(path))
+        if key in OBJECTS:
+            _check_object(f"{name}: {key}", value)
+        elif key in DERIVED_KEYS and value != "auto":
+            what = f"{key} belongs to {DERIVED_KEYS[key]}"
+            raise BadInput(name, what, 'remove it, or set it to "auto"')
+        elif key not in (*ENGINE_KEYS, *DERIVED_KEYS, *ds_keys.HALF_BLOCKS):
+            ds_keys.refuse_unknown(name, key, ENGINE_KEYS)
+    ds_keys.refuse_fp16(raw, name)
     return raw
+
+
+def _check_object(where: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        raise BadInput(where, f"must be an object, got {value!r}", "wrap it in { }")
+    is_enabled = value.get("enabled", True)
+    if not isinstance(is_enabled, bool):
+        what = f"must be true or false, got {is_enabled!r}"
+        raise BadInput(f"{where}.enabled", what, "give one of them")
 
 
 def _read_json(path: Path) -> Any:
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ValueError(f"{path}: duplicate key {key!r}. Fix: keep one")
+        counts = collections.Counter(key for key, _ in pairs)
+        duplicates = [key for key, count in counts.items() if count > 1]
+        if duplicates:
+            raise BadInput(str(path), f"duplicate key {duplicates[0]!r}", "keep one")
         return dict(pairs)
 
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=refuse_duplicates)
-    except FileNotFoundError:
-        raise ValueError(
-            f"--ds_config {path}: no such file. Fix: give one of ds_configs/"
-        ) from None
     except OSError as error:
-        raise ValueError(
-            f"--ds_config {path}: cannot be read ({error.strerror}). Fix: give one that can"
-        ) from error
+        is_missing = isinstance(error, FileNotFoundError)
+        what = "no such file" if is_missing else f"cannot be read ({error.strerror})"
+        raise BadInput(f"--ds_config {path}", what, "give one of ds_configs/") from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error}). Fix: correct it there") from error
+        raise BadInput(str(path), f"is not JSON ({error})", "correct it") from error
 
 
 def zero_stage(ds_config: dict[str, Any]) -> int:
@@ -103,13 +97,13 @@ def precision(ds_config: dict[str, Any]) -> str:
 
 
 def offload_device(ds_config: dict[str, Any], what: str) -> str:
-    """Return where the "optimizer" or "param" lies: cpu, nvme or none (on the device)."""
+    """Return where the "optimizer" or "param" is: cpu, nvme or none (on the device)."""
     block = ds_config.get("zero_optimization", {}).get(f"offload_{what}")
     return block.get("device", "none") if isinstance(block, dict) else "none"
 
 
 def offloads(ds_config: dict[str, Any], what: str) -> bool:
-    """Say whether the "optimizer" or "param" lies in the machine's memory, or on its disk."""
+    """Return whether the "optimizer" or "param" is in the machine's memory, or on its disk."""
     return offload_device(ds_config, what) != "none"
 
 
@@ -127,99 +121,110 @@ def _auto_sizes(gpt: GPTConfig) -> dict[str, int]:
 
 
 def _resolve_sizes(zero: dict[str, Any], gpt: GPTConfig, name: str) -> dict[str, Any]:
-    sizes, resolved = _auto_sizes(gpt), dict(zero)
+    sizes = _auto_sizes(gpt)
+    resolved = dict(zero)
     for key, value in zero.items():
+        where = f"{name}: zero_optimization.{key}"
+        if value == "auto" and key not in sizes:
+            raise BadInput(where, 'cannot be "auto"', "set it")
         if value == "auto":
-            if key not in sizes:
-                raise ValueError(f'{name}: zero_optimization.{key} cannot be "auto". Fix: set it')
             resolved[key] = sizes[key]
-        elif key in (*sizes, MAX_REUSE) and not _is_count(value, key == "reduce_bucket_size"):
-            raise ValueError(
-                f"{name}: zero_optimization.{key} is {value!r}, no number of elements. "
-                "Fix: give one, as 5e8"
-            )
+        elif key in (*sizes, MAX_REUSE):
+            _check_count(where, value, at_least=1 if key == "reduce_bucket_size" else 0)
     return resolved
 
 
-def _is_count(value: Any, above_0: bool) -> bool:
+def _check_count(where: str, value: Any, at_least: int) -> None:
+    # JSON has no integers with an exponent: 5e8 is a float.
     is_number = type(value) in (int, float) and math.isfinite(value)
-    return is_number and value == int(value) and value >= above_0
+    if not is_number or value != int(value) or value < at_least:
+        what = f"must be a number of elements, at least {at_least}, got {value!r}"
+        raise BadInput(where, what, "give one, e.g. 5e8")
 
 
 def resolve_ds_config(raw: dict[str, Any], config: TrainConfig, batch: BatchArithmetic) -> Review:
     """Return the complete dict for `deepspeed.initialize`, and its ignored and unverified keys.
 
-    `config` is resolved.
-
     Raises:
-        ValueError: Stage 0 with bf16, stage 3 with --compile, bf16 with autocast, autocast to
+        BadInput: Stage 0 with bf16, stage 3 with --compile, bf16 with autocast, autocast to
             another dtype, an "auto" without a rule, or as `review_ds_config`; names the key.
     """
     name = f"--ds_config {config.ds_config}"
     review = review_ds_config(raw, name)
     raw = review.ds_config
-    if zero_stage(raw) == 0 and precision(raw) == "bf16":
-        raise ValueError(
-            f"{name}: ZeRO stage 0 with bf16 takes a step on zero gradients at its start and "
-            "trains a wrong curve. Fix: use torch_autocast (ds_configs/zero0.json) or stage 1"
-        )
-    if config.compile == "true" and zero_stage(raw) == 3:
-        raise ValueError(
-            f"--compile: the compiler cannot trace ZeRO-3's hooks ({name}). "
-            "Fix: use stage 0, 1 or 2"
-        )
-    if precision(raw) == "bf16" and raw.get("torch_autocast", {}).get("enabled"):
-        raise ValueError(f"{name}: bf16 and torch_autocast exclude each other. Fix: enable one")
-    if precision(raw) != "autocast":
+    stage = zero_stage(raw)
+    _refuse_combinations(raw, config, name)
+    if precision(raw) == "autocast":
+        autocast = raw["torch_autocast"]
+        dtype = autocast.setdefault("dtype", "bfloat16")  # PyTorch's default is fp16
+        if dtype not in ds_keys.BF16:
+            what = f"must be bfloat16, got {dtype!r}"
+            raise BadInput(f"{name}: torch_autocast.dtype", what, 'set "bfloat16"')
+    else:
         raw.pop("torch_autocast", None)
-    elif raw["torch_autocast"].setdefault("dtype", "bfloat16") not in BF16:  # PyTorch's: fp16
-        dtype = raw["torch_autocast"]["dtype"]
-        raise ValueError(f'{name}: torch_autocast.dtype is {dtype!r}. Fix: set "bfloat16"')
+    resolved = {key: value for key, value in raw.items() if key not in DERIVED_KEYS}
     zero = _resolve_sizes(raw.get("zero_optimization", {}), config.gpt_config, name)
-    derived: dict[str, Any] = {
+    if zero:
+        resolved["zero_optimization"] = zero
+    resolved |= {
         "train_batch_size": batch.batch_sequences,
         "train_micro_batch_size_per_gpu": batch.micro_batch_size,
         "gradient_accumulation_steps": batch.grad_accum_steps,
-        # At stage 0 training/engine.py clips: it needs the norm, which DeepSpeed keeps to itself.
-        "gradient_clipping": config.grad_clip if zero_stage(raw) else 0.0,
+        # At stage 0 training/step.py clips: it needs the norm, which DeepSpeed keeps to itself.
+        "gradient_clipping": config.grad_clip if stage else 0.0,
         "optimizer": _optimizer(config, offloads(raw, "optimizer")),
         "steps_per_print": 2**62,  # never: training/metrics.py prints the steps
     }
-    resolved = {k: v for k, v in raw.items() if k not in DERIVED_KEYS}
-    resolved |= ({"zero_optimization": zero} if zero else {}) | derived
     return review._replace(ds_config=resolved)
+
+
+def _refuse_combinations(raw: dict[str, Any], config: TrainConfig, name: str) -> None:
+    stage = zero_stage(raw)
+    is_bf16 = precision(raw) == "bf16"
+    if stage == 0 and is_bf16:
+        what = (
+            "ZeRO stage 0 with bf16 takes a step on zero gradients at its start and trains a "
+            "wrong curve"
+        )
+        raise BadInput(name, what, "use torch_autocast (ds_configs/zero0.json) or stage 1")
+    if stage == 3 and config.compile == "true":
+        what = f"the compiler cannot trace ZeRO-3's hooks ({name})"
+        raise BadInput("--compile", what, "use stage 0, 1 or 2")
+    if is_bf16 and raw.get("torch_autocast", {}).get("enabled"):
+        raise BadInput(name, "bf16 and torch_autocast exclude each other", "enable one")
 
 
 def review_ds_config(raw: dict[str, Any], name: str) -> Review:
     """Return a ds_config without the keys that have no effect, and its ignored and unverified keys.
 
     Raises:
-        ValueError: An unknown stage, or a key that is unknown or refused; names it.
+        BadInput: An unknown stage, or a key that is unknown or refused; names it.
     """
     stage = zero_stage(raw)
     if type(stage) is not int or stage not in range(4):
-        raise ValueError(f"{name}: zero_optimization.stage is {stage!r}. Fix: give 0, 1, 2 or 3")
-    for key in OFFLOADS:
+        what = f"must be 0, 1, 2 or 3, got {stage!r}"
+        raise BadInput(f"{name}: zero_optimization.stage", what, "give one of them")
+    for key in ("offload_optimizer", "offload_param"):
         value = raw.get("zero_optimization", {}).get(key)
-        if not isinstance(value, dict | None):
-            raise ValueError(
-                f"{name}: zero_optimization.{key} is {value!r}, no block. Fix: put it in braces"
-            )
-    devices = [offload_device(raw, what) for what in ("optimizer", "param")]
-    if devices[0] == "nvme":
-        raise ValueError(
-            f"{name}: zero_optimization.offload_optimizer.device is nvme: its checkpoints could "
-            'not be read again. Fix: set it to "cpu"'
-        )
-    sums_in_fp32 = raw.get("data_types", {}).get("grad_accum_dtype") in FP32
+        if value is not None:
+            _check_object(f"{name}: zero_optimization.{key}", value)
+    optimizer_device = offload_device(raw, "optimizer")
+    if optimizer_device == "nvme":
+        where = f"{name}: zero_optimization.offload_optimizer.device"
+        raise BadInput(where, "is nvme: its checkpoints could not be read again", 'set it to "cpu"')
+    # The letters of `Key.acts_at`.
     case = str(stage)
-    if stage == 1 and precision(raw) == "bf16" and sums_in_fp32 and devices[0] != "cpu":
+    sums_in_fp32 = raw.get("data_types", {}).get("grad_accum_dtype") in ds_keys.FP32
+    if stage == 1 and precision(raw) == "bf16" and sums_in_fp32 and optimizer_device != "cpu":
         case = "b"
-    review = review_keys(raw, case + "n" * ("nvme" in devices), name)
-    block = raw.get("activation_checkpointing", {})
-    if "activation_checkpointing" in raw:  # recompute each block, unless all is false
+    if offload_device(raw, "param") == "nvme":
+        case += "n"
+    review = ds_keys.review_keys(raw, case, name)
+    if "activation_checkpointing" in raw:
+        # For us it means: recompute each block. It is on unless all in it is false.
+        given = raw["activation_checkpointing"]
         del review.ds_config["activation_checkpointing"]
-        if block.get("enabled", not block or any(block.values())):
+        if given.get("enabled", not given or any(given.values())):
             review.ds_config["activation_checkpointing"] = {}
     return review
 

@@ -1,4 +1,4 @@
-"""The keys of a ds_config: verified, unverified, without effect here, or refused.
+"""Tell which keys of a ds_config are verified, unverified, without effect here, or refused.
 
 ds_keys.csv lists them all. bench/fidelity/keys.py trains, exports, evaluates and resumes with each
 verified key of zero_optimization; the other verified keys lay no weight out.
@@ -11,6 +11,8 @@ import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
+
+from errors import BadInput
 
 FP16 = ("fp16", "float16", "half", "f16")  # in any case, and behind "torch."
 HALF_BLOCKS = ("fp16", "amp")
@@ -28,8 +30,8 @@ class Key(NamedTuple):
             offload to NVMe.
         state: verified, unverified, inert (it has no effect anywhere) or refused.
         default: What happens without the key, as JSON; empty: false, 0 or none.
-        why: It is refused.
-        remedy: Of that; empty: remove it.
+        why: Of a refused key: what is wrong with it.
+        remedy: Of a refused key: what to do; empty: remove it.
     """
 
     acts_at: str = "0b123"
@@ -40,16 +42,15 @@ class Key(NamedTuple):
 
     def differs_from_default(self, value: Any) -> bool:
         """Return whether a value asks for something that does not happen without the key."""
-        if value == "auto":
-            return False
-        return value not in ([json.loads(self.default)] if self.default else NOTHING)
+        defaults = [json.loads(self.default)] if self.default else OFF
+        return value not in ("auto", *defaults)
 
 
 SWITCHES = {"enabled", "device"}
-NOTHING = (False, 0, "none", {}, [])
+OFF = (False, 0, "none", {}, [])
 with Path(__file__).with_name("ds_keys.csv").open(encoding="utf-8", newline="") as table:
     KEYS = {row.pop("key"): Key(**row) for row in csv.DictReader(table)}
-BLOCKS = {key.partition(".")[0] for key in KEYS if "." in key}
+CHECKED_BLOCKS = {key.partition(".")[0] for key in KEYS if "." in key}  # any other key is unknown
 
 
 class Review(NamedTuple):
@@ -65,8 +66,8 @@ class Review(NamedTuple):
         if self.ignored:
             lines.append(f"{name}: no effect here: {', '.join(self.ignored)}. Fix: remove them")
         if self.unverified:
-            keys, remedy = ", ".join(self.unverified), "remove them, or check an export yourself"
-            lines.append(f"{name}: never verified here: {keys}. Fix: {remedy}")
+            what = f"{name}: never verified here: {', '.join(self.unverified)}"
+            lines.append(f"{what}. Fix: remove them, or check an export yourself")
         return lines
 
 
@@ -79,37 +80,42 @@ def review_keys(raw: dict[str, Any], case: str, name: str) -> Review:
         name: Of the file.
 
     Raises:
-        ValueError: A key would make wrong numbers or unreadable checkpoints, or is unknown.
+        BadInput: A key would make wrong numbers or unreadable checkpoints, or is unknown.
     """
-    kept, ignored, unverified = copy.deepcopy(raw), _without_switch(raw), []
+    kept = copy.deepcopy(raw)
+    ignored = _without_switch(raw)
+    unverified = []
     for path, value in list(_settings(raw)):
         dotted = ".".join(path)
         key = KEYS.get(dotted, Key())
-        if dotted not in KEYS and path[0] in BLOCKS:
+        if dotted not in KEYS and path[0] in CHECKED_BLOCKS:
             refuse_unknown(name, dotted, [k for k in KEYS if k.startswith(f"{path[0]}.")])
         if not key.differs_from_default(value):
             continue
         if key.state == "refused":
-            raise ValueError(f"{name}: {dotted}: {key.why}. Fix: {key.remedy or 'remove it'}")
+            raise BadInput(f"{name}: {dotted}", key.why, key.remedy or "remove it")
         if not set(case) & set(key.acts_at):
             ignored.append(dotted)
-            _take_out(kept, path)
+            block = kept
+            for part in path[:-1]:
+                block = block[part]
+            del block[path[-1]]
         elif key.state == "unverified":
             unverified.append(dotted)
-    for block in ("comms_logger", *HALF_BLOCKS):  # DeepSpeed logs even for {}; half is off
-        kept.pop(block, None)
+    for unused in ("comms_logger", *HALF_BLOCKS):  # DeepSpeed logs even for {}; half is off
+        kept.pop(unused, None)
     return Review(kept, ignored, unverified)
 
 
 def refuse_unknown(name: str, key: str, known: Collection[str]) -> NoReturn:
-    """Refuse a key that is in no table: DeepSpeed would overlook most of them.
+    """Refuse a key that is in no table: DeepSpeed would ignore most of them.
 
     Raises:
-        ValueError: Names it and the nearest known one, or all.
+        BadInput: Names it and the nearest known one, or all.
     """
     nearest = difflib.get_close_matches(key, known, 1)
     hint = f"did you mean {nearest[0]!r}?" if nearest else f"take one of {', '.join(known)}"
-    raise ValueError(f"{name}: unknown key {key!r}. Fix: {hint}")
+    raise BadInput(name, f"unknown key {key!r}", hint)
 
 
 def _settings(block: dict[str, Any], *above: str) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -126,24 +132,18 @@ def _settings(block: dict[str, Any], *above: str) -> Iterator[tuple[tuple[str, .
 def _without_switch(raw: dict[str, Any]) -> list[str]:
     """Return the blocks that would be on or off by a key that they lack."""
     blocks = {name: raw.get(name) for name in ("bf16", "torch_autocast", "flops_profiler")}
+    zero = raw.get("zero_optimization", {})
     for name in ("offload_optimizer", "offload_param"):
-        blocks[f"zero_optimization.{name}"] = raw.get("zero_optimization", {}).get(name)
-    return [
-        k for k, block in blocks.items() if isinstance(block, dict) and not SWITCHES & set(block)
-    ]
-
-
-def _take_out(block: dict[str, Any], path: tuple[str, ...]) -> None:
-    for name in path[:-1]:
-        block = block[name]
-    del block[path[-1]]
+        blocks[f"zero_optimization.{name}"] = zero.get(name)
+    given = {name: block for name, block in blocks.items() if isinstance(block, dict)}
+    return [name for name, block in given.items() if not SWITCHES & set(block)]
 
 
 def refuse_fp16(raw: dict[str, Any], name: str) -> None:
     """Refuse half precision in every form; a block that is off or "auto" asks for none.
 
     Raises:
-        ValueError: Names the key, and what there is instead.
+        BadInput: Names the key, and what there is instead.
     """
     autocast = raw.get("torch_autocast") or {}
     dtypes = {f"data_types.{key}": value for key, value in (raw.get("data_types") or {}).items()}
@@ -156,7 +156,5 @@ def refuse_fp16(raw: dict[str, Any], name: str) -> None:
         if is_on not in (None, False, "auto"):
             asked.append(f"{block}.enabled")
     if asked:
-        raise ValueError(
-            f"{name}: {asked[0]}: fp16 is not supported. Fix: use bf16 (ds_configs/zero1.json); on "
-            "GPUs without bf16 leave it out: fp32"
-        )
+        remedy = "use bf16 (ds_configs/zero1.json); on GPUs without bf16 leave it out: fp32"
+        raise BadInput(f"{name}: {asked[0]}", "fp16 is not supported", remedy)

@@ -1,4 +1,4 @@
-"""From a TrainConfig to a DeepSpeed engine: process group, zero.Init, parameter groups."""
+"""Build a DeepSpeed engine from a TrainConfig: zero.Init, parameter groups, compilation."""
 
 import functools
 import os
@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,14 +20,15 @@ Forward = Callable[..., Tensor]
 
 # A C++20 compiler, which Inductor needs, knows the instructions of this processor: trying each of
 # them out is half of a cold compilation.
-INDUCTOR: dict[str, Any] = {"cpp.vec_isa_ok": True}
+INDUCTOR_OPTIONS: dict[str, Any] = {"cpp.vec_isa_ok": True}
 
 
 def ask_for_determinism() -> None:
     """Have PyTorch take deterministic kernels only, from here on; it raises where it has none."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may choose anew
+    # Else cuBLAS may choose another algorithm at each call.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    # It finds faults in programs, and takes time.
+    # Filling finds errors in programs, and takes time.
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
 
 
@@ -66,10 +66,12 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
     Under zero.Init a parameter's own shape is (0,); `ds_shape` is the real one.
     """
-    groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
+    decayed: dict[str, Any] = {"params": [], "weight_decay": weight_decay}
+    undecayed: dict[str, Any] = {"params": [], "weight_decay": 0.0}
     for param in model.parameters():
-        groups[len(real_shape(param)) < 2]["params"].append(param)
-    return groups
+        group = decayed if len(real_shape(param)) > 1 else undecayed
+        group["params"].append(param)
+    return [decayed, undecayed]
 
 
 def real_shape(param: Tensor) -> torch.Size:
@@ -91,15 +93,15 @@ def build_engine(
 ) -> tuple[Any, str]:
     """Hand the model to DeepSpeed (all ranks); return the engine and a line about its groups."""
     import deepspeed
-    from deepspeed.runtime import bf16_optimizer
-    from deepspeed.runtime.zero import stage_1_and_2
 
     if offloads(ds_config, "optimizer"):
         fixes.build_cpu_adam(ranks)
     can_compile = model.ln_f.weight.is_cuda and zero_stage(ds_config) < 3 and shutil.which("gcc")
-    is_compiled = config.compile == "true" or (config.compile == "auto" and bool(can_compile))
-    if is_compiled:
+    groups = decay_groups(model, config.weight_decay)
+    description = describe_groups(groups)
+    if config.compile == "true" or (config.compile == "auto" and can_compile):
         compile_blocks(model)
+        description += " | blocks compiled"
     if "activation_checkpointing" in ds_config:
         for block in model.h:
             block.forward = functools.partial(
@@ -108,32 +110,17 @@ def build_engine(
                 use_reentrant=False,
                 preserve_rng_state=config.dropout > 0,
             )
-    groups = decay_groups(model, config.weight_decay)
-    description = describe_groups(groups) + " | blocks compiled" * is_compiled
     torch.manual_seed(config.seed + ranks.rank)  # dropout: each rank draws its own
-    with (
-        fixes.one_line_key_errors(config),
-        fixes.quiet_stdout(),
-        fixes.without_old_garbage(),
-        fixes.without_inductor(),
-    ):
+    with fixes.building_engine(config):
         engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=groups,  # pyright: ignore[reportArgumentType]  # annotated too narrowly
             config=ds_config,
             dist_init_required=False,
         )
-    if dist.get_backend() == "gloo":
-        for module in (bf16_optimizer, stage_1_and_2):
-            setattr(module, "all_gather_dp_groups", fixes.gather_by_broadcasts)  # noqa: B010
-    if getattr(engine.optimizer, "round_robin_gradients", False):
-        fixes.link_in_round_robin_order(engine.optimizer)
-    if isinstance(engine.optimizer, bf16_optimizer.BF16_Optimizer):
-        fixes.update_by_parts(engine)
+    fixes.fix_engine(engine)
     named = torch.profiler.record_function("reduce")(engine.allreduce_gradients)
     setattr(engine, "allreduce_gradients", named)  # noqa: B010  # pyright: a method
-    if not torch.cuda.is_initialized():
-        fixes.keep_freed_memory_after_a_step(engine.basic_optimizer)
     return engine, description
 
 
@@ -143,18 +130,10 @@ def compile_blocks(model: GPT) -> None:
     The names of the weights stay. Evaluation, with its many shapes, masks and caches, stays eager.
     """
     for block in model.h:
-        compiled = torch.compile(block.forward, options=INDUCTOR)
-        block.forward = _in_training(block, compiled, block.forward)
+        compiled = torch.compile(block.forward, options=INDUCTOR_OPTIONS)
+        block.forward = functools.partial(_forward, block, compiled, block.forward)
 
 
-def _in_training(block: nn.Module, compiled: Forward, eager: Forward) -> Forward:
-    def forward(*args: Any) -> Tensor:
-        return (compiled if block.training else eager)(*args)
-
-    return forward
-
-
-def set_clipping(engine: Any, grad_clip: float) -> None:
-    """Clip at the run's norm: a checkpoint brought its own."""
-    if engine.zero_optimization_stage() > 0:  # stage 0 is clipped in training.step
-        engine.optimizer.clip_grad = grad_clip
+def _forward(block: nn.Module, compiled: Forward, eager: Forward, *args: Any) -> Tensor:
+    forward = compiled if block.training else eager
+    return forward(*args)

@@ -1,6 +1,4 @@
-"""Numbers gone wrong: steps whose loss or gradient is not finite, and those far from the others."""
-
-from __future__ import annotations
+"""Find steps whose loss or gradient norm is not finite, or far from those of other steps."""
 
 import collections
 import math
@@ -13,7 +11,9 @@ from torch.profiler import record_function
 
 from training.rendezvous import sum_tensor
 
-WINDOW, SIGMAS = 128, 6  # as OLMo-core and llm.c judge
+# OLMo-core and llm.c use the same two.
+WINDOW = 128  # steps that the next one is compared with
+SIGMAS = 6  # standard deviations
 
 
 class Verdict(NamedTuple):
@@ -26,14 +26,15 @@ class Verdict(NamedTuple):
 
 
 class Health:
-    """Judges every step, the same on every rank; looks at the device only when it is asked.
+    """Judges every step, the same on every rank; waits for the device only in `judge`.
 
     Args:
         max_bad_steps: Steps in a row without a finite loss and norm after which a run is lost.
     """
 
     def __init__(self, max_bad_steps: int) -> None:
-        self.max_bad_steps, self.bad_in_row = max_bad_steps, 0
+        self.max_bad_steps = max_bad_steps
+        self.bad_in_row = 0
         self.pending: list[tuple[int, Tensor, Tensor]] = []
         self.losses = collections.deque[float](maxlen=WINDOW)
         self.norms = collections.deque[float](maxlen=WINDOW)
@@ -52,15 +53,15 @@ class Health:
         return not bool(sum_tensor(numbers, numbers.device).isfinite().all())
 
     def why_lost(self, step: int) -> str:
-        """Say why a run ends after `step` updates, and what to do."""
+        """Return why a run ends after `step` updates, and what to do."""
         return (
             f"{self.bad_in_row} steps in a row were not finite. Fix: delete the checkpoints after "
             f"step {step - self.bad_in_row} and go on with a lower --lr; without earlier ones "
-            "begin in another --run_dir"
+            "start in another --run_dir"
         )
 
     def add(self, step: int, loss_sum: Tensor, norm: Tensor | float) -> None:
-        """Take note of a step: the sum of this rank's losses, and the global norm."""
+        """Add a step: the sum of this rank's losses, and the global norm."""
         self.pending.append((step, loss_sum, torch.as_tensor(norm, device=loss_sum.device)))
 
     def judge(self, n_losses: int) -> list[Verdict]:
@@ -82,11 +83,11 @@ class Health:
             self.bad_in_row += 1
             return Verdict(step, loss, norm, "skipped: the loss or the gradient is not finite")
         self.bad_in_row = 0
-        found = []
+        complaints = []
         for name, value, recent in (("loss", loss, self.losses), ("norm", norm, self.norms)):
             if len(recent) == WINDOW:
-                away = abs(value - statistics.fmean(recent))
-                if away > SIGMAS * statistics.pstdev(recent):
-                    found.append(f"{name} {value:.4f} is beyond {SIGMAS} standard deviations")
+                distance = abs(value - statistics.fmean(recent))
+                if distance > SIGMAS * statistics.pstdev(recent):
+                    complaints.append(f"{name} {value:.4f} is beyond {SIGMAS} standard deviations")
             recent.append(value)
-        return Verdict(step, loss, norm, ", ".join(found))
+        return Verdict(step, loss, norm, ", ".join(complaints))

@@ -1,11 +1,9 @@
-"""What one rank of a run holds, in bytes, at the moments when it holds most.
+"""Estimate what one rank of a run holds, in bytes, at the moments when it holds most.
 
 Each part is one of the engine's real buffers, or a tensor that autograd keeps; `make plan` compares
 the sums with what PyTorch was seen to hold (docs/SCALING.md). Not counted: what the framework
 itself takes (RESERVED_BYTES), fragments, dropout's masks on a CPU, and compiled blocks.
 """
-
-from __future__ import annotations
 
 import math
 from dataclasses import dataclass
@@ -13,21 +11,23 @@ from typing import Any
 
 from model.config import MEMORY_USES, GPTConfig, MemoryUse, chunk_rows
 from training.config import BatchArithmetic, TrainConfig
+from training.devices import GIB
 from training.ds_config import MAX_REUSE, offloads, precision, zero_stage
 
-# DeepSpeed 0.19.8: what its copies of gradients hold at stage 0, in elements, and three of its
-# defaults for stage 3: weights that are used again within so many elements stay gathered; so many
-# are updated at a time.
+# Defaults of DeepSpeed 0.19.8, in elements. At stage 0 its copies of gradients hold so many; at
+# stage 3 weights that are used again within so many stay gathered, and so many are updated at a
+# time.
 MAX_REDUCED = 500_000_000
 MAX_REUSE_DISTANCE = 1_000_000_000
 SUB_GROUP_SIZE = 1_000_000_000
-RESERVED_BYTES = 3 * 2**29  # CUDA's context, cuBLAS's workspaces and NCCL's buffers; or Python
+# An allowance for CUDA's context, cuBLAS's workspaces and NCCL's buffers; or for Python.
+RESERVED_BYTES = 3 * GIB // 2
 
 Parts = dict[str, float]  # bytes by what they are
 
 
 @dataclass(frozen=True)
-class Shard:
+class RankShare:
     """What one rank trains, in the numbers that its memory follows from; counts are elements."""
 
     gpt: GPTConfig
@@ -85,191 +85,203 @@ class Shard:
         return self.ds_config.get("zero_optimization", {}).get(name, default)
 
 
-def shard_of(
+def share_of(
     config: TrainConfig,
     batch: BatchArithmetic,
     ds_config: dict[str, Any],
     on_gpu: bool,
     use: MemoryUse = MEMORY_USES[-1],
-) -> Shard:
+) -> RankShare:
     """Return what one rank of a resolved run trains."""
     tokens = batch.micro_batch_size * config.seq_len
     accumulates = batch.grad_accum_steps > 1
-    return Shard(config.gpt_config, ds_config, tokens, accumulates, batch.world_size, on_gpu, use)
+    return RankShare(
+        config.gpt_config, ds_config, tokens, accumulates, batch.world_size, on_gpu, use
+    )
 
 
-def peak(shard: Shard) -> Parts:
+def peak(share: RankShare) -> Parts:
     """Return what the rank holds at its fullest moment, by part, in bytes."""
-    return max(moments(shard).values(), key=lambda parts: sum(parts.values()))
+    return max(moments(share).values(), key=lambda parts: sum(parts.values()))
 
 
-def moments(shard: Shard) -> dict[str, Parts]:
+def moments(share: RankShare) -> dict[str, Parts]:
     """Return what the rank holds at each moment that can be its fullest, by part, in bytes."""
-    states = _states(shard)
-    before = dict(states)  # of the first backward pass: stages 0 and 2 free their gradients
-    if not shard.accumulates and shard.stage in (0, 2):
+    states = _states(share)
+    # Of the first backward pass: stages 0 and 2 free their gradients.
+    before = dict(states)
+    if not share.accumulates and share.stage in (0, 2):
         before["gradients"] = 0
-    kept, block = _activations(shard)
+    kept, block = _activations(share)
+    gathered = _gathered(share)
+    loss = before | kept | {"logits": _loss(share), "gathered": gathered}
+    backward = states | {"buckets": states["buckets"] + _filled_buckets(share)}
+    first_block = backward | {
+        "activations": kept["activations"] + block,
+        "weights": states["weights"] + _casts(share, in_backward=True),
+        "logits": share.weight_bytes * share.head,  # the head's gradient waits for wte's
+        "gathered": gathered,
+    }
+    end = {"logits": _head_gradients(share), "gathered": _gathered(share, blocks=1)}
     return {
-        "loss": before | kept | {"logits": _loss(shard), "gathered": _gathered(shard)},
-        "first block's backward": states | {
-            "activations": kept["activations"] + block,
-            "weights": states["weights"] + _casts(shard, in_backward=True),
-            "logits": shard.weight_bytes * shard.head,  # the head's gradient waits for wte's
-            "gathered": _gathered(shard),
-            "buckets": states["buckets"] + _filled_buckets(shard),
-        },
-        "end of backward": states | {
-            "logits": _head_gradients(shard),
-            "gathered": _gathered(shard, blocks=1),
-            "buckets": states["buckets"] + _filled_buckets(shard),
-        },
-        "reduction": states | {"buckets": states["buckets"] + _reduced_copies(shard)},
-        "update": states | {"gradients": states["gradients"] + _norm(shard)},
-    }  # fmt: skip
+        "loss": loss,
+        "first block's backward": first_block,
+        "end of backward": backward | end,
+        "reduction": states | {"buckets": states["buckets"] + _reduced_copies(share)},
+        "update": states | {"gradients": states["gradients"] + _norm(share)},
+    }
 
 
-def host_bytes(shard: Shard) -> float:
+def host_bytes(share: RankShare) -> float:
     """Return what the rank keeps in its machine's memory because it is offloaded."""
-    share, optimizer, params = shard.n_params / shard.world_size, 0.0, 0.0
-    if offloads(shard.ds_config, "optimizer"):
-        optimizer = 16 * share  # weights, moments and gradients in fp32
-        if shard.stage == 3:  # gradients once more in one buffer of all; these two are pinned
-            groups = math.ceil(share / shard.zero_option("sub_group_size", SUB_GROUP_SIZE))
-            pinned = groups * _pinned(shard, "optimizer", 4 * share / groups)
-            optimizer = 12 * share + pinned + _pinned(shard, "optimizer", 4 * share)
-    if offloads(shard.ds_config, "param"):
-        params = _pinned(shard, "param", shard.weight_bytes * share)
+    n_params = share.n_params / share.world_size
+    optimizer = 0.0
+    params = 0.0
+    if offloads(share.ds_config, "optimizer"):
+        optimizer = 16 * n_params  # weights, two moments and gradients in fp32
+        if share.stage == 3:
+            # Gradients once more in one buffer of all; this and the first are pinned.
+            groups = math.ceil(n_params / share.zero_option("sub_group_size", SUB_GROUP_SIZE))
+            in_groups = groups * _pinned(share, "optimizer", 4 * n_params / groups)
+            optimizer = 12 * n_params + in_groups + _pinned(share, "optimizer", 4 * n_params)
+    if offloads(share.ds_config, "param"):
+        params = _pinned(share, "param", share.weight_bytes * n_params)
     return optimizer + params
 
 
-def _pinned(shard: Shard, what: str, n_bytes: float) -> float:
+def _pinned(share: RankShare, what: str, n_bytes: float) -> float:
     # PyTorch's allocator of pinned memory rounds up to a power of two.
-    pins = shard.on_gpu and shard.zero_option(f"offload_{what}", {}).get("pin_memory", True)
-    return 2.0 ** math.ceil(math.log2(n_bytes)) if pins else n_bytes
+    is_pinned = share.on_gpu and share.zero_option(f"offload_{what}", {}).get("pin_memory", True)
+    return 2.0 ** math.ceil(math.log2(n_bytes)) if is_pinned else n_bytes
 
 
-def _states(shard: Shard) -> Parts:
-    P, W, stage, w = shard.n_params, shard.world_size, shard.stage, shard.weight_bytes
-    is_offloaded = offloads(shard.ds_config, "optimizer")
-    weights = w * P / (W if stage == 3 else 1)
-    if offloads(shard.ds_config, "param"):
+def _states(share: RankShare) -> Parts:
+    n_params, world_size = share.n_params, share.world_size
+    weight_bytes, stage = share.weight_bytes, share.stage
+    weights = weight_bytes * n_params / (world_size if stage == 3 else 1)
+    if offloads(share.ds_config, "param"):
         weights = 0
+    # An optimizer has fp32 masters and two moments; at stage 0 the weights are the masters.
+    optimizer = 8 * n_params if stage == 0 else 12 * n_params / world_size
+    sum_bytes = 4 if share.sums_fp32 else weight_bytes
     if stage == 0:
-        gradients, optimizer = 4 * P, 8 * P
-    else:  # fp32 masters and two moments
-        optimizer = 12 * P / W
-        if shard.has_flat_gradients:
-            immediate = shard.ds_config["bf16"].get("immediate_grad_update", False)
-            gradients = (4 if immediate else 4 + w) * P
-        elif stage == 1:
-            gradients = w * P
-        else:
-            gradients = (4 if shard.sums_fp32 else w) * P / W
-    if is_offloaded:
+        gradients = 4 * n_params
+    elif share.has_flat_gradients:
+        immediate = share.ds_config["bf16"].get("immediate_grad_update", False)
+        gradients = (4 if immediate else 4 + weight_bytes) * n_params
+    elif stage == 1:
+        gradients = weight_bytes * n_params
+    else:
+        gradients = sum_bytes * n_params / world_size
+    if offloads(share.ds_config, "optimizer"):
         gradients, optimizer = 0, 0
     # Stage 3's lives as long as the engine; the others come and go.
-    bucket = comm_bytes(shard) * _bucket_size(shard) if stage == 3 else 0
+    bucket = comm_bytes(share) * _bucket_size(share) if stage == 3 else 0
     return {"weights": weights, "gradients": gradients, "optimizer": optimizer, "buckets": bucket}
 
 
-def _activations(shard: Shard) -> tuple[Parts, float]:
+def _activations(share: RankShare) -> tuple[Parts, float]:
     # What autograd keeps of all blocks, and what one block's backward holds beside it. In elements
     # of width C for each token and block: x, ln_1, q, k, v, y, x, ln_2 and four of the MLP; with
     # autocast the two x are fp32. Its backward: gradient, gelu, and the gradients of both.
-    width = shard.tokens * shard.gpt.n_embd
-    wide, narrow = activation_bytes(shard)
+    width = share.tokens * share.gpt.n_embd
+    wide, narrow = activation_bytes(share)
     one = (2 * wide + 10 * narrow) * width
-    one += 4 * narrow * width * shard.memory_use.keeps_gelu
-    backward = (wide + 13 * narrow) * width
-    ends = 2 * wide * width
-    if shard.gpt.dropout:
+    if share.memory_use.keeps_gelu:
+        one += 4 * narrow * width
+    if share.gpt.dropout:
         one += 2 * width  # a byte each: after attention and after the MLP
-    n_layer = shard.gpt.n_layer
-    casts = _casts(shard, in_backward=False)
-    states = {"weights": _states(shard)["weights"] + casts}
-    if "activation_checkpointing" in shard.ds_config:
-        return states | {"activations": n_layer * wide * width + ends}, one + backward
-    return states | {"activations": n_layer * one + ends}, backward
+    backward = (wide + 13 * narrow) * width
+    kept_of_block = one
+    if "activation_checkpointing" in share.ds_config:  # only its input; the rest comes again
+        kept_of_block = wide * width
+        backward += one
+    ends = 2 * wide * width  # what the first block gets, and what the last one gives
+    weights = _states(share)["weights"] + _casts(share, in_backward=False)
+    activations = share.gpt.n_layer * kept_of_block + ends
+    return {"weights": weights, "activations": activations}, backward
 
 
-def activation_bytes(shard: Shard) -> tuple[int, int]:
+def activation_bytes(share: RankShare) -> tuple[int, int]:
     """Return the bytes of an element of the residual stream, and of matrix products' operands."""
-    return {"bf16": (2, 2), "autocast": (4, 2), "fp32": (4, 4)}[precision(shard.ds_config)]
+    return {"bf16": (2, 2), "autocast": (4, 2), "fp32": (4, 4)}[precision(share.ds_config)]
 
 
-def _casts(shard: Shard, in_backward: bool) -> float:
+def _casts(share: RankShare, in_backward: bool) -> float:
     # autocast's bf16 copies of what it multiplies with
-    if precision(shard.ds_config) != "autocast":
+    if precision(share.ds_config) != "autocast":
         return 0
     if not in_backward:
-        return 2 * (shard.gpt.n_layer * shard.block + shard.head)
-    blocks = 1 if "activation_checkpointing" in shard.ds_config else shard.gpt.n_layer
-    return 2 * blocks * shard.block
+        return 2 * (share.gpt.n_layer * share.block + share.head)
+    blocks = 1 if "activation_checkpointing" in share.ds_config else share.gpt.n_layer
+    return 2 * blocks * share.block
 
 
-def _loss(shard: Shard) -> float:
-    # model/loss.py: a chunk's logits, both gradients, and on a GPU what is added to the head's.
-    narrow = activation_bytes(shard)[1]
-    logits = shard.loss_rows * shard.gpt.padded_vocab_size
-    hidden = narrow * shard.tokens * shard.gpt.n_embd
-    return narrow * logits + (4 + narrow * shard.on_gpu) * shard.head + 2 * hidden
+def _loss(share: RankShare) -> float:
+    # model/loss.py: a chunk's logits, both gradients (the head's in fp32), and on a GPU what is
+    # added to the head's.
+    _, narrow = activation_bytes(share)
+    logits = share.loss_rows * share.gpt.padded_vocab_size
+    hidden = narrow * share.tokens * share.gpt.n_embd
+    head_bytes = 4 + narrow if share.on_gpu else 4
+    return narrow * logits + head_bytes * share.head + 2 * hidden
 
 
-def _head_gradients(shard: Shard) -> float:
+def _head_gradients(share: RankShare) -> float:
     # The head's, wte's, and their sum; or the sum and the copy in which it is reduced.
-    w = shard.weight_bytes
-    if shard.stage == 3 and shard.world_size > 1:
-        copies = 1 if shard.on_gpu else 2  # gloo reduces in a copy of its own
-        return max(3 * w, w + copies * comm_bytes(shard)) * shard.head
-    return 3 * w * shard.head
+    weight_bytes = share.weight_bytes
+    copies_bytes = 0
+    if share.stage == 3 and share.world_size > 1:
+        # gloo reduces in a copy of its own.
+        copies_bytes = comm_bytes(share) * (1 if share.on_gpu else 2)
+    return max(3 * weight_bytes, weight_bytes + copies_bytes) * share.head
 
 
-def _gathered(shard: Shard, blocks: int | None = None) -> float:
-    # Stage 3: wte is whole from the forward's begin to the backward's end, a block while it
-    # computes, the next ones ahead of it, and the last ones in between, for they are near.
-    if shard.stage < 3 or (shard.world_size == 1 and not offloads(shard.ds_config, "param")):
+def _gathered(share: RankShare, blocks: int | None = None) -> float:
+    # Stage 3: wte is whole from the forward's start to the backward's end, a block while it
+    # computes, the next ones before it does, and the last ones between forward and backward.
+    if share.stage < 3 or (share.world_size == 1 and not offloads(share.ds_config, "param")):
         return 0
-    ahead = shard.zero_option("stage3_prefetch_bucket_size", 0)
-    elements = elements_kept_near(shard) + ahead if blocks is None else blocks * shard.block
-    return shard.weight_bytes * (shard.head + min(elements, shard.gpt.n_layer * shard.block))
+    ahead = share.zero_option("stage3_prefetch_bucket_size", 0)
+    elements = elements_kept_near(share) + ahead if blocks is None else blocks * share.block
+    return share.weight_bytes * (share.head + min(elements, share.gpt.n_layer * share.block))
 
 
-def elements_kept_near(shard: Shard) -> int:
+def elements_kept_near(share: RankShare) -> int:
     """Return how many weights of blocks stay gathered between forward and backward at stage 3."""
-    distance = shard.zero_option(MAX_REUSE, MAX_REUSE_DISTANCE)
-    return shard.block * min(shard.gpt.n_layer, 1 + distance // (2 * shard.block))
+    distance = share.zero_option(MAX_REUSE, MAX_REUSE_DISTANCE)
+    return share.block * min(share.gpt.n_layer, 1 + distance // (2 * share.block))
 
 
-def _bucket_size(shard: Shard) -> int:
-    return min(int(shard.zero_option("reduce_bucket_size", MAX_REDUCED)), shard.n_params)
+def _bucket_size(share: RankShare) -> int:
+    return min(int(share.zero_option("reduce_bucket_size", MAX_REDUCED)), share.n_params)
 
 
-def _filled_buckets(shard: Shard) -> float:
+def _filled_buckets(share: RankShare) -> float:
     # Stages 1 and 2 fill a bucket while the backward runs, and reduce it in a copy.
-    if shard.stage in (0, 3) or shard.has_flat_gradients:
+    if share.stage in (0, 3) or share.has_flat_gradients:
         return 0
-    copies = 2 if shard.zero_option("overlap_comm", False) else 1
-    return shard.weight_bytes * copies * _bucket_size(shard)
+    copies = 2 if share.zero_option("overlap_comm", False) else 1
+    return share.weight_bytes * copies * _bucket_size(share)
 
 
-def _reduced_copies(shard: Shard) -> float:
-    if shard.stage == 0 and shard.world_size > 1:
-        return 4 * min(shard.n_params, MAX_REDUCED)
+def _reduced_copies(share: RankShare) -> float:
+    if share.stage == 0 and share.world_size > 1:
+        return 4 * min(share.n_params, MAX_REDUCED)
     return 0
 
 
-def _norm(shard: Shard) -> float:
+def _norm(share: RankShare) -> float:
     # Stages 2 and 3 take each gradient's norm in an fp64 copy of what this rank has of it.
-    if shard.stage < 2:
+    if share.stage < 2:
         return 0
-    if shard.stage == 2:
-        return 8 * min(shard.head, shard.n_params / shard.world_size)
-    return 8 * shard.head / shard.world_size
+    if share.stage == 2:
+        return 8 * min(share.head, share.n_params / share.world_size)
+    return 8 * share.head / share.world_size
 
 
-def comm_bytes(shard: Shard) -> int:
+def comm_bytes(share: RankShare) -> int:
     """Return the bytes of one gradient's element as it is sent."""
     named = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2}
-    name = shard.ds_config.get("communication_data_type")
-    return named.get(name, shard.weight_bytes) if name else shard.weight_bytes
+    name = share.ds_config.get("communication_data_type")
+    return named.get(name, share.weight_bytes) if name else share.weight_bytes

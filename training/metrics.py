@@ -1,4 +1,4 @@
-"""One line per step on the console, and the same numbers in log.txt, metrics.jsonl, TensorBoard.
+"""Print one line per step; write the same numbers to log.txt, metrics.jsonl and TensorBoard.
 
 `k train` is the loss of update k counted from 0; `k val` comes after k updates.
 """
@@ -6,7 +6,6 @@
 import contextlib
 import json
 import math
-import os
 import resource
 import sys
 from collections.abc import Callable
@@ -16,8 +15,9 @@ from typing import Any
 
 import torch
 
+from checkpoint.manifest import write_atomically
 from training.config import TrainConfig, to_json
-from training.devices import flops_of
+from training.devices import GIB, flops_of
 from training.health import Verdict
 from training.ranks import Ranks
 
@@ -34,9 +34,10 @@ def peak_flops(device: torch.device) -> float | None:
 def peak_memory_gib(device: torch.device) -> float:
     """Return the most memory held so far: of the GPU, or of this process on the CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
-    return rss / (2**30 if sys.platform == "darwin" else 2**20)
+        return torch.cuda.max_memory_allocated(device) / GIB
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit_bytes = 1 if sys.platform == "darwin" else 1024
+    return rss * unit_bytes / GIB
 
 
 def memory_line(device: torch.device) -> str:
@@ -44,11 +45,11 @@ def memory_line(device: torch.device) -> str:
     held = f"{peak_memory_gib(device):.2f}GiB"
     if device.type != "cuda":
         return held
-    return f"{held} (reserved {torch.cuda.max_memory_reserved(device) / 2**30:.2f}GiB)"
+    return f"{held} (reserved {torch.cuda.max_memory_reserved(device) / GIB:.2f}GiB)"
 
 
 class Metrics:
-    """Writes the numbers of a run on rank 0; on the other ranks it does nothing.
+    """Writes the numbers of a run on rank 0; on the other ranks it writes nothing.
 
     Args:
         config: The run.
@@ -61,7 +62,9 @@ class Metrics:
     def __init__(
         self, config: TrainConfig, first_step: int, ranks: Ranks, device: torch.device
     ) -> None:
-        self.config, self.device, self.is_main = config, device, ranks.is_main
+        self.config = config
+        self.device = device
+        self.is_main = ranks.is_main
         peak = peak_flops(device)
         self.peak_flops = peak * ranks.world_size if peak else None
         if self.is_main:
@@ -91,26 +94,28 @@ class Metrics:
         tokens_per_s = config.batch_tokens / dt_s
         flops_per_s = tokens_per_s * config.gpt_config.flops_per_token(config.seq_len)
         mfu = flops_per_s / self.peak_flops if self.peak_flops else None
+        shown_mfu = f"{mfu:.1%}" if mfu is not None else "n/a"
         left = timedelta(seconds=int((config.max_steps - step - 1) * dt_s))
         _say(
-            f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {grad_norm:.4f} | "
-            f"dt: {dt_s * 1000:.2f}ms | tok/sec: {tokens_per_s:.2f} | "
-            f"mfu: {'n/a' if mfu is None else f'{mfu:.1%}'} | "
-            f"mem: {memory_line(self.device)} | left: {left}"
+            step,
+            f"loss: {loss:.6f} | lr {lr:.4e} | norm: {grad_norm:.4f} | "
+            f"dt: {dt_s * 1000:.2f}ms | tok/sec: {tokens_per_s:.2f} | mfu: {shown_mfu} | "
+            f"mem: {memory_line(self.device)} | left: {left}",
         )
         row = {"step": step, "train/loss": loss, "train/lr": lr, "train/grad_norm": grad_norm}
         row |= {"perf/tokens_per_s": tokens_per_s, "perf/mfu": mfu}
         self._write(row, f"{step} train {loss:.6f}")
         for verdict in verdicts:
-            self._complain(verdict)
+            if verdict.complaint:
+                self._complain(verdict)
 
     def evaluation(self, step: int, loss: float, samples: list[str]) -> None:
         """Write what was evaluated after `step` updates: validation loss in nats, and texts."""
         if not self.is_main:
             return
-        _say(f"step {step:5d} | validation loss: {loss:.4f}")
+        _say(step, f"validation loss: {loss:.4f}")
         for text in samples:
-            _say(f"step {step:5d} | sample: {text!r}")
+            _say(step, f"sample: {text!r}")
         self._write({"step": step, "val/loss": loss, "samples": samples}, f"{step} val {loss:.4f}")
 
     def hellaswag(self, step: int, result: dict[str, Any]) -> None:
@@ -118,26 +123,26 @@ class Metrics:
         if not self.is_main:
             return
         acc, acc_norm = result["acc"], result["acc_norm"]
-        _say(
-            f"step {step:5d} | HellaSwag: acc {acc:.4f} acc_norm {acc_norm:.4f} "
-            f"± {result['acc_norm_stderr']:.4f} of {result['n']}"
-        )
+        error, n_rows = result["acc_norm_stderr"], result["n"]
+        line = f"HellaSwag: acc {acc:.4f} acc_norm {acc_norm:.4f} ± {error:.4f} of {n_rows}"
+        _say(step, line)
         row = {"step": step, "eval/hellaswag_acc": acc, "eval/hellaswag_acc_norm": acc_norm}
         self._write(row, f"{step} hella {acc_norm:.4f}")
 
     def close(self) -> None:
         """Close every file."""
-        for file in (self.log, self.jsonl, self.board) if self.is_main else ():
-            with contextlib.suppress(OSError):  # said when the row was written
+        if not self.is_main:
+            return
+        for file in (self.log, self.jsonl, self.board):
+            with contextlib.suppress(OSError):  # the write of the row has raised it
                 file.close()
 
     def _complain(self, verdict: Verdict) -> None:
-        if verdict.complaint:
-            size = self.config.batch_tokens // self.config.seq_len
-            first = verdict.step * size
-            line = f"{verdict.complaint} (samples {first} to {first + size - 1})"
-            _say(f"step {verdict.step:5d} | {line}")
-            self.jsonl.write(json.dumps({"step": verdict.step, "complaint": line}) + "\n")
+        size = self.config.batch_tokens // self.config.seq_len
+        first = verdict.step * size
+        line = f"{verdict.complaint} (samples {first} to {first + size - 1})"
+        _say(verdict.step, line)
+        self.jsonl.write(json.dumps({"step": verdict.step, "complaint": line}) + "\n")
 
     def _write(self, row: Row, log_line: str) -> None:
         finite = {
@@ -149,7 +154,7 @@ class Metrics:
             self._to_board(row)
             for file in (self.log, self.jsonl, self.board):
                 file.flush()
-        except OSError as error:  # a full disk has no name
+        except OSError as error:  # that of a full disk lacks the file's name
             raise OSError(error.errno, error.strerror, str(self.config.run_dir)) from error
 
     def _to_board(self, row: Row) -> None:
@@ -160,8 +165,8 @@ class Metrics:
             self.board.add_text(f"samples/{i}", text, row["step"])
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _say(step: int, line: str) -> None:
+    print(f"step {step:5d} | {line}", file=sys.stderr, flush=True)
 
 
 def _rewrite(path: Path, keep: Callable[[str], bool]) -> None:
@@ -170,14 +175,8 @@ def _rewrite(path: Path, keep: Callable[[str], bool]) -> None:
         return
     kept = []
     for line in path.read_text(errors="replace", encoding="utf-8").splitlines(keepends=True):
-        with contextlib.suppress(
-            ValueError, KeyError, TypeError, IndexError
-        ):  # torn by a kill: it goes
+        # A line that a kill has torn makes `keep` raise: it goes.
+        with contextlib.suppress(ValueError, KeyError, TypeError, IndexError):
             if line.endswith("\n") and keep(line):
                 kept.append(line)
-    partial = path.with_name(path.name + ".tmp")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_atomically(path, "".join(kept))

@@ -1,6 +1,4 @@
-"""How fast a device multiplies matrices, and how fast ranks all-reduce."""
-
-from __future__ import annotations
+"""Measure how fast a device multiplies matrices, and latency and bandwidth of all-reduces."""
 
 import datetime
 import functools
@@ -16,7 +14,8 @@ MATMUL = {"cpu": (512, torch.float32), "cuda": (8192, torch.bfloat16)}
 MATMUL_S = 0.3  # of repetitions, of which the fastest counts: others may use the machine too
 ALLREDUCE_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # fp32
 ALLREDUCE_TIMEOUT_S = 20
-REPEATS_SMALL, REPEATS = 50, 10
+REPEATS_SMALL = 50
+REPEATS = 10
 
 
 def multiply(a: torch.Tensor) -> None:
@@ -69,7 +68,7 @@ def measure_allreduce(
 def _group(name: str, ranks: tuple[int, ...]) -> Any:
     # All ranks make as many groups: PyTorch names a group after its ranks and how many there are.
     # Without local synchronization each of them would wait for all ranks.
-    del name
+    del name  # only the cache distinguishes by it
     timeout = datetime.timedelta(seconds=ALLREDUCE_TIMEOUT_S)
     return dist.new_group(list(ranks), timeout, use_local_synchronization=True)
 

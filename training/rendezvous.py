@@ -1,32 +1,30 @@
-"""The ranks of a run find each other, or say who is missing, and each finds its device."""
-
-from __future__ import annotations
+"""Rendezvous of all ranks: name the missing ones, choose devices, make the process group."""
 
 import contextlib
 import datetime
 import json
-import logging
 import os
 import socket
 import subprocess
 import time
-import warnings
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]  # documented
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed.rendezvous import rendezvous as open_launchers_store
 
 from data.mpi import BY_HAND, Tasks, find_tasks, read_number, start_mpi
+from errors import BadInput
 from training import deepspeed_fixes as fixes
 from training.ranks import Ranks
 
-NAMED, NOTED = 8, 120  # of missing ranks; characters of another's error
+MAX_NAMED_RANKS = 8  # in an error about missing ones
+MAX_ERROR_CHARS = 120  # of c10d's errors, which can be long
 POLL_S = 0.02
 GRACE_S = 5  # for rank 0, who says which rank is missing, before the others give up on it
-LEAVE_S = 2  # for the others to hear that it is over
+LEAVE_S = 2  # for the others to read that rank 0 leaves
 
 
 def choose_device(ranks: Ranks) -> torch.device:
@@ -35,31 +33,31 @@ def choose_device(ranks: Ranks) -> torch.device:
     Products of fp32 take TF32 on a GPU, as in the recipe. Ranks of a machine share its cores.
 
     Raises:
-        ValueError: The GPU of this rank does not exist, or the accelerator is Apple's MPS.
+        BadInput: The GPU of this rank does not exist, or the accelerator is Apple's MPS.
     """
-    if torch.backends.mps.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
-        raise ValueError("Apple's MPS: not supported. Fix: set DS_ACCELERATOR=cpu")
+    wants_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
+    if torch.backends.mps.is_available() and not wants_cpu:
+        raise BadInput("Apple's MPS", "is not supported", "set DS_ACCELERATOR=cpu")
     if "OMP_NUM_THREADS" not in os.environ:  # ranks that all take every core starve each other
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world_size))
-    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
-        if ranks.local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"--num_gpus: rank {ranks.rank} needs GPU {ranks.local_rank}, this machine has "
-                f"{torch.cuda.device_count()}. Fix: start no more ranks"
-            )
-        torch.cuda.set_device(ranks.local_rank)
-        torch.set_float32_matmul_precision("high")  # TF32
-        return torch.device("cuda", ranks.local_rank)
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guessed
-    return torch.device("cpu")
+    if wants_cpu or not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guessed
+        return torch.device("cpu")
+    n_gpus = torch.cuda.device_count()
+    if ranks.local_rank >= n_gpus:
+        what = f"rank {ranks.rank} needs GPU {ranks.local_rank}, this machine has {n_gpus}"
+        raise BadInput("--num_gpus", what, "start no more ranks than GPUs")
+    torch.cuda.set_device(ranks.local_rank)
+    torch.set_float32_matmul_precision("high")  # TF32
+    return torch.device("cuda", ranks.local_rank)
 
 
-def meet(ranks: Ranks, timeout_s: float) -> Store:
+def rendezvous(ranks: Ranks, timeout_s: float) -> Store:
     """Wait for every rank at MASTER_ADDR:MASTER_PORT (all ranks) and return their common store.
 
     Raises:
         OSError: Not all came in time; names those that did not.
-        ValueError: No launcher has named rank 0's address, and nothing here can find it.
+        BadInput: No launcher has named rank 0's address, and nothing here can find it.
     """
     if "RANK" not in os.environ:  # no launcher
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
@@ -69,18 +67,20 @@ def meet(ranks: Ranks, timeout_s: float) -> Store:
     remedy = f"start it, or give it more time with --timeouts start={2 * round(timeout_s)}"
     try:
         store = _open_store(ranks, datetime.timedelta(seconds=timeout_s))
-        came = exchange(store, ranks, "came", True, timeout_s)
+        came = all_gather_json(store, ranks, "came", True, timeout_s)  # all ranks
     except RuntimeError as error:  # c10d's errors of store and network
         if "EADDRINUSE" in str(error):
-            raise OSError(
-                f"{address}: in use. Fix: free it, or give another --master_port"
-            ) from error
+            remedy = "free it, or give another --master_port"
+            raise OSError(f"{address}: in use. Fix: {remedy}") from error
         _check_name(os.environ["MASTER_ADDR"])
-        what = f"rank 0 at {address} did not gather all ranks within {timeout_s:.0f} s"
-        raise OSError(f"{what} ({str(error).splitlines()[0][:NOTED]}). Fix: {remedy}") from error
-    if missing := [rank for rank, has_come in enumerate(came) if not has_come]:
-        names = ", ".join(map(str, missing[:NAMED]))
-        more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
+        cause = str(error).splitlines()[0][:MAX_ERROR_CHARS]
+        what = f"rank 0 at {address} did not gather all ranks within {timeout_s:.0f} s ({cause})"
+        raise OSError(f"{what}. Fix: {remedy}") from error
+    missing = [rank for rank, has_come in enumerate(came) if not has_come]
+    if missing:
+        names = ", ".join(map(str, missing[:MAX_NAMED_RANKS]))
+        n_more = len(missing) - MAX_NAMED_RANKS
+        more = f" and {n_more} more" if n_more > 0 else ""
         raise OSError(f"rank {names}{more} never came to {address}. Fix: {remedy}")
     return store
 
@@ -89,22 +89,17 @@ def _check_name(name: str) -> None:
     try:
         socket.getaddrinfo(name, None)
     except (socket.gaierror, UnicodeError) as error:
-        raise OSError(
-            f"MASTER_ADDR {name}: does not resolve ({error}). Fix: add it to DNS or /etc/hosts"
-        ) from error
+        what = f"MASTER_ADDR {name}: does not resolve ({error})"
+        raise OSError(f"{what}. Fix: add it to DNS or /etc/hosts") from error
 
 
 def _name_address(ranks: Ranks) -> None:
-    """Set MASTER_ADDR and MASTER_PORT where the launcher, mpirun or srun, did not (all ranks).
-
-    Raises:
-        ValueError: They are half set, or nothing here can find rank 0's address.
-    """
+    """Set MASTER_ADDR and MASTER_PORT where the launcher, mpirun or srun, did not (all ranks)."""
     if os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT"):
         return
     tasks = find_tasks()
     if not tasks:
-        raise ValueError(f"MASTER_ADDR, MASTER_PORT: not both set, but RANK is. Fix: {BY_HAND}")
+        raise BadInput("MASTER_ADDR, MASTER_PORT", "not both set, but RANK is", BY_HAND)
     if tasks.launcher == "Slurm":
         _name_slurm_address(ranks)
     else:
@@ -112,21 +107,17 @@ def _name_address(ranks: Ranks) -> None:
 
 
 def _name_slurm_address(ranks: Ranks) -> None:
-    """Take the machine on which srun was typed, and a port from the numbers of job and step.
-
-    The port is below those that the system gives to others.
-
-    Raises:
-        ValueError: That machine is not rank 0's.
-    """
+    """Take the machine on which srun was typed, and a port from the numbers of job and step."""
     name = "MASTER_ADDR" if os.environ.get("MASTER_ADDR") else "SLURM_LAUNCH_NODE_IPADDR"
     address = os.environ.get(name, "")
-    port = 20000 + (read_number("SLURM_JOB_ID") + 89 * read_number("SLURM_STEP_ID")) % 10000
     if not address or (ranks.is_main and not _is_own(address)):
-        raise ValueError(
-            f"{name}: {address!r} is not rank 0's address. Fix: in the job, export "
+        remedy = (
+            "in the job, export "
             'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
         )
+        raise BadInput(name, f"{address!r} is not rank 0's address", remedy)
+    # Every task computes the same one, below those that the system gives to other programs.
+    port = 20000 + (read_number("SLURM_JOB_ID") + 89 * read_number("SLURM_STEP_ID")) % 10000
     os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": os.environ.get("MASTER_PORT", str(port))}
 
 
@@ -138,23 +129,22 @@ def _is_own(address: str) -> bool:
 
 
 def _name_mpi_address(ranks: Ranks, tasks: Tasks) -> None:
-    """Let rank 0 tell the others, through MPI (all ranks).
-
-    Raises:
-        ValueError: There is no mpi4py, or it is another MPI's.
-    """
+    """Send rank 0's address to the others, through MPI (all ranks)."""
     found = None
-    if ranks.is_main:  # before MPI starts, after which no process should be forked
+    # Before MPI starts, after which no process should be forked.
+    if ranks.is_main:
         addresses = subprocess.run(["hostname", "-I"], capture_output=True, encoding="utf-8").stdout
         found = {"MASTER_ADDR": (addresses.split() or ["127.0.0.1"])[0]}
         found["MASTER_PORT"] = str(_free_port())
         found |= {name: os.environ[name] for name in found if name in os.environ}
     mpi = start_mpi(tasks)  # all ranks
     os.environ |= mpi.COMM_WORLD.bcast(found)
-    mpi.Finalize()  # while nobody hangs: at the end of a run that has failed it would
+    mpi.Finalize()  # here, where no rank hangs: at the end of a run that has failed one could
 
 
-def join(store: Store, ranks: Ranks, device: torch.device, timeout: datetime.timedelta) -> str:
+def join_process_group(
+    store: Store, ranks: Ranks, device: torch.device, timeout: datetime.timedelta
+) -> str:
     """Make the process group of all ranks (all ranks) and return its backend."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
@@ -180,32 +170,27 @@ def init_process_group(
 
     Raises:
         OSError: Not all ranks came.
-        ValueError: The GPU of this rank does not exist, or the accelerator is Apple's MPS.
+        BadInput: The GPU of this rank does not exist, or the accelerator is Apple's MPS.
     """
     device = choose_device(ranks)
-    import deepspeed
-    import deepspeed.ops
-    from deepspeed.utils import logger
+    import deepspeed  # after DS_ACCELERATOR is set
 
-    logger.setLevel(logging.WARNING)
-    # It calls PyTorch's collectives by their old names, at stage 3 many times in each step.
-    old_names = ".*(all_gather_into|reduce_scatter)_tensor. is deprecated"
-    warnings.filterwarnings("ignore", old_names, FutureWarning)
-    if device.type == "cpu":
-        # DeepSpeed's shared-memory all-reduce serves inference only; compiling it takes a minute.
-        # Not on a GPU: there the question alone has DeepSpeed look for every operator, on stdout.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    fixes.quiet_deepspeed(device)
     if not dist.is_initialized():
         timeout = datetime.timedelta(seconds=timeout_s)
-        store = meet(ranks, start_timeout_s or timeout_s)  # all ranks
-        backend = join(store, ranks, device, timeout)  # all ranks
+        store = rendezvous(ranks, start_timeout_s or timeout_s)  # all ranks
+        backend = join_process_group(store, ranks, device, timeout)  # all ranks
         deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
         fixes.give_timeout_to_clone(timeout)  # all ranks
     return device
 
 
-def exchange(store: Store, ranks: Ranks, name: str, value: Any, timeout_s: float) -> list[Any]:
+def all_gather_json(
+    store: Store, ranks: Ranks, name: str, value: Any, timeout_s: float
+) -> list[Any]:
     """Return what each rank gives under a name (all ranks), None for those that are too late.
+
+    It works before there is a process group, and unlike a collective it survives missing ranks.
 
     Args:
         store: Of all ranks.
@@ -220,18 +205,19 @@ def exchange(store: Store, ranks: Ranks, name: str, value: Any, timeout_s: float
     keys = [f"{name}/{rank}" for rank in range(ranks.world_size)]
     store.set(keys[ranks.rank], json.dumps(value))
     if ranks.is_main:
-        deadline, given = time.monotonic() + timeout_s, []
+        deadline = time.monotonic() + timeout_s
+        values = []
         for key in keys:
-            while not (is_there := store.check([key])) and time.monotonic() < deadline:
+            while not store.check([key]) and time.monotonic() < deadline:
                 time.sleep(POLL_S)
-            given.append(json.loads(store.get(key)) if is_there else None)
-        store.set(name, json.dumps(given))
+            values.append(json.loads(store.get(key)) if store.check([key]) else None)
+        store.set(name, json.dumps(values))
     store.wait([name], datetime.timedelta(seconds=timeout_s + GRACE_S))
     return json.loads(store.get(name))
 
 
-def part(store: Store, ranks: Ranks, timeout_s: float) -> None:
-    """Leave once rank 0 has come here, which goes last (all ranks): the store ends with it."""
+def leave_together(store: Store, ranks: Ranks, timeout_s: float) -> None:
+    """Shut down together (all ranks): rank 0 hosts the store, so it leaves last."""
     if not ranks.is_main:
         store.wait(["over"], datetime.timedelta(seconds=timeout_s))
         store.add("left", 1)
@@ -257,8 +243,9 @@ def _free_port() -> int:
 
 def _open_store(ranks: Ranks, timeout: datetime.timedelta) -> Store:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun keeps it
-        store, _, _ = next(rendezvous("env://", ranks.rank, ranks.world_size, timeout=timeout))
-        # The same store after a restart: what the ranks before left in it must not be found.
+        handler = open_launchers_store("env://", ranks.rank, ranks.world_size, timeout=timeout)
+        store, _, _ = next(handler)
+        # It outlives a restart: what the ranks before have left in it must not be found.
         return PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return TCPStore(host, port, ranks.world_size, ranks.is_main, timeout, wait_for_workers=False)

@@ -1,4 +1,4 @@
-"""What a run reads and where it writes, checked before any process group exists."""
+"""Check what a run reads and where it writes, before any process group exists."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from errors import BadInput
 from training.config import (
     BatchArithmetic,
     TrainConfig,
@@ -32,8 +33,8 @@ class Run:
 
     Attributes:
         config: Resolved, and so are `batch` and `ds_config`.
-        remarks: On keys of the ds_config, for the start.
-        unverified: Such keys.
+        remarks: Warnings about keys of the ds_config.
+        unverified: Keys of the ds_config that nobody has verified.
         is_settled: Whether the micro-batch is final; else launch/planning/fitting.py chooses it.
     """
 
@@ -46,7 +47,7 @@ class Run:
     is_settled: bool = True
 
     def take_micro_batch(self, micro_batch_size: int) -> None:
-        """Split the batch anew, for good."""
+        """Split the batch into such micro-batches, for good."""
         self.is_settled = True
         self.config = replace(self.config, micro_batch_size=micro_batch_size)
         self.batch = resolve_batch(self.config, self.ranks.world_size)
@@ -68,7 +69,7 @@ def resolve_run(flags: dict[str, Any], ranks: Ranks) -> Run:
     """Return the run of a command line, with every value filled in; `parse_flags` gives `flags`.
 
     Raises:
-        ValueError: A value is out of range, or does not go with another; names the flag or file.
+        BadInput: A value is out of range, or contradicts another; names the flag or file.
     """
     config = resolve_train_config(**flags)
     is_settled = config.micro_batch_size > 0
@@ -79,35 +80,35 @@ def resolve_run(flags: dict[str, Any], ranks: Ranks) -> Run:
     return Run(config, batch, found.ds_config, ranks, remarks, found.unverified, is_settled)
 
 
-def describe_run(config: TrainConfig, batch: BatchArithmetic, ds_config: dict[str, Any]) -> str:
+def describe_run(run: Run) -> str:
     """Return the resolved run for people: model, batch, schedule, config.json, ds_config.json."""
+    config, batch = run.config, run.batch
     gpt = config.gpt_config
     tokens = config.max_steps * config.batch_tokens
-    return "\n".join(
-        [
-            f"model     {config.model}: {gpt.n_params():,} parameters, "
-            f"{gpt.flops_per_token(config.seq_len):.4g} training FLOPs per token",
-            f"batch     {config.batch_tokens:,} tokens = {batch.micro_batch_size} sequences x "
-            f"{config.seq_len} tokens x {batch.grad_accum_steps} micro-batches x "
-            f"{batch.world_size} ranks",
-            f"schedule  {config.max_steps:,} steps = {tokens:,} tokens; lr {config.lr:g} after "
-            f"{config.warmup_steps:,} steps, {config.lr * config.min_lr_ratio:g} from step "
-            f"{config.decay_steps:,}",
-            f"config.json     {json.dumps(to_json(config))}",
-            f"ds_config.json  {json.dumps(ds_config)}",
-        ]
+    min_lr = config.lr * config.min_lr_ratio
+    lines = (
+        f"model     {config.model}: {gpt.n_params():,} parameters, "
+        f"{gpt.flops_per_token(config.seq_len):.4g} training FLOPs per token",
+        f"batch     {config.batch_tokens:,} tokens = {batch.micro_batch_size} sequences x "
+        f"{config.seq_len} tokens x {batch.grad_accum_steps} micro-batches x "
+        f"{batch.world_size} ranks",
+        f"schedule  {config.max_steps:,} steps = {tokens:,} tokens; lr {config.lr:g} after "
+        f"{config.warmup_steps:,} steps, {min_lr:g} from step {config.decay_steps:,}",
+        f"config.json     {json.dumps(to_json(config))}",
+        f"ds_config.json  {json.dumps(run.ds_config)}",
     )
+    return "\n".join(lines)
 
 
 def open_inputs(run: Run) -> Inputs:
     """Open and check everything that the run reads, before any process group exists.
 
     Raises:
-        ValueError: Whatever cannot be trained on or started from; names the file or flag.
+        BadInput: Whatever cannot be trained on or started from; names the file or flag.
     """
     from checkpoint.hf_folder import load_hf_config
     from checkpoint.hub import locate_hf_folder
-    from checkpoint.resuming import find_checkpoints
+    from checkpoint.manifest import find_checkpoints
     from data.order import Order
     from data.shards import TokenStream, require_targets
 
@@ -117,7 +118,7 @@ def open_inputs(run: Run) -> Inputs:
     check_extension_locks(run.ranks)
     _check_compiler(run)
     if config.run_dir.exists() and not config.run_dir.is_dir():
-        raise ValueError(f"--run_dir {config.run_dir}: is a file. Fix: give a folder")
+        raise BadInput(f"--run_dir {config.run_dir}", "is a file", "give a folder")
     verify = config.verify and run.ranks.local_rank == 0  # once per machine
     train_stream = TokenStream(config.data_dir, "train", gpt.vocab_size, verify)
     val_stream = TokenStream(config.data_dir, "val", gpt.vocab_size, verify)
@@ -134,22 +135,18 @@ def open_inputs(run: Run) -> Inputs:
         init_folder = locate_hf_folder(config.init_from)
         found = replace(load_hf_config(init_folder), dropout=config.dropout)
         if found != gpt:
-            raise ValueError(
-                f"--init_from {config.init_from} is {found}, --model {config.model} is {gpt}. "
-                "Fix: give the --model that it is"
-            )
+            what = f"is {found}, but --model {config.model} is {gpt}"
+            raise BadInput(f"--init_from {config.init_from}", what, "give the --model that it is")
     return Inputs(train_stream, val_stream, init_folder, checkpoints, order)
 
 
 def _check_compiler(run: Run) -> None:
-    offload = offloads(run.ds_config, "optimizer")
-    needs = ["--compile"] * (run.config.compile == "true") + ["offload"] * offload
+    needs_compiler = run.config.compile == "true" or offloads(run.ds_config, "optimizer")
     compiler = os.environ.get("CXX", "g++")
-    if needs and not shutil.which(compiler):
-        raise ValueError(
-            f"{needs[0]}: there is no C++ compiler {compiler!r}. "
-            "Fix: install g++, or name another in CXX"
-        )
+    if needs_compiler and not shutil.which(compiler):
+        where = "--compile" if run.config.compile == "true" else "offload"
+        what = f"there is no C++ compiler {compiler!r}"
+        raise BadInput(where, what, "install g++, or name another in CXX")
 
 
 def _check_same_run(run: Run, checkpoints: list[Path], order: dict[str, Any]) -> None:
@@ -160,25 +157,29 @@ def _check_same_run(run: Run, checkpoints: list[Path], order: dict[str, Any]) ->
         try:
             manifest = read_manifest(folder)
         except ValueError:
-            continue  # which one is damaged is said when every byte has been read
+            continue  # `newest_intact` names the damaged ones: it reads every byte
         if manifest.step != step_of(folder):
-            said = f"{folder}: a copy of {step_name(manifest.step)}"
-            raise ValueError(f"{said}. Fix: move it out of the folder")
-        precise = precision(run.ds_config)
-        check_same_run(manifest, precision=precise, model=run.config.gpt_config, order=order)
-        if manifest.step > run.config.max_steps:
-            raise ValueError(
-                f"--max_steps {run.config.max_steps}: {folder} is beyond it. Fix: give more"
-            )
-        return
+            what = f"a copy of {step_name(manifest.step)}"
+            raise BadInput(str(folder), what, "move it out of the folder")
+        check_same_run(
+            manifest,
+            precision=precision(run.ds_config),
+            model=run.config.gpt_config,
+            order=order,
+        )
+        max_steps = run.config.max_steps
+        if manifest.step > max_steps:
+            what = f"{folder} is beyond it"
+            raise BadInput(f"--max_steps {max_steps}", what, f"give at least {manifest.step}")
+        return  # the newest one that can be read is enough
 
 
 def take_run_dir(run: Run, inputs: Inputs) -> IO[str]:
-    """Lock the run folder until the returned file is closed, and say that it runs (rank 0).
+    """Lock the run folder until the returned file is closed, and record that it runs (rank 0).
 
     Raises:
-        ValueError: Another run has it, it should be empty and is not, or restarts lead nowhere.
-        OSError: It cannot be written, or there is no room for a checkpoint.
+        BadInput: Another run has it, it should be empty and is not, or restarts come no further.
+        OSError: It cannot be written, or the disk space is not enough for a checkpoint.
     """
     from checkpoint.manifest import checkpoint_bytes, step_of
     from checkpoint.run_folder import check_not_lost, check_unused, lock_run_dir

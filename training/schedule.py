@@ -1,4 +1,4 @@
-"""The learning rate of every step: linear warm-up, cosine to a floor, then constant.
+"""Compute the learning rate of a step: linear warm-up, cosine to a floor, then constant.
 
 The recipe of build-nanogpt and of GPT-3 (Brown et al. 2020, App. B).
 """

@@ -1,4 +1,4 @@
-"""One optimizer step through the engine."""
+"""Take one optimizer step through the engine, and measure its time."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -76,7 +76,9 @@ def take_step(
 
 
 def set_optimizer(engine: Any, config: TrainConfig, lr: float) -> None:
-    """Set what the run owns in every parameter group; a checkpoint brings its own back."""
+    """Set what the run owns of the optimizer; loading a checkpoint brings back its own values."""
+    if engine.zero_optimization_stage() > 0:  # at stage 0 `optimizer_step` clips
+        engine.optimizer.clip_grad = config.grad_clip
     decays = (config.weight_decay, 0.0)  # the order of decay_groups
     for group, weight_decay in zip(engine.optimizer.param_groups, decays, strict=True):
         group |= {"lr": lr, "betas": (config.beta1, config.beta2), "eps": config.eps}

@@ -1,11 +1,11 @@
-"""stdout and stderr that outlive whoever reads them."""
+"""Let stdout and stderr outlive whoever reads them."""
 
 import io
 import os
 import sys
 from typing import Any
 
-STDERR = 2
+STDERR = 2  # its descriptor: sys.stderr may be something else
 
 
 class _Lasting(io.FileIO):
@@ -24,8 +24,9 @@ def outlive_readers() -> None:
     Its steps and how it ended are in the run folder too. For main programs only: this replaces
     sys.stdout and sys.stderr.
     """
+    # A descriptor that is closed from the start must not become another file's.
     while os.open(os.devnull, os.O_RDWR) <= STDERR:
-        pass  # a number that is closed from the start must not become another file's
+        pass
     for name in ("stdout", "stderr"):
         old = getattr(sys, name)
         if old is not None:  # None: closed from the start

@@ -1,4 +1,4 @@
-"""A torch.profiler trace of chosen steps, for TensorBoard's plugin and https://ui.perfetto.dev."""
+"""Trace chosen steps with torch.profiler, for TensorBoard's plugin or https://ui.perfetto.dev."""
 
 import torch
 from torch.profiler import ProfilerAction, ProfilerActivity, profile, tensorboard_trace_handler

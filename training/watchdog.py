@@ -1,6 +1,4 @@
-"""A clock for each phase of a run: when it runs out, stacks are written and the rank ends."""
-
-from __future__ import annotations
+"""End a rank whose phase exceeds its timeout, and write the stacks of its threads."""
 
 import faulthandler
 import os
@@ -10,38 +8,38 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from errors import BadInput
+from training.exit_status import HUNG
+from training.streams import STDERR
+
 TIMEOUTS_S = {"start": 1800, "step": 1800, "eval": 7200, "save": 3600}
 GRACE_S = 20  # for the thread; then C code, which needs no interpreter, ends the process
-HUNG = 70
 POLL_S = 1
-STDERR = 2  # its descriptor: sys.stderr may be something else
 
 
 def parse_timeouts(text: str) -> dict[str, int]:
-    """Return the seconds of each phase: TIMEOUTS_S with `step=600,eval=3600` put over it.
+    """Return the seconds of each phase: TIMEOUTS_S, with some replaced, as `step=600,eval=3600`.
 
     Raises:
-        ValueError: Not of that form, or a phase that there is not.
+        BadInput: Not of that form, or an unknown phase.
     """
     timeouts = dict(TIMEOUTS_S)
     for part in filter(None, text.split(",")):
         match = re.fullmatch(r"([a-z]+)=([0-9]+)", part)
         if not match or match[1] not in TIMEOUTS_S or not int(match[2]):
-            phases = ", ".join(TIMEOUTS_S)
-            raise ValueError(
-                f"--timeouts {text}: not understood. Fix: like step=600,eval=3600; of {phases}"
-            )
+            remedy = f"give phases of {', '.join(TIMEOUTS_S)}: e.g. step=600,eval=3600"
+            raise BadInput(f"--timeouts {text}", "must be PHASE=SECONDS,...", remedy)
         timeouts[match[1]] = int(match[2])
     return timeouts
 
 
 def group_timeout_s(text: str) -> int:
-    """Return when a collective gives up: after every clock, whose stacks say more."""
+    """Return when a collective gives up: after every phase's timeout, whose stacks say more."""
     return max(parse_timeouts(text).values()) + 2 * GRACE_S
 
 
 class Watchdog:
-    """Ends this process with status 70 if a phase lasts longer than it may; begins with "start".
+    """Ends this process with status HUNG if a phase exceeds its timeout; begins with "start".
 
     Args:
         timeouts_s: Of each phase.
@@ -59,14 +57,14 @@ class Watchdog:
         self._thread.start()
 
     def phase(self, name: str, times: int = 1) -> None:
-        """Begin a phase of `timeouts_s`, or some times that, and its clock."""
+        """Begin a phase, which may last `times` its timeout."""
         seconds = times * self.timeouts_s[name]
         self._current = name, time.monotonic() + seconds
-        # Works where no Python thread runs: in C code that keeps the interpreter's lock.
+        # Also works where no Python thread runs: in C code that keeps the interpreter's lock.
         faulthandler.dump_traceback_later(seconds + GRACE_S, exit=True, file=STDERR)
 
     def stop(self) -> None:
-        """Stop the clock for good."""
+        """Watch no longer."""
         self._stopped.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()

@@ -284,7 +284,9 @@ def test_autocast_means_bf16(dtype: str | None) -> None:
     resolved = resolve_ds_config(raw, CONFIG, resolve_batch(CONFIG, 1)).ds_config
     assert resolved["torch_autocast"]["dtype"] in BF16
     raw["torch_autocast"] = {"enabled": True, "dtype": "fp32"}
-    with pytest.raises(ValueError, match=r"torch_autocast.dtype is 'fp32'. Fix: set .bfloat16"):
+    with pytest.raises(
+        ValueError, match=r"torch_autocast.dtype: must be bfloat16, got 'fp32'. Fix: set"
+    ):
         resolve_ds_config(raw, CONFIG, resolve_batch(CONFIG, 1))
 
 

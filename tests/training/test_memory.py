@@ -8,18 +8,18 @@ import pytest
 
 from training.config import resolve_batch, resolve_train_config
 from training.ds_config import load_ds_config, resolve_ds_config
-from training.memory import Shard, host_bytes, moments, peak, shard_of
+from training.memory import RankShare, host_bytes, moments, peak, share_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def shard(
+def rank_share(
     ds_config: str, world_size: int, *, more: dict[str, Any] | None = None, **fields: Any
-) -> Shard:
+) -> RankShare:
     config = resolve_train_config(**fields)
     batch = resolve_batch(config, world_size)
     raw = load_ds_config(ROOT / "ds_configs" / ds_config) | (more or {})
-    return shard_of(config, batch, resolve_ds_config(raw, config, batch).ds_config, on_gpu=True)
+    return share_of(config, batch, resolve_ds_config(raw, config, batch).ds_config, on_gpu=True)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def shard(
 def test_states_of_a_large_model_are_the_closed_form(stage: int, bytes_each: Any) -> None:
     # ZeRO (Rajbhandari et al. 2020), section 3, with gradients in fp32.
     for world_size in (8, 64):
-        one = shard(f"zero{stage}.json", world_size, model="gpt3-13b")
+        one = rank_share(f"zero{stage}.json", world_size, model="gpt3-13b")
         states = moments(one)["reduction"]
         held = states["weights"] + states["gradients"] + states["optimizer"]
         assert held == pytest.approx(bytes_each(world_size) * one.n_params)
@@ -42,20 +42,20 @@ def test_states_of_a_large_model_are_the_closed_form(stage: int, bytes_each: Any
 
 
 def test_activations_grow_with_tokens_and_checkpointing_keeps_one_in_twelve() -> None:
-    def activations(one: Shard) -> float:
+    def activations(one: RankShare) -> float:
         return moments(one)["loss"]["activations"]
 
-    small = shard("zero1.json", 8, model="gpt2", micro_batch_size=8)
-    large = shard("zero1.json", 8, model="gpt2", micro_batch_size=16)
+    small = rank_share("zero1.json", 8, model="gpt2", micro_batch_size=8)
+    large = rank_share("zero1.json", 8, model="gpt2", micro_batch_size=16)
     assert activations(large) == 2 * activations(small)
     saving = {"activation_checkpointing": {}}
-    spared = shard("zero1.json", 8, more=saving, model="gpt2", micro_batch_size=16)
+    spared = rank_share("zero1.json", 8, more=saving, model="gpt2", micro_batch_size=16)
     ends = 4 * large.tokens * 768
     assert activations(large) - ends == 12 * (activations(spared) - ends)
 
 
 def test_offload_moves_the_states_to_the_machine() -> None:
-    held, offloaded = (shard(f"zero3{o}.json", 8, model="gpt3-13b") for o in ("", "_offload"))
+    held, offloaded = (rank_share(f"zero3{o}.json", 8, model="gpt3-13b") for o in ("", "_offload"))
     assert host_bytes(held) == 0
     share = offloaded.n_params / 8
     # Weights and moments in fp32 are 12 bytes; gradients twice, and bf16 weights, are pinned: in

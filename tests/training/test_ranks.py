@@ -9,7 +9,7 @@ import pytest
 
 from data.mpi import LAUNCHERS, connect
 from train import main
-from training.ranks import NAMES, Ranks, read_ranks
+from training.ranks import RANK_VARIABLES, Ranks, read_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """An environment in which no launcher has left a word."""
     prefixes = ("OMPI_", "MV2_", "PMI", "MPI_", "SLURM_", "MASTER_", "TORCHELASTIC_")
-    for name in (*os.environ, *NAMES, "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        if name.startswith(prefixes) or name in (*NAMES, "LOCAL_SIZE"):
+    for name in (*os.environ, *RANK_VARIABLES, "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        if name.startswith(prefixes) or name in (*RANK_VARIABLES, "LOCAL_SIZE"):
             monkeypatch.setenv(name, "")  # to have it restored
             monkeypatch.delenv(name)
     return monkeypatch
@@ -32,7 +32,7 @@ def give(environment: pytest.MonkeyPatch, names: Iterable[str], values: Iterable
 
 def test_ranks_come_from_the_launchers_environment(bare: pytest.MonkeyPatch) -> None:
     assert read_ranks() == Ranks(0, 0, 1, 1)
-    give(bare, NAMES[:3], (5, 1, 8))
+    give(bare, RANK_VARIABLES[:3], (5, 1, 8))
     assert read_ranks() == Ranks(5, 1, 8, 8)
     assert not read_ranks().is_main
     bare.setenv("LOCAL_SIZE", "4")  # deepspeed's name
@@ -47,7 +47,7 @@ def test_ranks_that_mpirun_started_have_torchruns_names(
 ) -> None:
     give(bare, LAUNCHERS[launcher], (5, 1, 8, 4))
     assert read_ranks() == Ranks(rank=5, local_rank=1, world_size=8, local_world_size=4)
-    assert [os.environ[name] for name in NAMES] == list("5184")
+    assert [os.environ[name] for name in RANK_VARIABLES] == list("5184")
     bare.setenv("RANK", "0")  # deepspeed or torchrun, started by mpirun
     assert read_ranks().rank == 0
 
@@ -175,7 +175,7 @@ def test_text_is_not_prepared_by_ranks_of_torchrun_each_alone(
 
 @pytest.mark.parametrize("port", ["", "a", "-1", "99999"])
 def test_a_port_that_is_none_is_named(bare: pytest.MonkeyPatch, port: str) -> None:
-    give(bare, (*NAMES, "MASTER_PORT"), (0, 0, 2, 2, port))
+    give(bare, (*RANK_VARIABLES, "MASTER_PORT"), (0, 0, 2, 2, port))
     with pytest.raises(ValueError, match=r"MASTER_PORT.*(is|out of range).* Fix: give"):
         read_ranks()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from training.ranks import Ranks
-from training.rendezvous import meet
+from training.rendezvous import rendezvous
 
 
 def free_port() -> int:
@@ -32,14 +32,14 @@ def test_ranks_that_never_come_are_named(monkeypatch: pytest.MonkeyPatch) -> Non
         "Fix: start it, or give it more time with --timeouts start=2"
     )
     with pytest.raises(OSError, match=expected):
-        meet(first_of(11, "127.0.0.1", port, monkeypatch), timeout_s=1)
+        rendezvous(first_of(11, "127.0.0.1", port, monkeypatch), timeout_s=1)
 
 
 def test_a_port_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match=rf"127.0.0.1:{port}: in use. Fix: free it, or give anot"):
-            meet(first_of(1, "127.0.0.1", port, monkeypatch), timeout_s=5)
+            rendezvous(first_of(1, "127.0.0.1", port, monkeypatch), timeout_s=5)
 
 
 def test_an_address_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,17 +47,17 @@ def test_an_address_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(
         OSError, match=r"MASTER_ADDR no\.such\.host\.invalid: does not resolve .*Fix"
     ):
-        meet(Ranks(rank=1, local_rank=1, world_size=2, local_world_size=2), timeout_s=1)
+        rendezvous(Ranks(rank=1, local_rank=1, world_size=2, local_world_size=2), timeout_s=1)
 
 
 OURS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of one_rank
 TASK = """
-from training.rendezvous import exchange, meet, part
+from training.rendezvous import all_gather_json, leave_together, rendezvous
 from training.ranks import read_ranks
 ranks = read_ranks()
-store = meet(ranks, 30)
-print(exchange(store, ranks, "numbers", ranks.rank, 30))
-part(store, ranks, 30)
+store = rendezvous(ranks, 30)
+print(all_gather_json(store, ranks, "numbers", ranks.rank, 30))
+leave_together(store, ranks, 30)
 """
 
 
@@ -103,7 +103,7 @@ def test_srun_that_was_typed_elsewhere_says_how_to_name_rank_0(
         match=r"SLURM_LAUNCH_NODE_IPADDR: .*not rank 0's address. "
         r"Fix: in the job, export MASTER_ADDR=",
     ):
-        meet(Ranks(rank=0, local_rank=0, world_size=2, local_world_size=2), timeout_s=1)
+        rendezvous(Ranks(rank=0, local_rank=0, world_size=2, local_world_size=2), timeout_s=1)
 
 
 @pytest.mark.parametrize(
@@ -122,4 +122,4 @@ def test_half_an_address_is_named(given: dict[str, str], monkeypatch: pytest.Mon
     for name, value in (given | {"RANK": "1"}).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=r"MASTER_.* Fix: "):
-        meet(Ranks(rank=1, local_rank=1, world_size=2, local_world_size=2), timeout_s=1)
+        rendezvous(Ranks(rank=1, local_rank=1, world_size=2, local_world_size=2), timeout_s=1)

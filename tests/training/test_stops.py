@@ -36,9 +36,9 @@ if names == ["rank"]:
     with Stops(Path(folder), print, print) as stops:
         stops._wait_for_check = True
         print("rank", os.getpid(), flush=True)
-        while not stops._asked:
+        while not stops._reason:
             time.sleep(0.1)
-        Path(folder, "asked").write_text(REASONS[stops._asked])
+        Path(folder, "asked").write_text(REASONS[stops._reason])
 else:
     print(names[0], os.getpid(), flush=True)
     command_line = "deepspeed.launcher.launch" if names[1] == "launcher" else "a rank"

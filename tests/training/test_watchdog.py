@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from training.watchdog import GRACE_S, HUNG, TIMEOUTS_S, group_timeout_s, parse_timeouts
+from training.exit_status import HUNG
+from training.watchdog import GRACE_S, TIMEOUTS_S, group_timeout_s, parse_timeouts
 
 ROOT = Path(__file__).resolve().parents[2]
 HANG = """
@@ -79,5 +80,7 @@ def test_timeouts_are_defaults_with_some_replaced() -> None:
     "text", ["step", "step=0", "step=x", "train=5", "step=5;eval=6", "step=-1"]
 )
 def test_other_timeouts_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=f"--timeouts {text}: not understood. Fix: like step=600"):
+    with pytest.raises(
+        ValueError, match=f"--timeouts {text}: must be PHASE=SECONDS,.*e.g. step=600"
+    ):
         parse_timeouts(text)
