@@ -20,7 +20,8 @@ ALLOWED = {
     "checkpoint": {"checkpoint", "model", "data.tokenizer"},
     "training": {"training", "model", "data", "checkpoint"},
     # An evaluation command runs on one rank or on many.
-    "eval": {"eval", "model", "data", "checkpoint", "training.ranks", "training.rendezvous"},
+    "eval": {"eval", "model", "data", "checkpoint"}
+    | {"training.ranks", "training.rendezvous", "training.exit_status"},
     "launch": {"launch", "training", "model", "data", "checkpoint"},
 }
 EXCEPTIONS = {("eval/session.py", "training.streams")}  # output that nobody reads any more
