@@ -15,8 +15,8 @@ if not __package__:  # run as a file: import from the repository root, exactly a
 
 from checkpoint.layouts import step_weights
 from checkpoint.manifest import newest_step, read_manifest, step_name
+from checkpoint.run_folder import check_empty
 from command_line import OneLineParser
-from errors import BadInput
 from model import GPTConfig
 
 if TYPE_CHECKING:
@@ -58,17 +58,6 @@ def consolidate_engine(engine: Any, run_dir: Path, step: int, unverified: list[s
     return folder
 
 
-def check_empty(out_dir: Path) -> None:
-    """Refuse to overwrite anything.
-
-    Raises:
-        BadInput: `out_dir` is a file, or a folder that is not empty; hidden files do not count.
-    """
-    is_file = out_dir.exists() and not out_dir.is_dir()
-    if is_file or any(out_dir.glob("[!.]*")):
-        raise BadInput(f"--out_dir {out_dir}", "is not an empty folder", "give another")
-
-
 def main() -> int:
     """Run the command line; return the exit status."""
     parser = OneLineParser(description=__doc__)
@@ -80,7 +69,7 @@ def main() -> int:
     try:
         folder = newest_step(args.ckpt.resolve())
         if args.out_dir:
-            check_empty(args.out_dir)
+            check_empty(args.out_dir, "--out_dir")
         out_dir = args.out_dir or folder.parents[1] / "consolidated" / folder.name
         save_hf_folder(out_dir, GPTConfig(**read_manifest(folder).model), step_weights(folder))
     except ValueError as error:

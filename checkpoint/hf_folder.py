@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoint.manifest import PARTIAL_SUFFIX
+from checkpoint.run_folder import write_json
 from data.tokenizer import EOT_TOKEN, save_hf_tokenizer
 from errors import BadInput
 from model import GPT, GPTConfig
@@ -136,7 +137,7 @@ def _read_tensor(key: str, file: Path) -> Tensor:
 def check_tied(head: Tensor, wte: Tensor, source: Path) -> None:
     """Refuse a head that is not `wte`; `source` is named in the error."""
     if head.data_ptr() != wte.data_ptr() and not torch.equal(head, wte):
-        what = "lm_head is not tied to wte, as in GPT-2"
+        what = "lm_head is not tied to wte, as it is in GPT-2"
         raise BadInput(f"{source}", what, FIX_GIVE_GPT2)
 
 
@@ -229,7 +230,7 @@ def save_hf_folder(folder: Path, config: GPTConfig, weights: Iterable[tuple[str,
     partial = folder.with_name(folder.name + PARTIAL_SUFFIX)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _write_json(partial / "config.json", hf_config(config))
+    write_json(partial / "config.json", hf_config(config))
     save_hf_tokenizer(partial, config.block_size)
     try:
         _save_weights(partial, config, weights)
@@ -258,8 +259,4 @@ def _save_weights(folder: Path, config: GPTConfig, weights: Iterable[tuple[str, 
     assert not held, f"{folder} lacks weights"
     if planned.is_sharded:
         index = {"metadata": planned.metadata, "weight_map": planned.tensor_to_filename}
-        _write_json(folder / "model.safetensors.index.json", index)
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "model.safetensors.index.json", index)

@@ -157,8 +157,8 @@ def verify_files(folder: Path, manifest: Manifest, rank: int = 0, world_size: in
     """
     extra = sorted({p.name for p in folder.glob("[!.]*")} - {MANIFEST, *manifest.files})
     if extra:
-        where, what = f"{folder / extra[0]}", f"not in {MANIFEST}"
-        raise UnknownFileError(where, what, "move it out of the folder")
+        where = f"{folder / extra[0]}"
+        raise UnknownFileError(where, f"not in {MANIFEST}", "move it out of the folder")
     for name, record in manifest.files.items():
         path = folder / name
         if writer_of(name) % world_size != rank:
@@ -174,14 +174,32 @@ def complete_steps(checkpoints: Path) -> list[Path]:
     return [folder for folder in _step_folders(checkpoints) if (folder / MANIFEST).is_file()]
 
 
-def incomplete_steps(checkpoints: Path) -> list[Path]:
-    """Return the step folders without a manifest; unfinished saves (.tmp) do not count."""
-    return [folder for folder in _step_folders(checkpoints) if not (folder / MANIFEST).is_file()]
-
-
 def _step_folders(checkpoints: Path) -> list[Path]:
     folders = [p for p in checkpoints.glob("step_*") if STEP_NAME.fullmatch(p.name)]
     return sorted(folders, key=step_of)
+
+
+def find_checkpoints(run_dir: Path, resume: str) -> list[Path]:
+    """Return the step folders to resume from, the newest first; none to start a new run.
+
+    Args:
+        run_dir: The run.
+        resume: "auto", "must" or "none".
+
+    Raises:
+        BadInput: "must" without a checkpoint, or all step folders are incomplete. Unfinished saves
+            (.tmp) do not count.
+    """
+    if resume == "none":
+        return []
+    checkpoints = run_dir / "checkpoints"
+    folders = _step_folders(checkpoints)
+    complete = complete_steps(checkpoints)
+    if folders and not complete:
+        raise BadInput(f"{folders[-1]}", f"no {MANIFEST}", f"rm -r {folders[-1]}, to start anew")
+    if resume == "must" and not complete:
+        raise BadInput("--resume must", f"no checkpoint in {checkpoints}", "give --resume auto")
+    return complete[::-1]
 
 
 def newest_step(path: Path) -> Path:

@@ -1,5 +1,6 @@
 """Load the model that --ckpt names, whatever its format."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -20,13 +21,10 @@ def resolve_ckpt(ckpt: str) -> str:
     Raises:
         BadInput: The run has no complete step.
     """
-    try:
-        path = Path(ckpt)
-        is_run = (path / "checkpoints").is_dir() or (path / STATUS).is_file()
-        is_run = is_run and not (path / MANIFEST).exists()
-    except OSError:  # load_model says what is wrong with the path
-        return ckpt
-    return str(newest_step(Path(ckpt))) if is_run else ckpt
+    # With os.path, for which an unreadable path does not exist: load_model says what is wrong.
+    is_step = os.path.exists(f"{ckpt}/{MANIFEST}")
+    is_run = os.path.isdir(f"{ckpt}/checkpoints") or os.path.isfile(f"{ckpt}/{STATUS}")
+    return str(newest_step(Path(ckpt))) if is_run and not is_step else ckpt
 
 
 def load_model(ckpt: str) -> tuple[GPT, str]:

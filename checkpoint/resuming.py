@@ -1,4 +1,4 @@
-"""Find the checkpoint to resume from, and load it into an engine of the same or another layout."""
+"""Load the newest intact checkpoint into an engine of the same layout or another."""
 
 import contextlib
 import functools
@@ -12,42 +12,11 @@ import torch.distributed as dist
 
 from checkpoint.fingerprints import DTYPES, check_fingerprints, engine_fingerprints, fingerprint
 from checkpoint.layouts import MOMENTS, WEIGHT, optimizer_steps, whole_states
-from checkpoint.manifest import (
-    Manifest,
-    UnknownFileError,
-    complete_steps,
-    incomplete_steps,
-    read_manifest,
-    verify_files,
-)
+from checkpoint.manifest import Manifest, UnknownFileError, read_manifest, verify_files
 from checkpoint.saving import layout_of, on_all_ranks, rng_file
 from checkpoint.unpickling import allow_deepspeed_types, load_weights_only, naming_pickled_code
 from errors import BadInput
 from model import GPTConfig
-
-
-def find_checkpoints(run_dir: Path, resume: str) -> list[Path]:
-    """Return the step folders to resume from, the newest first; none to start a new run.
-
-    Args:
-        run_dir: The run.
-        resume: "auto", "must" or "none".
-
-    Raises:
-        BadInput: "must" without a checkpoint, or all step folders are incomplete.
-    """
-    checkpoints = run_dir / "checkpoints"
-    if resume == "none":
-        return []
-    steps = complete_steps(checkpoints)
-    if steps:
-        return steps[::-1]
-    broken = incomplete_steps(checkpoints)
-    if broken:
-        raise BadInput(f"{broken[-1]}", "no manifest.json", f"rm -r {broken[-1]}, to start anew")
-    if resume == "must":
-        raise BadInput("--resume must", f"no checkpoint in {checkpoints}", "give --resume auto")
-    return []
 
 
 def check_same_run(
@@ -114,7 +83,8 @@ def load_checkpoint(engine: Any, folder: Path, manifest: Manifest, precision: st
             saved, by their fingerprints.
     """
     now = layout_of(engine, precision)
-    saved = {key: getattr(manifest, key) or now[key] for key in now}
+    saved = {key: getattr(manifest, key) for key in now}
+    saved["partition"] = manifest.partition or now["partition"]  # old manifests do not record it
     expected = manifest.fingerprints
     if saved == now:
         allow_deepspeed_types()
@@ -191,17 +161,16 @@ def refresh_weights(engine: Any) -> None:
 
 def make_moments(engine: Any, n_steps: int) -> None:
     """Create the optimizer's state, as its first step would, with a count of `n_steps` steps."""
-    optimizer, adam = engine.optimizer, engine.basic_optimizer
+    optimizer = engine.optimizer
+    adam = engine.basic_optimizer
     if engine.zero_optimization_stage() == 3:
         flats = optimizer.fp32_partitioned_groups_flat
     else:
         flats = [param for group in adam.param_groups for param in group["params"]]
+    # PyTorch's AdamW counts in a tensor, DeepSpeed's in a Python integer.
+    in_tensor = isinstance(adam, torch.optim.AdamW)
     for flat in flats:
-        state: dict[str, Any] = {key: torch.zeros_like(flat) for key in MOMENTS}
-        # PyTorch's AdamW counts in a tensor, DeepSpeed's in a Python integer.
-        in_tensor = isinstance(adam, torch.optim.AdamW)
-        count = torch.tensor(float(n_steps), device=flat.device)
-        state["step"] = count if in_tensor else n_steps
-        adam.state[flat] = state
+        count = torch.tensor(float(n_steps), device=flat.device) if in_tensor else n_steps
+        adam.state[flat] = {key: torch.zeros_like(flat) for key in MOMENTS} | {"step": count}
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2
         optimizer._lazy_init_hp_params_optimizer_state()

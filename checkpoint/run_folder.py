@@ -19,17 +19,17 @@ from errors import BadInput
 LOCK = "lock"
 STATUS = "run_status.json"
 MAX_RESTARTS = 3  # without a further checkpoint
-GIB = 2**30
 
 
-def check_unused(run_dir: Path) -> None:
-    """Refuse a folder that is not empty; hidden files do not count.
+def check_empty(folder: Path, flag: str) -> None:
+    """Refuse a file, and a folder that is not empty; hidden files do not count.
 
     Raises:
-        BadInput: Names it.
+        BadInput: Names `flag` and the folder.
     """
-    if any(run_dir.glob("[!.]*")):
-        raise BadInput("--resume none", f"{run_dir} is not empty", "give another --run_dir")
+    is_file = folder.exists() and not folder.is_dir()
+    if is_file or any(folder.glob("[!.]*")):
+        raise BadInput(flag, f"{folder} is not an empty folder", "give another")
 
 
 def check_not_lost(run_dir: Path) -> None:
@@ -86,8 +86,8 @@ def lock_run_dir(run_dir: Path, needed_bytes: int, resume_step: int) -> IO[str]:
         free = shutil.disk_usage(run_dir).free
         if free < needed_bytes:
             raise OSError(
-                f"--run_dir {run_dir}: {free / GIB:.2f} GiB are free, a checkpoint takes "
-                f"{needed_bytes / GIB:.2f}. Fix: free disk space or give another folder"
+                f"--run_dir {run_dir}: {free / 2**30:.2f} GiB are free, a checkpoint takes "
+                f"{needed_bytes / 2**30:.2f}. Fix: free disk space or give another folder"
             )
         write_status(run_dir, "running", starts=count_starts(run_dir, resume_step))
         undo.pop_all()  # the lock is kept
@@ -111,7 +111,7 @@ def _lock(lock: IO[str], run_dir: Path) -> None:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Replace a small JSON file of the run atomically."""
+    """Replace a small JSON file atomically."""
     write_atomically(path, json.dumps(values, indent=2) + "\n")
 
 

@@ -17,7 +17,8 @@ class LayerCache:
         B, H, T, D = k.shape
         if self.length == 0:
             self.k, self.v = (x.new_empty(B, H, self.capacity, D) for x in (k, v))
-        start, self.length = self.length, self.length + T
+        start = self.length
+        self.length += T
         self.k[:, :, start : self.length] = k
         self.v[:, :, start : self.length] = v
         return self.k[:, :, : self.length], self.v[:, :, : self.length]

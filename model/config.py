@@ -51,10 +51,12 @@ class GPTConfig:
     gelu: str = "tanh"
 
     def __post_init__(self) -> None:
-        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} = {value!r}: must be a whole number of at least 1")
+        names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+        sizes = {name: getattr(self, name) for name in names}
+        wrong = [name for name, size in sizes.items() if type(size) is not int or size < 1]
+        if wrong:
+            what = "must be a whole number of at least 1"
+            raise ValueError(f"{wrong[0]} = {sizes[wrong[0]]!r}: {what}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}")
         if not 0 <= self.dropout < 1:
