@@ -104,12 +104,16 @@ def is_exported(run_dir: Path) -> bool:
 
 def validation_loss(folder: Path, run_dir: Path) -> float:
     """Return the validation loss of the newest step folder, in fp32."""
+    import torch
+
     from checkpoint.reader import load_model
     from data.shards import TokenStream
     from data.tokenizer import VOCAB_SIZE
-    from eval.val_loss import sum_losses
+    from eval.session import Session
+    from eval.val_loss import mean_loss
+    from training.ranks import Ranks
 
     model, _ = load_model(str(run_dir))
     stream = TokenStream(folder / "data", "val", VOCAB_SIZE)
-    total, n_tokens = sum_losses(model, stream, seq_len=64, eval_tokens=256, batch_size=4)
-    return total / n_tokens
+    session = Session(model, model.config, torch.device("cpu"), Ranks())
+    return mean_loss(session, stream, seq_len=64, eval_tokens=256, batch_size=4)

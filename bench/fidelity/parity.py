@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from command_line import OneLineParser
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = {"fp32": 2e-6, "bf16": 2e-3}
 LAUNCH_TIMEOUT_S = 280  # less than pytest allows a test
+
+Start = Callable[[int, list[str]], subprocess.CompletedProcess[str]]
 
 
 def write_ds_config(folder: Path, stage: int, precision: str) -> Path:
@@ -80,9 +83,25 @@ def launch(
 
 
 def engine_losses(
-    folder: Path, stage: int, n_ranks: int, precision: str, steps: int, *more: str
+    folder: Path,
+    stage: int,
+    n_ranks: int,
+    precision: str,
+    steps: int,
+    *more: str,
+    start: Start = launch,
 ) -> list[float]:
-    """Train through the `deepspeed` launcher; return the loss of each step, in nats."""
+    """Train through the engine; return the loss of each step, in nats.
+
+    Args:
+        folder: Holds what `reference.write_inputs` wrote.
+        stage: Of ZeRO.
+        n_ranks: How many processes.
+        precision: "fp32" or "bf16".
+        steps: Optimizer steps.
+        more: Other flags of train.py.
+        start: Starts so many ranks of train.py with these arguments; by default `deepspeed` does.
+    """
     from bench.fidelity import reference as r
 
     run_dir = folder / f"zero{stage}_{n_ranks}_{precision}"
@@ -106,7 +125,7 @@ def engine_losses(
         eval_tokens=r.SEQ_LEN,
         sample_tokens=1,
     )
-    done = launch(n_ranks, [*command, *more])
+    done = start(n_ranks, [*command, *more])
     if done.returncode:
         raise RuntimeError(f"zero{stage}, {n_ranks} ranks:\n{done.stdout}{done.stderr}")
     rows = load_json_lines(run_dir / "metrics.jsonl")

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.fidelity.parity import largest_difference
-from bench.gpu.device import ROOT, Options, Row, device, run_program, seconds
+from bench.gpu.device import ROOT, Options, Row, Sizes, device, run_program, seconds
 from bench.gpu.training import LINEAR
 from bench.processes import flags
+from bench.speed.side import preset_of
 from model import GPT, GPTConfig
 from model.presets import get_preset
 from training.ranks import Ranks
@@ -55,19 +56,20 @@ def commands(options: Options) -> Row:
 def evaluation(options: Options) -> Row:
     """HellaSwag packed against one example at a time; first and second call; sampling."""
     from eval.hellaswag import load_examples, predict
-    from eval.packing import crop_contexts, sum_losses
+    from eval.packing import crop_contexts, sum_ending_losses
     from eval.sample import sample_texts
     from eval.session import Session
 
     config = get_preset("debug" if options.tiny else "gpt2").config
     model = _model(config).bfloat16()
     examples = crop_contexts(load_examples(limit=20 if options.tiny else None), config.block_size)
+    session = Session(model, config, device(), Ranks())
     found: Row = {}
     ours = torch.empty(0)
 
     def score() -> None:
         nonlocal ours
-        ours = sum_losses(model, examples, device=device())
+        ours = sum_ending_losses(session, examples)
 
     for call in ("first", "second"):
         found[f"hellaswag_{call}_s"] = seconds(score)
@@ -84,10 +86,10 @@ def evaluation(options: Options) -> Row:
     pairs = zip(predict(packed, some), predict(single, some), strict=True)
     found["other_predictions"] = [int((a != b).sum()) for a, b in pairs]  # acc, acc_norm
     found |= {"rows": len(some), "largest_apart": (packed - single).abs().max().item()}
-    session, prompt = Session(model, device(), Ranks()), "Hello, I'm a language model,"
+    prompt = "Hello, I'm a language model,"
     for call in ("first", "second"):
         found[f"sample_{call}_s"] = seconds(
-            lambda: sample_texts(session, config, prompt, 8 if options.tiny else 32, 7)
+            lambda: sample_texts(session, prompt, 8 if options.tiny else 32, 7)
         )
     return found | {"ok": found["other_predictions"] == [0, 0]}
 
@@ -128,6 +130,15 @@ def resume(options: Options) -> Row:
     return found | {"ok": all(v == 0 for name, v in found.items() if "deterministic" in name)}
 
 
+def _batches(sizes: Sizes, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+    # Random tokens of each step from `first` on: a resumed run finds the same.
+    for step in itertools.count(first):
+        generator = torch.Generator().manual_seed(step)
+        shape = (sizes.micro_batch_size, sizes.seq_len + 1)
+        windows = torch.randint(1000, shape, generator=generator).to(device())
+        yield windows[:, :-1], windows[:, 1:]
+
+
 def _difference_after_resume(options: Options, stage: str) -> float:
     from checkpoint.manifest import read_manifest, step_name
     from checkpoint.resuming import load_checkpoint
@@ -140,6 +151,7 @@ def _difference_after_resume(options: Options, stage: str) -> float:
     sizes = options.sizes("parity", grad_accum=1)
     config = resolve_train_config(
         model=sizes.model,
+        preset=preset_of(sizes.model),
         seq_len=sizes.seq_len,
         batch_tokens=sizes.tokens,
         micro_batch_size=sizes.micro_batch_size,
@@ -148,13 +160,6 @@ def _difference_after_resume(options: Options, stage: str) -> float:
     )
     batch = resolve_batch(config, 1)
     ds_config = resolve_ds_config(load_ds_config(config.ds_config), config, batch).ds_config
-
-    def batches(first: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for step in itertools.count(first):
-            generator = torch.Generator().manual_seed(step)
-            shape = (sizes.micro_batch_size, sizes.seq_len + 1)
-            windows = torch.randint(1000, shape, generator=generator).to(device())
-            yield windows[:, :-1], windows[:, 1:]
 
     def build() -> Any:
         F.linear = LINEAR  # zero.Init has replaced it
@@ -165,14 +170,15 @@ def _difference_after_resume(options: Options, stage: str) -> float:
         return engine
 
     def train(engine: Any, steps: range) -> list[float]:
-        given = batches(steps.start)
-        return [float(take_step(engine, config, step, 1, given)[0]) for step in steps]
+        batches = _batches(sizes, steps.start)
+        return [float(take_step(engine, config, step, 1, batches)[0]) for step in steps]
 
     with tempfile.TemporaryDirectory() as folder:
         engine = build()
         of_weights = precision(ds_config)
         train(engine, range(3))
-        save_checkpoint(engine, Path(folder), step=3, samples=0, precision=of_weights, order={})
+        order = {"batch_tokens": sizes.tokens, "seq_len": sizes.seq_len}
+        save_checkpoint(engine, Path(folder), step=3, precision=of_weights, order=order)
         before = train(engine, range(3, 7))
         del engine
         engine = build()
@@ -186,12 +192,12 @@ def export(options: Options) -> Row:
     """A consolidated folder in transformers: the largest difference of its logits from ours."""
     from transformers import AutoModelForCausalLM
 
-    from checkpoint.consolidate import save_consolidated
+    from checkpoint.hf_folder import save_hf_folder
 
     config = get_preset("debug" if options.tiny else "gpt2").config
     model = _model(config)
     with tempfile.TemporaryDirectory() as folder:
-        save_consolidated(Path(folder) / "hf", config, model.named_parameters())
+        save_hf_folder(Path(folder) / "hf", config, model.named_parameters())
         theirs = AutoModelForCausalLM.from_pretrained(Path(folder) / "hf").eval()
     to: Any = theirs.to  # transformers hides its types
     tokens = torch.randint(50_257, (2, min(64, config.block_size)), device=device())

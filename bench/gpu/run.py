@@ -25,7 +25,6 @@ if not __package__:  # run as a file: import from the repository root, exactly a
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from bench.record import load_json_lines
-from bench.speed.train_step import write_tokens
 from command_line import OneLineParser
 from errors import BadInput
 
@@ -181,6 +180,8 @@ def main() -> int:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.data_dir is None:
+        from bench.speed.train_step import write_tokens
+
         args.data_dir = args.out / "tokens"
         write_tokens(args.data_dir)
     if args.child:

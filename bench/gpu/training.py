@@ -95,6 +95,7 @@ def speed(options: Options, side: str, steps: int = 10, **more: int | str) -> Ro
 
 def _against_the_plan(run: Run, side: str, tokens_per_s: int) -> Row:
     from launch.planning.fitting import plan_here
+    from training import memory
     from training.metrics import peak_flops
 
     peak = peak_flops(device())
@@ -103,8 +104,8 @@ def _against_the_plan(run: Run, side: str, tokens_per_s: int) -> Row:
     if side.startswith("zero"):
         planned = plan_here(run, device())
         found |= {
-            "planned_gib": round(sum(planned.parts.values()) / 2**30, 2),
-            "memory_use": str(planned.memory_use),
+            "planned_gib": round(sum(memory.peak(planned.share).values()) / 2**30, 2),
+            "memory_use": str(planned.share.memory_use),
         }
     return found
 

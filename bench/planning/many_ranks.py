@@ -48,7 +48,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from bench.speed.traffic import Traffic
     from launch.planning.speed import sent_bytes
     from training.engine import build_engine, build_model
-    from training.memory import share_of
+    from training.memory import RankShare
     from training.ranks import Ranks
     from training.rendezvous import init_process_group
     from training.step import take_step
@@ -67,7 +67,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     take_step(engine, run.config, 0, args.grad_accum, batches)
     with Traffic() as traffic, host_transfers() as transfers:
         take_step(engine, run.config, 1, args.grad_accum, batches)
-    shard = share_of(run.config, run.batch, run.ds_config, on_gpu=True)
+    shard = RankShare(run.config, run.batch, run.ds_config, on_gpu=True)
     state = engine.basic_optimizer.state.values()
     share = args.ranks if shard.stage else 1
     return {

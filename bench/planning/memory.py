@@ -26,7 +26,7 @@ from bench.speed.side import build_run
 from bench.speed.train_step import Side, write_tokens
 from command_line import OneLineParser
 from launch.planning.speed import sent_bytes
-from training.memory import peak, share_of
+from training.memory import RankShare, peak
 from training.ranks import Ranks
 
 SHAPES = {"30m": (4, 256), "gpt2": (2, 128)}  # sequences and tokens of a micro-batch
@@ -61,7 +61,7 @@ def planned(model: str, side: str, n_ranks: int) -> dict[str, float]:
     """Return what the plan says of the same, in bytes."""
     args = argparse.Namespace(**shape(model), side=side, data_dir=Path())
     run = build_run(args, Path("run"), Ranks(0, 0, n_ranks, n_ranks))
-    shard = share_of(run.config, run.batch, run.ds_config, on_gpu=False)
+    shard = RankShare(run.config, run.batch, run.ds_config, on_gpu=False)
     return {"held_bytes": sum(peak(shard).values()), "sent_bytes": sent_bytes(shard, run.batch)}
 
 

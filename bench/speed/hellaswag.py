@@ -69,11 +69,14 @@ def read_rows(every: int) -> list[bytes]:
 def our_losses(model: GPT, lines: list[bytes], path: Path) -> Tensor:
     """Return the summed loss of each ending, (n, 4), by eval/; the rows go through a file."""
     from eval.hellaswag import load_examples
-    from eval.packing import crop_contexts, sum_losses
+    from eval.packing import crop_contexts, sum_ending_losses
+    from eval.session import Session
+    from training.ranks import Ranks
 
     path.write_bytes(b"\n".join(lines) + b"\n")
     examples = crop_contexts(load_examples(path), model.config.block_size)
-    return sum_losses(model, examples, device=next(model.parameters()).device)
+    session = Session(model, model.config, next(model.parameters()).device, Ranks())
+    return sum_ending_losses(session, examples)
 
 
 def compare(theirs: Tensor, ours: Tensor, lines: list[bytes], path: Path) -> dict[str, Any]:

@@ -175,7 +175,7 @@ def run_plain(run: Run, side: str, losses: list[float], turns: Turns = asked_for
     loop = (open_loader(run), turns(device, losses), losses, run.batch.grad_accum_steps)
     ours = GPT(config, run.config.seed).to(device)
     if on_gpu:
-        ours.use_memory(plan_here(run, device).memory_use)  # as the engine's sides do
+        ours.use_memory(plan_here(run, device).share.memory_use)  # as the engine's sides do
     if compiled == "compile":
         compile_blocks(ours)
     elif compiled == "whole":
