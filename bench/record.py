@@ -1,5 +1,6 @@
 """Record a measurement: a table on stdout, and an entry of a JSON file for bench/page.py."""
 
+import itertools
 import json
 import platform
 import shlex
@@ -100,8 +101,9 @@ def describe_machine() -> str:
 
 def markdown(rows: Rows) -> str:
     """Return a table of the rows; columns in the order in which they first appear."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [columns, ["---"] * len(columns), *([row.get(c, "") for c in columns] for row in rows)]
+    columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
+    cells = [[row.get(column, "") for column in columns] for row in rows]
+    lines = [columns, ["---"] * len(columns), *cells]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 

@@ -47,7 +47,8 @@ class Hosts(contextlib.ExitStack):
 
     def __init__(self, folder: Path, n: int) -> None:
         super().__init__()
-        self.folder, self.names = folder, [f"node-{i + 1}" for i in range(n)]
+        self.folder = folder
+        self.names = [f"node-{i + 1}" for i in range(n)]
         self.prefix = f"nano{os.getpid()}"
         self.variables = dict(VARIABLES)
         self.home = folder / "home"

@@ -33,7 +33,8 @@ COMMANDS = {
     "train.py …",
 }
 WITH_SLURM = ("slurm", "srun", "slurm by cluster.py")
-MACHINES, SLOTS = ["node-1", "node-2"], 2
+MACHINES = ["node-1", "node-2"]
+SLOTS = 2  # ranks of each
 STARTED = {"RANK", "OMPI_COMM_WORLD_RANK", "SLURM_STEP_ID"}  # variables that only ranks have
 
 

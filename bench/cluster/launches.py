@@ -45,13 +45,16 @@ from bench.processes import wait_until
 from bench.record import Results, Rows, load_json, record
 from command_line import OneLineParser
 
-STEPS, TOLERANCE = 6, 1e-5
+STEPS = 6
+TOLERANCE = 1e-5  # nats
 STEP_S = 10  # --timeouts step
 GRACE_S = 45  # that ranks may live beyond it
 START_S = 120  # for a start and some steps
 END_S = 20  # for the launchers to end after the ranks
 REQUEUE_S = 400  # until a Slurm job runs again
-EQUAL, LOST, LATE = "Two machines as one", "A machine lost", "A job out of time"
+EQUAL = "Two machines as one"
+LOST = "A machine lost"
+LATE = "A job out of time"
 FIT = "Preflight"
 OUT_OF_TIME = {"SBATCH_TIMELIMIT": "2", "SBATCH_SIGNAL": "USR1@60"}  # minutes; what, seconds before
 
@@ -77,7 +80,8 @@ def train_as_one(folder: Path, launcher: str, stage: int) -> Result:
     """Compare the losses of two machines with those of one that has as many ranks."""
     from bench.fidelity.parity import launch, write_ds_config
 
-    run_dir, alone = folder / "run", folder / f"alone{stage}"
+    run_dir = folder / "run"
+    alone = folder / f"alone{stage}"
     ds_config = write_ds_config(folder, stage, "fp32")
     limit = ["--max_steps", STEPS]
     if len(losses(alone)) < STEPS:
@@ -105,7 +109,8 @@ def lose_machine(folder: Path, launcher: str, fault: str) -> Result:
     """Let the second machine fail in mid-run at stage 3; then go on with the first."""
     from bench.fidelity.parity import write_ds_config
 
-    run_dir, log = folder / "run", folder / "run.log"
+    run_dir = folder / "run"
+    log = folder / "run.log"
     ds_config = write_ds_config(folder, 3, "fp32")
     long = ["--max_steps", 100_000, "--checkpoint_every", 3, "--timeouts", f"step={STEP_S}"]
     with machines(folder, launcher) as hosts:
@@ -148,7 +153,8 @@ def run_out_of_time(folder: Path, launcher: str, _: str) -> Result:
     """Let a job's time come to its end: it saves, queues itself again, and goes on; then end it."""
     from bench.fidelity.parity import write_ds_config
 
-    run_dir, log = folder / "run", folder / "run.log"
+    run_dir = folder / "run"
+    log = folder / "run.log"
     ds_config = write_ds_config(folder, 3, "fp32")
     with machines(folder, launcher) as hosts:
         hosts.variables |= OUT_OF_TIME

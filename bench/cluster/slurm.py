@@ -53,7 +53,8 @@ def start_slurm(hosts: Hosts, slots: int) -> None:
     Raises:
         RuntimeError: It did not come up.
     """
-    folder, first = hosts.folder, hosts.names[0]
+    folder = hosts.folder
+    first = hosts.names[0]
     names = ",".join(hosts.names)
     settings = SETTINGS.format(folder=folder, first=first, names=names, slots=slots)
     (folder / "slurm.conf").write_text(settings, encoding="utf-8")

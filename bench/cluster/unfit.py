@@ -24,7 +24,9 @@ from bench.processes import flags
 from bench.record import Rows, record
 from command_line import OneLineParser
 
-HEALTHY, FAULTS, HANG = "healthy", "a fault on each rank", "a rank hangs"
+HEALTHY = "healthy"
+FAULTS = "a fault on each rank"
+HANG = "a rank hangs"
 DEAD_LINK = "a collective never returns"
 N_RANKS = 4
 LIMIT_S = 60

@@ -33,7 +33,8 @@ from bench.record import Rows, load_json, load_json_lines, record
 from command_line import OneLineParser
 
 ROOT = Path(__file__).resolve().parents[2]
-N_RANKS, INTERVAL = 2, 3  # steps between checkpoints
+N_RANKS = 2
+INTERVAL = 3  # steps between checkpoints
 START_S = 120  # for a start and some steps
 END_S = 15  # for the others to follow a killed rank
 

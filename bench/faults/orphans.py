@@ -1,4 +1,4 @@
-"""Ask a run to stop in every way, through the deepspeed launcher, and look for what lives on.
+"""Ask a run to stop in every way, through the deepspeed launcher, and look for processes that survive.
 
     python bench/faults/orphans.py --folder runs/faults
 
@@ -10,6 +10,7 @@ the JSON holds is not tried again.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -33,7 +34,10 @@ from command_line import OneLineParser
 PROCESSES = ("runner", "launcher", "rank 0", "rank 1", "all")
 SIGNALS = ("SIGTERM", "SIGINT")
 MOMENTS = ("training", "evaluation")
-VARIANTS = [f"{s} to {p} in {m}" for p in PROCESSES for s in SIGNALS for m in MOMENTS]
+VARIANTS = [
+    f"{number} to {process} in {moment}"
+    for process, number, moment in itertools.product(PROCESSES, SIGNALS, MOMENTS)
+]
 START_S = 120  # for a start and some steps
 END_S = 45  # until no process may be there
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,7 +147,7 @@ def summary(done: Results) -> Rows:
 
 
 def main() -> int:
-    """Run the command line; status 1 if anything lived on or was lost."""
+    """Run the command line; status 1 if a process survived or anything was lost."""
     parser = OneLineParser(description=__doc__)
     parser.add_argument("--variants", nargs="+", default=VARIANTS, help="default: all 20")
     parser.add_argument("--folder", type=Path, required=True, help="for runs and faults.json")

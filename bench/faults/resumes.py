@@ -27,7 +27,8 @@ from bench.processes import flags
 from bench.record import Results, Rows, run_cases
 from command_line import OneLineParser
 
-N_STEPS, N_RANKS = 60, 2
+N_STEPS = 60
+N_RANKS = 2
 TOLERANCE = 1e-5
 STEPS_EACH = 5  # on one layout
 LAYOUTS = {  # ranks and stage of each start

@@ -33,7 +33,9 @@ from command_line import OneLineParser
 ROOT = Path(__file__).resolve().parents[2]
 WRONG_MAP = "a wrong map is refused"
 MODEL = "keys"  # its sizes are not multiples of an alignment
-N_STEPS, SAVED_AT, TIMEOUT_S = 4, 2, 200
+N_STEPS = 4
+SAVED_AT = 2
+TIMEOUT_S = 200  # of one run
 COLUMNS = ("b", "1", "2", "3")  # of the table, as training/ds_keys.py names them
 # Largest differences: of a loss to stage 0, and of a parameter's moment, of its 2-norm.
 TOLERANCES = {"fp32": (1e-5, 1e-4), "bf16": (5e-3, 0.2)}

@@ -1,7 +1,7 @@
 """Check that training still gives the same bits: curves and weights, with those of docs/same.json.
 
     make same                                      compare; status 1 names what differs
-    python bench/fidelity/same.py --record         write docs/same.json anew
+    python bench/fidelity/same.py --record         write docs/same.json
 
 For changes that alter no result. It takes the curve of the last `make quickstart`, two cells of the
 parity table, and the weights of 20-step checkpoints. The last digits depend on the processor: on

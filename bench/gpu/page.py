@@ -50,7 +50,8 @@ def speeds(measured: list[dict[str, Any]]) -> Rows:
     from model.presets import get_preset
 
     config = get_preset("gpt2").config
-    work, tokens = count_pass(config)["all"], BATCH * SEQ_LEN
+    work = count_pass(config)["all"]
+    tokens = BATCH * SEQ_LEN
     timed = {row["stage"]: row for row in measured if "tokens_per_s" in row and "ms" in row}
     rows = []
     for side in dict.fromkeys([*MORE_BYTES, *timed]):

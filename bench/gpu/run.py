@@ -121,7 +121,8 @@ def watch(child: subprocess.Popen[bytes], args: argparse.Namespace, deadline: fl
     while time.monotonic() < min(started + seconds, deadline):
         begun = _begun(args.out)
         if len(begun) > n_begun:
-            n_begun, started = len(begun), time.monotonic()
+            n_begun = len(begun)
+            started = time.monotonic()
             seconds = SECONDS[begun[-1]] * args.slack
             print(begun[-1], file=sys.stderr, flush=True)
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -71,7 +71,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     state = engine.basic_optimizer.state.values()
     share = args.ranks if shard.stage else 1
     return {
-        "moment_bytes": sum(s[key].nbytes for s in state for key in ("exp_avg", "exp_avg_sq")),
+        "moment_bytes": sum(s["exp_avg"].nbytes + s["exp_avg_sq"].nbytes for s in state),
         "planned_moment_bytes": 8 * shard.n_params / share,
         "sent_bytes": traffic.sent_bytes,
         "planned_sent_bytes": sent_bytes(shard, run.batch),

@@ -37,7 +37,8 @@ class Held(TorchDispatchMode):
                     self._count(tensor.grad)
 
     def __enter__(self) -> Held:
-        self.had_bf16, linear.HAS_BF16 = linear.HAS_BF16, True
+        self.had_bf16 = linear.HAS_BF16
+        linear.HAS_BF16 = True
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -58,7 +59,8 @@ class Held(TorchDispatchMode):
         if tensor.device.type == "meta":
             return
         storage = tensor.untyped_storage()
-        key, n_bytes = storage._cdata, storage.nbytes()
+        key = storage._cdata
+        n_bytes = storage.nbytes()
         if key not in self.sizes:
             weakref.finalize(storage, self._forget, key)
         self.held_bytes += n_bytes - self.sizes.get(key, 0)

@@ -115,7 +115,8 @@ def compare_rows(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     ours_s = time.perf_counter() - started
     kind = f"{args.model}.{args.dtype}.{args.reference}"
     written = args.out.with_suffix(f".{kind}.{args.every}.json")
-    rows, reference_s = [], 0.0
+    rows = []
+    reference_s = 0.0
     if written.exists():
         rows, reference_s = json.loads(written.read_text(encoding="utf-8"))
     while len(rows) < len(lines):

@@ -26,7 +26,8 @@ from bench.record import Rows, record
 from command_line import OneLineParser
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARD_TOKENS, N_SHARDS = 100_000_000, 3
+SHARD_TOKENS = 100_000_000
+N_SHARDS = 3
 B, T = 64, 1024
 STEP_S = 0.05
 BATCHES = 40  # on either side of a shard edge
