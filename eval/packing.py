@@ -1,4 +1,4 @@
-"""The loss of every ending of a context, with the context computed once.
+"""Compute the loss of every ending of a context, with one pass over the context.
 
 The endings are packed behind their context into one sequence, each with the positions that it would
 have alone and a mask that hides it from the others.
@@ -6,13 +6,17 @@ have alone and a mask that hides it from the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from errors import BadInput
+
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
+
+    from eval.session import Session
 
 N_ENDINGS = 4
 FORWARD_TOKENS = 8192  # of a batch: few enough for the memory of a laptop
@@ -34,30 +38,31 @@ class Example:
 
 
 def crop_contexts(examples: Sequence[Example], block_size: int) -> list[Example]:
-    """Drop the first tokens of contexts that leave their endings no room in the model.
+    """Drop the first tokens of contexts that are too long for the model with their endings.
 
     Raises:
-        ValueError: An ending alone is longer than the model.
+        BadInput: An ending alone is longer than the model.
     """
     cropped = []
-    for i, example in enumerate(examples):
-        room = block_size + 1 - max(map(len, example.endings))  # the last token is not an input
-        if room < 1:
-            raise ValueError(
-                f"--data: row {i + 1} has an ending of {block_size + 1 - room} tokens, the model's "
-                f"block_size is {block_size}. Fix: use fewer rows, or a larger model"
-            )
-        cropped.append(replace(example, context=example.context[-room:]))
+    for number, example in enumerate(examples, 1):
+        longest = max(map(len, example.endings))
+        context_tokens = block_size + 1 - longest  # the last token is not an input
+        if context_tokens < 1:
+            what = f"row {number} has an ending of {longest} tokens, the block size is {block_size}"
+            raise BadInput("--data", what, "use fewer rows, or a larger model")
+        cropped.append(replace(example, context=example.context[-context_tokens:]))
     return cropped
 
 
-def plan_batches(examples: Sequence[Example], forward_tokens: int) -> list[tuple[int, list[int]]]:
+def group_by_length(
+    examples: Sequence[Example], forward_tokens: int
+) -> list[tuple[int, list[int]]]:
     """Sort rows by length into batches: (tokens per row, row numbers), longest first."""
     order = sorted(range(len(examples)), key=lambda i: -examples[i].packed_tokens)
     batches = []
     while order:
         longest = examples[order[0]].packed_tokens
-        T = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+        T = math.ceil(longest / LENGTH_MULTIPLE) * LENGTH_MULTIPLE
         n_rows = max(1, forward_tokens // T)
         batches.append((T, order[:n_rows]))
         order = order[n_rows:]
@@ -81,32 +86,36 @@ def pack(examples: Sequence[Example], T: int) -> Packed:
     import numpy as np
     import torch
 
-    tokens, position_ids = np.zeros((2, len(examples), T), np.int64)
-    branch = np.full((len(examples), T), N_ENDINGS + 1)
+    shape = (len(examples), T)
+    tokens = np.zeros(shape, np.int64)
+    position_ids = np.zeros(shape, np.int64)
+    branch = np.full(shape, N_ENDINGS + 1)
     predict_at, targets, of_ending = [], [], []
     for row, example in enumerate(examples):
-        C = end = len(example.context)
-        tokens[row, :C], position_ids[row, :C], branch[row, :C] = example.context, range(C), 0
+        C = len(example.context)
+        tokens[row, :C] = example.context
+        position_ids[row, :C] = range(C)
+        branch[row, :C] = 0
+        start = C
         for i, ending in enumerate(example.endings):
-            start, end = end, end + len(ending) - 1
+            end = start + len(ending) - 1  # the last token is only predicted
             tokens[row, start:end] = ending[:-1]
             position_ids[row, start:end] = range(C, C + end - start)
             branch[row, start:end] = i + 1
+            # The last token of the context predicts the first of each ending.
             predict_at += [row * T + at for at in (C - 1, *range(start, end))]
             targets += ending
             of_ending += [row * N_ENDINGS + i] * len(ending)
+            start = end
     columns = (tokens, position_ids, branch, predict_at, targets, of_ending)
     return Packed(*(torch.as_tensor(column) for column in columns))
 
 
-def sum_losses(
-    model: Callable[..., Tensor],
+def sum_ending_losses(
+    session: Session,
     examples: Sequence[Example],
     *,
     forward_tokens: int = FORWARD_TOKENS,
-    device: torch.device | str = "cpu",
-    rank: int = 0,
-    world_size: int = 1,
     show_progress: bool = False,
 ) -> Tensor:
     """Return the summed cross-entropy of every ending in nats, (n, 4) fp64, on the CPU.
@@ -115,34 +124,35 @@ def sum_losses(
     of forwards; what is in a batch does not depend on the ranks.
 
     Args:
-        model: `model(tokens, targets, predict_at=…, position_ids=…, attn_mask=…)` -> the loss at
-            each of N positions: a GPT or an engine of one, in eval mode.
+        session: Its model is `model(tokens, targets, predict_at=…, position_ids=…, attn_mask=…)`
+            -> the loss at each of N positions.
         examples: Rows that fit the model (`crop_contexts`).
         forward_tokens: Tokens of a batch, padding included.
-        device: Where the model is.
-        rank: This process.
-        world_size: All processes.
         show_progress: Draw a bar, on a terminal.
     """
     import torch
     from tqdm import tqdm
 
+    ranks, device = session.ranks, session.device
     losses = torch.zeros(len(examples), N_ENDINGS, dtype=torch.float64)
-    batches = plan_batches(examples, forward_tokens)
-    rounds = range(0, len(batches), world_size)
+    batches = group_by_length(examples, forward_tokens)
+    rounds = range(0, len(batches), ranks.world_size)
     for first in tqdm(rounds, desc="HellaSwag", disable=None if show_progress else True):
-        is_mine = first + rank < len(batches)  # else it keeps this rank in step
-        T, rows = batches[first + rank if is_mine else -1]
+        # In the last round some ranks have no batch of their own. They do the last one, too, and
+        # drop it: each forward of a sharded engine (ZeRO-3) is a collective.
+        is_mine = first + ranks.rank < len(batches)
+        T, rows = batches[first + ranks.rank if is_mine else -1]
         batch = pack([examples[i] for i in rows], T)
         branch = batch.branch.to(device)
-        sees = (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])  # (B, T, T)
+        is_context = branch[:, None] == 0  # (B, 1, T)
+        is_visible = is_context | (branch[:, None] == branch[:, :, None])  # (B, T, T)
         with torch.no_grad():
-            token_losses = model(
+            token_losses = session.model(
                 batch.tokens.to(device),
                 batch.targets.to(device),
                 predict_at=batch.predict_at.to(device),
                 position_ids=batch.position_ids.to(device),
-                attn_mask=sees.tril()[:, None],
+                attn_mask=is_visible.tril()[:, None],
             )  # (N,)
         if is_mine:
             sums = torch.zeros(len(rows) * N_ENDINGS, dtype=torch.float64)

@@ -1,66 +1,55 @@
-"""The pictures of a report, with matplotlib."""
+"""Draw the pictures of a report with matplotlib."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.curves import GPT2_VAL_LOSS, RunCurves, hellaswag_lines, read_golden
+from eval.curves import GPT2_VAL_LOSS, SCALARS, Curve, RunCurves, published_scores, read_golden
 
 GOLDEN = "gpt2-124m-fineweb-edu"
-SCALARS = {
-    "perf/tokens_per_s": ("tokens_per_s", "tokens/s"),
-    "perf/mfu": ("mfu", "MFU (6N + 12·L·d·T FLOPs per token)"),
-    "train/grad_norm": ("grad_norm", "gradient norm before clipping"),
-    "train/lr": ("lr", "learning rate"),
-}
 
 
 def draw_all(runs: Sequence[RunCurves], folder: Path) -> list[Path]:
     """Write one PNG for each kind of curve that a run has; return the files."""
-    pictures = [_picture(folder / "loss.png", "loss (nats per token)", _draw_losses, runs)]
+    pictures = [folder / "loss.png"]
+    with _picture(pictures[0], "loss (nats per token)") as axes:
+        _draw_losses(axes, runs)
     if any("hella" in run.curves for run in runs):
-        path = folder / "hellaswag.png"
-        pictures.append(_picture(path, "HellaSwag acc_norm", _draw_hellaswag, runs))
-    for key, (name, label) in SCALARS.items():
+        pictures.append(folder / "hellaswag.png")
+        with _picture(pictures[-1], "HellaSwag acc_norm") as axes:
+            _draw_hellaswag(axes, runs)
+    for key, label in SCALARS.items():
         if any(key in run.curves for run in runs):
-
-            def draw(axes: Any, runs: Sequence[RunCurves], key: str = key) -> None:
+            pictures.append(folder / f"{key.rpartition('/')[2]}.png")
+            with _picture(pictures[-1], label) as axes:
                 for run in runs:
-                    _line(axes, run, key, run.name)
-
-            pictures.append(_picture(folder / f"{name}.png", label, draw, runs))
+                    _draw(axes, run.curves.get(key, []), run.name)
     return pictures
 
 
-def _picture(
-    path: Path,
-    label: str,
-    draw: Callable[[Any, Sequence[RunCurves]], None],
-    runs: Sequence[RunCurves],
-) -> Path:
-    import matplotlib
+@contextlib.contextmanager
+def _picture(path: Path, label: str) -> Iterator[Any]:
+    """Yield axes to draw on; write them as a PNG afterwards."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5))
-    draw(axes, runs)
+    figure = Figure(figsize=(8, 5))  # not pyplot's: it would look for a display
+    axes = figure.subplots()
+    yield axes
     axes.set(xlabel="step", ylabel=label)
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
-    return path
 
 
 def _draw_losses(axes: Any, runs: Sequence[RunCurves]) -> None:
     for run in runs:
-        _line(axes, run, "train", f"{run.name} train")
-        _line(axes, run, "val", f"{run.name} val", marker="o", markersize=3)
-    _golden(axes, "val", runs)
+        _draw(axes, run.curves.get("train", []), f"{run.name} train")
+        _draw(axes, run.curves.get("val", []), f"{run.name} val", marker="o", markersize=3)
+    _draw_golden(axes, "val", runs)
     axes.axhline(GPT2_VAL_LOSS, color="gray", linestyle="--", label="OpenAI GPT-2 124M, val")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:.1f}")
@@ -68,24 +57,26 @@ def _draw_losses(axes: Any, runs: Sequence[RunCurves]) -> None:
 
 
 def _draw_hellaswag(axes: Any, runs: Sequence[RunCurves]) -> None:
+    scores: dict[str, float] = {}
     for run in runs:
-        _line(axes, run, "hella", run.name, marker="o", markersize=3)
-    _golden(axes, "hella", runs)
-    published = {k: v for run in runs for k, v in hellaswag_lines(run.model).items()}
-    for i, (label, score) in enumerate(published.items()):
+        _draw(axes, run.curves.get("hella", []), run.name, marker="o", markersize=3)
+        scores |= published_scores(run.model)
+    _draw_golden(axes, "hella", runs)
+    for i, (label, score) in enumerate(scores.items()):
         axes.axhline(score, color="gray", linestyle=("--", ":", "-.")[i % 3], label=label)
 
 
-def _line(axes: Any, run: RunCurves, key: str, label: str, **style: Any) -> None:
-    if points := [(s, v) for s, v in run.curves.get(key, []) if math.isfinite(v)]:
-        steps, values = zip(*points, strict=True)
-        plain = label.replace("$", r"\$")  # a pair of dollars would be a formula
-        axes.plot(steps, values, label=plain, alpha=0.8, linewidth=1, **style)
-
-
-def _golden(axes: Any, key: str, runs: Sequence[RunCurves]) -> None:
-    last = max(step for run in runs for curve in run.curves.values() for step, _ in curve)
-    points = [(step, value) for step, value in read_golden(GOLDEN)[key] if step <= last]
+def _draw_golden(axes: Any, key: str, runs: Sequence[RunCurves]) -> None:
+    last_step = max(run.last_step for run in runs)
+    points = [(step, value) for step, value in read_golden(GOLDEN)[key] if step <= last_step]
     if len(points) > 1:  # its first is before training
-        steps, values = zip(*points, strict=True)
-        axes.plot(steps, values, color="goldenrod", linewidth=1.5, label=f"golden, {key}")
+        _draw(axes, points, f"golden, {key}", color="goldenrod", alpha=1, linewidth=1.5)
+
+
+def _draw(axes: Any, curve: Curve, label: str, **style: Any) -> None:
+    finite = [point for point in curve if math.isfinite(point[1])]
+    if finite:
+        steps, values = zip(*finite, strict=True)
+        plain_label = label.replace("$", r"\$")  # a pair of dollars would be a formula
+        options = {"alpha": 0.8, "linewidth": 1, "label": plain_label} | style
+        axes.plot(steps, values, **options)

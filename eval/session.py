@@ -1,4 +1,4 @@
-"""What the evaluation commands share: --ckpt as a model on this rank's device, sums over ranks."""
+"""Open --ckpt on this rank's device for the evaluation commands, and sum over the ranks."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from command_line import OneLineParser
+from errors import BadInput
 from model import GPTConfig
+from training.exit_status import BAD_INPUT
 from training.ranks import Ranks, leave, ranks_or_exit, say_once
 from training.streams import outlive_readers
 
@@ -18,41 +21,46 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from model import GPT
-
 TIMEOUT_S = 1800  # until a rank that waits for others gives up, as in training
 CKPT_HELP = "run, step or Hugging Face folder, hub name, build-nanogpt or nanoGPT .pt, llm.c .bin"
 
-Command = Callable[[argparse.Namespace, Ranks], dict[str, Any] | None]
+Command = Callable[[argparse.Namespace, Ranks], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Session:
-    """A model in evaluation mode where this rank computes.
+    """A model in evaluation mode on this rank's device.
 
     Args:
         model: A GPT, an engine of one, or a callable around it.
-        device: Where it is.
+        config: Of the model.
+        device: Where the model is.
         ranks: This process and the others, which have the model too.
         precision: To compute in; an engine has its own.
+        ckpt: Where the model is from; empty in a training run.
     """
 
     model: Callable[..., Tensor]
+    config: GPTConfig
     device: torch.device
     ranks: Ranks
     precision: str = "fp32"
+    ckpt: str = ""
 
-    @property
-    def share(self) -> dict[str, Any]:
-        """Where the work is done, and which part of it by this rank: arguments of `sum_losses`."""
-        ranks = self.ranks
-        return {"device": self.device, "rank": ranks.rank, "world_size": ranks.world_size}
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Join the other ranks, if any (all ranks); forwards in here have the session's precision.
 
-    def context(self) -> contextlib.AbstractContextManager[object]:
-        """Return the context in which forwards have the session's precision."""
+        Enter after the flags are checked: a rank must not wait for others to say what is wrong.
+        """
         from checkpoint.reader import precision_context
 
-        return precision_context(self.precision, self.device.type)
+        if self.ranks.world_size > 1:
+            from training.rendezvous import init_process_group
+
+            init_process_group(self.ranks, TIMEOUT_S)
+        with precision_context(self.precision, self.device.type):
+            yield
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum each value over the ranks (all ranks)."""
@@ -62,44 +70,63 @@ class Session:
 
         return sum_tensor(values, self.device)
 
+    def say(self, text: str, end: str = "\n") -> None:
+        """Print to stderr, on rank 0 only."""
+        if self.ranks.is_main:
+            print(text, end=end, file=sys.stderr, flush=True)
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say which model, and in which precision."""
-    parser.add_argument("--ckpt", required=True, help=CKPT_HELP)
-    parser.add_argument(
-        "--dtype", choices=("fp32", "autocast", "bf16"),
-        help="default: the run's precision, fp32 outside a run",
-    )  # fmt: skip
-    # The deepspeed launcher appends it; training.ranks knows better.
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+
+def open_session(args: argparse.Namespace, ranks: Ranks) -> Session:
+    """Load --ckpt onto this rank's device, in --dtype or the precision of its run.
+
+    Raises:
+        BadInput: There is nothing that can be read, or this rank has no GPU.
+    """
+    import torch
+
+    from checkpoint.reader import load_model, resolve_ckpt
+    from training.rendezvous import choose_device
+
+    ckpt = resolve_ckpt(args.ckpt)  # once: a run that goes on writes a newer step meanwhile
+    model, run_precision = load_model(ckpt)
+    precision = args.dtype or run_precision
+    device = choose_device(ranks)
+    on_device = model.to(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    return Session(on_device.eval(), model.config, device, ranks, precision, ckpt)
 
 
 def check_gpt2_tokens(config: GPTConfig) -> None:
     """Refuse a model that does not know GPT-2's tokens.
 
     Raises:
-        ValueError: Its vocabulary is smaller.
+        BadInput: Its vocabulary is smaller.
     """
     if config.vocab_size < GPTConfig.vocab_size:
-        raise ValueError(
-            f"--ckpt: the model has {config.vocab_size} tokens, GPT-2's tokenizer "
-            f"{GPTConfig.vocab_size}. Fix: give one that was trained on GPT-2's tokens"
-        )
+        what = f"the model has {config.vocab_size} tokens, GPT-2's tokenizer {GPTConfig.vocab_size}"
+        raise BadInput("--ckpt", what, "give one that was trained on GPT-2's tokens")
 
 
-def start_session(model: GPT, precision: str, ranks: Ranks) -> Session:
-    """Join the other ranks, if there are any (all ranks), and send the model to the device."""
-    import torch
+def check_at_least_1(args: argparse.Namespace, *names: str) -> None:
+    """Refuse flags below 1; one that is not given (None) passes.
 
-    from training.rendezvous import choose_device
+    Raises:
+        BadInput: Names the flag.
+    """
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise BadInput(f"--{name} {value}", "out of range", "give at least 1")
 
-    device = choose_device(ranks)
-    if ranks.world_size > 1:
-        from training.rendezvous import init_process_group
 
-        init_process_group(ranks, TIMEOUT_S)
-    model = model.to(device, torch.bfloat16 if precision == "bf16" else torch.float32)
-    return Session(model.eval(), device, ranks, precision)
+def model_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser with the flags that say which model, and in which precision."""
+    parser = OneLineParser(description=description)
+    parser.add_argument("--ckpt", required=True, help=CKPT_HELP)
+    dtype_help = "default: the run's precision, fp32 outside a run"
+    parser.add_argument("--dtype", choices=("fp32", "autocast", "bf16"), help=dtype_help)
+    # The deepspeed launcher appends it; training.ranks reads the environment instead.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser
 
 
 def run_command(parser: argparse.ArgumentParser, command: Command) -> int:
@@ -109,19 +136,13 @@ def run_command(parser: argparse.ArgumentParser, command: Command) -> int:
         result = command(args, ranks)
     except ValueError as error:
         say_once(ranks, f"error: {error}")
-        return 2
-    if ranks.is_main and result is not None:
+        return BAD_INPUT
+    if ranks.is_main:
         print(json.dumps(result), flush=True)
     return 0
 
 
-def run_as_program(parser: argparse.ArgumentParser, command: Command) -> NoReturn:
+def run_main(parser: argparse.ArgumentParser, command: Command) -> NoReturn:
     """Run a command as the whole of this process, which ends with its exit status."""
     outlive_readers()
     leave(run_command(parser, command))
-
-
-def say(ranks: Ranks, line: str) -> None:
-    """Tell people something, once."""
-    if ranks.is_main:
-        print(line, file=sys.stderr, flush=True)

@@ -9,19 +9,18 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from eval.session import add_model_flags, run_as_program, say, start_session
+from errors import BadInput
+from eval.session import check_at_least_1, model_parser, open_session, run_main
 from model.presets import EVAL_TOKENS
 from training.ranks import Ranks
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from data.shards import TokenStream
@@ -30,67 +29,50 @@ if TYPE_CHECKING:
 LARGEST_EXPONENT = 700  # of e, in fp64
 
 
-def sum_losses(
-    model: Callable[[Tensor, Tensor], Tensor],
-    stream: TokenStream,
-    *,
-    seq_len: int,
-    eval_tokens: int,
-    batch_size: int,
-    device: torch.device | str = "cpu",
-    rank: int = 0,
-    world_size: int = 1,
-) -> tuple[float, int]:
-    """Return this rank's summed cross-entropy in nats and the number of tokens in it.
+def sum_token_losses(
+    session: Session, stream: TokenStream, *, seq_len: int, eval_tokens: int, batch_size: int
+) -> Tensor:
+    """Return this rank's summed cross-entropy in nats and its number of targets: (2,) fp64.
 
-    Every rank does the same number of forwards; the sums over all ranks do not depend on how many
+    Every rank does the same number of forwards. The sums over all ranks do not depend on how many
     there are.
 
     Args:
-        model: `model(tokens, targets) -> mean loss`, targets of -100 left out; in eval mode.
+        session: Its model is `model(tokens, targets) -> mean loss`, targets of -100 left out.
         stream: The validation split; its first tokens are used, in order.
         seq_len: T; the last window may hold fewer targets.
         eval_tokens: Targets over all ranks.
         batch_size: Sequences per forward.
-        device: Where the model is.
-        rank: This process.
-        world_size: All processes.
     """
     import numpy as np
     import torch
 
-    from data.loader import split_windows
-
-    n_windows = -(-eval_tokens // seq_len)
-    total, n_tokens = 0.0, 0
-    for first in range(0, n_windows, batch_size * world_size):
-        windows = np.zeros((batch_size, seq_len + 1), np.uint16)
-        counted = np.zeros(batch_size, np.int64)  # targets; with none a row keeps this rank in step
-        for row in range(batch_size):
-            start = (first + rank * batch_size + row) * seq_len
-            if start < eval_tokens:
-                counted[row] = min(seq_len, eval_tokens - start)
-                windows[row, : counted[row] + 1] = stream.read(start, int(counted[row]) + 1)
-        tokens, targets = split_windows(torch.from_numpy(windows), device)  # (B, T) each
-        real = torch.arange(seq_len) < torch.from_numpy(counted)[:, None]  # (B, T)
-        targets = targets.where(real.to(device), -100)
+    ranks, device = session.ranks, session.device
+    B, T = batch_size, seq_len
+    loss_sum = 0.0
+    n_targets = 0
+    for first in range(0, eval_tokens, B * T * ranks.world_size):
+        start = first + ranks.rank * B * T
+        # A rank that has no target left does the forward, too: it may be a collective (ZeRO-3).
+        n = min(max(0, eval_tokens - start), B * T)
+        tokens = np.zeros(B * T, np.int64)
+        targets = np.full(B * T, -100)
+        if n > 0:
+            window = stream.read(start, n + 1)
+            tokens[:n] = window[:-1]
+            targets[:n] = window[1:]
+        batch = torch.from_numpy(np.stack([tokens, targets])).to(device)  # (2, B·T)
         with torch.no_grad():
-            loss = model(tokens, targets).item()
-        in_batch = int(counted.sum())
-        total, n_tokens = total + loss * in_batch, n_tokens + in_batch
-    return total, n_tokens
+            loss = session.model(*batch.view(2, B, T)).item()
+        loss_sum += loss * n
+        n_targets += n
+    return torch.tensor([loss_sum, n_targets], dtype=torch.float64)
 
 
-def mean_loss(
-    session: Session, stream: TokenStream, *, seq_len: int, eval_tokens: int, batch_size: int
-) -> float:
-    """Return the mean cross-entropy in nats per token; as `sum_losses` (all ranks)."""
-    import torch
-
-    sizes = {"seq_len": seq_len, "eval_tokens": eval_tokens, "batch_size": batch_size}
-    sums = sum_losses(session.model, stream, **sizes, **session.share)
-    total, n_tokens = session.sum(torch.tensor(sums, dtype=torch.float64)).tolist()
-    return total / n_tokens
+def mean_loss(session: Session, stream: TokenStream, **sizes: int) -> float:
+    """Return the mean cross-entropy in nats per token (all ranks); as `sum_token_losses`."""
+    loss_sum, n_targets = session.sum(sum_token_losses(session, stream, **sizes)).tolist()
+    return loss_sum / n_targets
 
 
 def unigram_entropy(stream: TokenStream, n_tokens: int) -> float:
@@ -107,14 +89,10 @@ def unigram_entropy(stream: TokenStream, n_tokens: int) -> float:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_model_flags(parser)
+    parser = model_parser(__doc__ or "")
     parser.add_argument("--data_dir", type=Path, default=Path("edu_fineweb10B"), help="shards")
-    parser.add_argument(
-        "--eval_tokens", type=int, default=EVAL_TOKENS, help="tokens (default: %(default)s)"
-    )
+    tokens_help = "tokens (default: %(default)s)"
+    parser.add_argument("--eval_tokens", type=int, default=EVAL_TOKENS, help=tokens_help)
     parser.add_argument("--seq_len", type=int, help="tokens (default: the model's block_size)")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences (default: 8)")
     return parser
@@ -124,42 +102,40 @@ def run(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     """Evaluate the checkpoint (all ranks) and return the result.
 
     Raises:
-        ValueError: Bad checkpoint, data or flag; names it.
+        BadInput: The checkpoint, the data or a flag cannot be used; names it.
     """
-    for name in ("eval_tokens", "seq_len", "batch_size"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise ValueError(f"--{name} {value}: out of range. Fix: give at least 1")
-    from checkpoint.reader import load_model, resolve_ckpt
+    check_at_least_1(args, "eval_tokens", "seq_len", "batch_size")
     from data.shards import TokenStream, require_targets
 
-    ckpt = resolve_ckpt(args.ckpt)
-    model, run_precision = load_model(ckpt)
-    seq_len = args.seq_len or model.config.block_size
-    if seq_len > model.config.block_size:
-        raise ValueError(
-            f"--seq_len {seq_len}: block_size is {model.config.block_size}. Fix: give no more"
-        )
-    stream = TokenStream(args.data_dir, "val", model.config.vocab_size)
-    require_targets(stream, args.eval_tokens)
-    session = start_session(model, args.dtype or run_precision, ranks)
-    with session.context():
-        sizes = {"eval_tokens": args.eval_tokens, "batch_size": args.batch_size}
-        loss = mean_loss(session, stream, seq_len=seq_len, **sizes)
+    session = open_session(args, ranks)
+    block_size = session.config.block_size
+    seq_len = args.seq_len or block_size
+    if seq_len > block_size:
+        what = f"the model has a block size of {block_size}"
+        raise BadInput(f"--seq_len {seq_len}", what, f"give at most {block_size}")
+    n_tokens = args.eval_tokens
+    stream = TokenStream(args.data_dir, "val", session.config.vocab_size)
+    require_targets(stream, n_tokens)
+    sizes = {"seq_len": seq_len, "eval_tokens": n_tokens, "batch_size": args.batch_size}
+    with session.computing():
+        loss = mean_loss(session, stream, **sizes)
     if not math.isfinite(loss):
-        raise ValueError(
-            f"{ckpt}: gives a loss that is no finite number. Fix: evaluate an earlier step"
-        )
-    entropy = unigram_entropy(stream, args.eval_tokens)
-    say(
-        ranks,
-        f"validation loss {loss:.4f}, unigram entropy of the same {args.eval_tokens:,} tokens "
-        f"{entropy:.4f} (nats per token)",
+        raise BadInput(session.ckpt, f"gives a loss of {loss}", "evaluate an earlier step")
+    entropy = unigram_entropy(stream, n_tokens)
+    session.say(
+        f"validation loss {loss:.4f}, unigram entropy of the same {n_tokens:,} tokens "
+        f"{entropy:.4f} (nats per token)"
     )
-    perplexity = math.exp(loss) if loss < LARGEST_EXPONENT else None
-    result = {"ckpt": ckpt, "val_loss": loss, "perplexity": perplexity}
-    result |= {"unigram_entropy": entropy, "tokens": args.eval_tokens, "seq_len": seq_len}
-    return result | {"dtype": session.precision}
+    return {
+        "ckpt": session.ckpt,
+        "val_loss": loss,
+        "perplexity": math.exp(loss) if loss < LARGEST_EXPONENT else None,
+        "unigram_entropy": entropy,
+        "tokens": n_tokens,
+        "seq_len": seq_len,
+        "dtype": session.precision,
+    }
 
 
 if __name__ == "__main__":
-    run_as_program(build_parser(), run)
+    run_main(build_parser(), run)

@@ -13,12 +13,14 @@ import eval.hellaswag as hellaswag
 from bench.fidelity.reference_hellaswag import reference_losses
 from checkpoint.hf_folder import save_hf_folder
 from eval.hellaswag import VALIDATION, load_examples, score
-from eval.packing import Example, crop_contexts, plan_batches, sum_losses
-from eval.session import check_gpt2_tokens
+from eval.packing import Example, crop_contexts, group_by_length, sum_ending_losses
+from eval.session import Session, check_gpt2_tokens
 from model import GPT, GPTConfig
+from training.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=256)
+CPU = torch.device("cpu")
 ROW = {"ctx": "A man sits. He", "endings": ["runs.", "eats it.", "is a cat.", "x"], "label": 2}
 
 
@@ -36,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for param in model.parameters():
             param.mul_(3)
     path = tmp_path_factory.mktemp("model") / "hf"
-    save_hf_folder(path, CONFIG, model.named_parameters(), lambda _: None)
+    save_hf_folder(path, CONFIG, model.named_parameters())
     return path
 
 
@@ -54,7 +56,8 @@ def test_losses_are_those_of_one_ending_at_a_time(
     hf = GPT2LMHeadModel.from_pretrained(folder).eval()  # pyright: ignore[reportArgumentType]  # takes paths too
     expected = reference_losses(lambda tokens: hf(tokens).logits, lines[:60])
     model, _ = load_model(str(folder))
-    losses = sum_losses(model, load_examples(tmp_path / "rows.jsonl"))
+    session = Session(model, model.config, CPU, Ranks())
+    losses = sum_ending_losses(session, load_examples(tmp_path / "rows.jsonl"))
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-4)
     assert torch.equal(losses.argmin(1), expected.argmin(1))
 
@@ -62,7 +65,8 @@ def test_losses_are_those_of_one_ending_at_a_time(
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_stay_in_step_and_change_no_bit(world_size: int) -> None:
     model, examples = GPT(CONFIG).eval(), load_examples(limit=40)
-    alone = sum_losses(model, examples, forward_tokens=800)
+    session = Session(model, CONFIG, CPU, Ranks())
+    alone = sum_ending_losses(session, examples, forward_tokens=800)
     forwards = [0] * world_size
     parts = []
     for rank in range(world_size):
@@ -71,17 +75,16 @@ def test_ranks_stay_in_step_and_change_no_bit(world_size: int) -> None:
             forwards[rank] += 1  # noqa: B023  # called within this round
             return model(*args, **kwargs)
 
-        parts.append(
-            sum_losses(counting, examples, forward_tokens=800, rank=rank, world_size=world_size)
-        )
+        session = Session(counting, CONFIG, CPU, Ranks(rank=rank, world_size=world_size))
+        parts.append(sum_ending_losses(session, examples, forward_tokens=800))
     assert len(set(forwards)) == 1
-    assert len(plan_batches(examples, 800)) % world_size  # so that some rank had to wait
+    assert len(group_by_length(examples, 800)) % world_size  # so that some rank had to wait
     assert torch.equal(sum(parts, torch.zeros_like(alone)), alone)
 
 
 def test_batches_hold_every_row_once_in_few_lengths() -> None:
     examples = load_examples()
-    batches = plan_batches(examples, 8192)
+    batches = group_by_length(examples, 8192)
     assert sorted(row for _, rows in batches for row in rows) == list(range(10_042))
     assert len({T for T, _ in batches}) <= 20
     padded = sum(T * len(rows) for T, rows in batches)
@@ -106,7 +109,7 @@ def test_an_altered_validation_set_is_refused(
     path = tmp_path / "hellaswag_val.jsonl.xz"
     path.write_bytes(lzma.compress(b"\n".join(lines)))
     monkeypatch.setattr(hellaswag, "VALIDATION", path)
-    with pytest.raises(ValueError, match="not the published validation set"):
+    with pytest.raises(ValueError, match="is not the published validation set"):
         load_examples(path)
 
 
@@ -137,7 +140,7 @@ def test_long_contexts_lose_their_beginning(tmp_path: Path) -> None:
     (cropped,) = crop_contexts([example], 16)
     assert cropped.context == example.context[-(17 - longest) :]
     assert len(cropped.context) + longest - 1 == 16
-    with pytest.raises(ValueError, match=r"row 1 has an ending of 4 tokens.*block_size is 3"):
+    with pytest.raises(ValueError, match=r"row 1 has an ending of 4 tokens.*block size is 3"):
         crop_contexts([example], 3)
     with pytest.raises(ValueError, match="the model has 65 tokens"):
         check_gpt2_tokens(GPTConfig(1, 1, 8, vocab_size=65))
@@ -146,14 +149,14 @@ def test_long_contexts_lose_their_beginning(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"ctx": "a", "endings": ["b"] * 3, "label": 0}, r"a\.jsonl:2: not a HellaSwag row"),
-        ({"ctx": "a", "endings": ["b"] * 4, "label": 4}, r"a\.jsonl:2: not a HellaSwag row"),
-        ({"ctx": "a", "endings": "bcde", "label": 0}, r"a\.jsonl:2: not a HellaSwag row"),
+        ({"ctx": "a", "endings": ["b"] * 3, "label": 0}, r"a\.jsonl:2: is not a HellaSwag row"),
+        ({"ctx": "a", "endings": ["b"] * 4, "label": 4}, r"a\.jsonl:2: is not a HellaSwag row"),
+        ({"ctx": "a", "endings": "bcde", "label": 0}, r"a\.jsonl:2: is not a HellaSwag row"),
         ({"ctx": "a", "endings": ["b"] * 4, "label": 2.7}, r"a\.jsonl:2: .*label 2\.7"),
         ({"ctx": "a", "endings": ["b"] * 4, "label": True}, r"a\.jsonl:2: .*label True"),
-        ({"ctx": "", "endings": ["b"] * 4, "label": 0}, r"a\.jsonl:2: not a HellaSwag row"),
-        ({"text": "a"}, r"a\.jsonl:2: not a HellaSwag row"),
-        ([], r"a\.jsonl:2: not a HellaSwag row"),
+        ({"ctx": "", "endings": ["b"] * 4, "label": 0}, r"a\.jsonl:2: is not a HellaSwag row"),
+        ({"text": "a"}, r"a\.jsonl:2: is not a HellaSwag row"),
+        ([], r"a\.jsonl:2: is not a HellaSwag row"),
         ({"ctx": "a", "endings": ["b"] * 4}, "some rows have a label, some have none"),
     ],
 )

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from eval.curves import check, extremes, hellaswag_lines, read_golden, read_log, read_run
+from eval.curves import (
+    best_values,
+    compare_with_golden,
+    published_scores,
+    read_golden,
+    read_log,
+    read_run,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "gpt2-124m-fineweb-edu"
@@ -124,18 +131,18 @@ def test_what_a_restart_has_not_reached_again_is_forgotten(tmp_path: Path) -> No
 def test_damage_is_named_and_a_torn_end_left_out(tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     log.write_text("0 val 10.9\n1 train\n2 train 3.0\n")
-    with pytest.raises(ValueError, match=r"log\.txt:2: not a line of a log: '1 train'"):
+    with pytest.raises(ValueError, match=r"log\.txt:2: is not a line of a log: '1 train'"):
         read_log(log)
     log.write_text("0 val 10.9\n1 tra")
     assert read_log(log) == {"val": [(0, 10.9)]}
     with pytest.raises(ValueError, match=r"none/log\.txt: cannot be read .*give a run folder"):
         read_run(tmp_path / "none")
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n[]\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not a line of a log"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: is not a line of a log"):
         read_run(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"st')
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json: not the configuration of a run"):
+    with pytest.raises(ValueError, match=r"config\.json: is not the configuration of a run"):
         read_run(tmp_path)
     (tmp_path / "config.json").unlink()
     log.write_text("")
@@ -144,20 +151,21 @@ def test_damage_is_named_and_a_torn_end_left_out(tmp_path: Path) -> None:
 
 def test_values_that_are_not_numbers_are_no_extremes(tmp_path: Path) -> None:
     (tmp_path / "log.txt").write_text("0 val 5.0\n1 val nan\n2 val -inf\n3 val 6.0\n")
-    assert extremes(read_run(tmp_path)) == {"min_val": {"value": 5.0, "step": 0}}
+    assert best_values(read_run(tmp_path)) == {"min_val": {"value": 5.0, "step": 0}}
     assert report(tmp_path, "--out", tmp_path / "out").returncode == 0
 
 
 def test_the_golden_curve_is_the_published_one() -> None:
-    golden = {key: dict(curve) for key, curve in read_golden(NAME).items()}
-    assert [golden["val"][step] for step in (250, 1000, 5000, 19_072)] == [
+    golden = read_golden(NAME)
+    val, hella = dict(golden["val"]), dict(golden["hella"])
+    assert [val[step] for step in (250, 1000, 5000, 19_072)] == [
         6.1732,
         4.1585,
         3.3573,
         3.0729,
     ]
-    assert min(step for step, loss in golden["val"].items() if loss < 3.2924) == 6500
-    assert min(step for step, score in golden["hella"].items() if score > 0.2945) == 11_000
+    assert min(step for step, loss in val.items() if loss < 3.2924) == 6500
+    assert min(step for step, score in hella.items() if score > 0.2945) == 11_000
 
 
 @pytest.mark.parametrize(
@@ -178,7 +186,7 @@ def test_the_verdict_and_its_exit_status(
     tmp_path: Path, shift: float, at: int, last: int, status: int, verdict: str
 ) -> None:
     run = write_golden(tmp_path / "run", shift, at, last)
-    result = check(read_run(run), NAME)
+    result = compare_with_golden(read_run(run), NAME)
     assert result["verdict"] == verdict
     assert result["on_track"] is {0: True, 1: False, 2: None}[status]
     if at in (250, 0):
@@ -189,7 +197,7 @@ def test_the_verdict_and_its_exit_status(
 
 def test_a_loss_that_is_no_number_is_off(tmp_path: Path) -> None:
     (tmp_path / "log.txt").write_text("250 val nan\n")
-    assert check(read_run(tmp_path), NAME)["verdict"] == "off by nan at step 250"
+    assert compare_with_golden(read_run(tmp_path), NAME)["verdict"] == "off by nan at step 250"
 
 
 def test_an_unknown_curve_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
@@ -200,6 +208,6 @@ def test_an_unknown_curve_is_refused_with_those_that_there_are(tmp_path: Path) -
 
 
 def test_published_lines_are_those_of_the_models_size() -> None:
-    assert hellaswag_lines("gpt3-1.3b") == hellaswag_lines("gpt2-xl")
-    assert hellaswag_lines("quickstart") == hellaswag_lines("gpt2")
-    assert list(hellaswag_lines("gpt3-175b")) == ["GPT-3 175B"]
+    assert published_scores("gpt3-1.3b") == published_scores("gpt2-xl")
+    assert published_scores("quickstart") == published_scores("gpt2")
+    assert list(published_scores("gpt3-175b")) == ["GPT-3 175B"]

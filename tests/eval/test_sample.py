@@ -25,12 +25,12 @@ CONFIG = GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=32)
 
 
 def test_texts_start_with_the_prompt_and_differ_by_seed() -> None:
-    session = Session(GPT(CONFIG).eval(), torch.device("cpu"), read_ranks())
-    texts = sample_texts(session, CONFIG, "Hello there", 8, seed=1)
+    session = Session(GPT(CONFIG).eval(), CONFIG, torch.device("cpu"), read_ranks())
+    texts = sample_texts(session, "Hello there", 8, seed=1)
     assert len(texts) == 4
     assert all(text.startswith("Hello there") for text in texts)
-    assert texts == sample_texts(session, CONFIG, "Hello there", 8, seed=1)
-    assert texts != sample_texts(session, CONFIG, "Hello there", 8, seed=2)
+    assert texts == sample_texts(session, "Hello there", 8, seed=1)
+    assert texts != sample_texts(session, "Hello there", 8, seed=2)
 
 
 def test_end_of_text_in_a_prompt_and_an_empty_prompt_start_a_document() -> None:
@@ -88,7 +88,7 @@ def test_an_unfinished_character_and_an_unknown_token_are_marked() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "hf"
-    save_hf_folder(path, CONFIG, GPT(CONFIG).named_parameters(), lambda _: None)
+    save_hf_folder(path, CONFIG, GPT(CONFIG).named_parameters())
     return path
 
 
@@ -118,7 +118,7 @@ def test_the_best_token_is_hugging_faces(folder: Path) -> None:
 def test_bad_prompts_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--prompt: not UTF-8 in this locale\. Fix: set LC_ALL="):
         run_with(folder, "--prompt", "\udcc3\udc9cber")  # as Python reads it where ASCII is all
-    with pytest.raises(ValueError, match="--prompt: has 40 tokens, the model's block_size is 32"):
+    with pytest.raises(ValueError, match="--prompt: has 40 tokens, the model's block size is 32"):
         run_with(folder, "--prompt", "cat " * 39 + "cat")
     (tmp_path / "latin").write_bytes(b"\xe9")
     for name in ("none", "latin"):

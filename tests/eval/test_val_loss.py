@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from data.shards import TokenStream, require_targets
-from eval.val_loss import build_parser, run, sum_losses, unigram_entropy
+from eval.session import Session
+from eval.val_loss import build_parser, run, sum_token_losses, unigram_entropy
 from model import GPT, GPTConfig
-from training.ranks import read_ranks
+from training.ranks import Ranks, read_ranks
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=64)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -20,7 +22,10 @@ def model() -> GPT:
 
 def test_loss_is_the_mean_over_all_tokens_of_the_windows(model: GPT, data_dir: Path) -> None:
     stream = TokenStream(data_dir, "val", 50257)
-    total, n_tokens = sum_losses(model, stream, seq_len=64, eval_tokens=46 * 64 + 55, batch_size=7)
+    session = Session(model, CONFIG, CPU, Ranks())
+    total, n_tokens = sum_token_losses(
+        session, stream, seq_len=64, eval_tokens=46 * 64 + 55, batch_size=7
+    ).tolist()
     tokens = torch.from_numpy(stream.read(0, 3000).astype(np.int64))  # all: the last has no target
     whole = model(tokens[: 46 * 64].view(46, 64)).flatten(0, 1)
     rest = model(tokens[46 * 64 : -1][None])[0]
@@ -45,20 +50,16 @@ def test_result_does_not_depend_on_batches_or_ranks(
     sums = []
     for rank in range(world_size):
         forwards.append(0)
+        session = Session(counting, CONFIG, CPU, Ranks(rank=rank, world_size=world_size))
         sums.append(
-            sum_losses(
-                counting,
-                stream,
-                seq_len=64,
-                eval_tokens=2000,
-                batch_size=batch_size,
-                rank=rank,
-                world_size=world_size,
-            )
+            sum_token_losses(session, stream, seq_len=64, eval_tokens=2000, batch_size=batch_size)
         )
     assert len(set(forwards)) == 1  # in lock-step
-    total, n_tokens = map(sum, zip(*sums, strict=True))
-    alone, n_alone = sum_losses(model, stream, seq_len=64, eval_tokens=2000, batch_size=31)
+    total, n_tokens = torch.stack(sums).sum(0).tolist()
+    session = Session(model, CONFIG, CPU, Ranks())
+    alone, n_alone = sum_token_losses(
+        session, stream, seq_len=64, eval_tokens=2000, batch_size=31
+    ).tolist()
     assert n_tokens == n_alone == 2000
     assert total / n_tokens == pytest.approx(alone / n_alone, abs=1e-5)
 
