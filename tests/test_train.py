@@ -27,11 +27,12 @@ from checkpoint.manifest import complete_steps
 from checkpoint.reader import load_model
 from data.shards import TokenStream
 from data.tokenizer import VOCAB_SIZE
-from eval.packing import sum_losses
+from eval.packing import sum_ending_losses
+from eval.session import Session
 from eval.val_loss import build_parser, run
 from model import GPT, PRESETS
 from train import main
-from training.ranks import read_ranks
+from training.ranks import Ranks, read_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 NEEDS_COMPILER = pytest.mark.skipif(
@@ -112,7 +113,8 @@ def same_predictions_as_hugging_face(folder: Path) -> None:
     expected = torch.stack(
         [reference_row(lambda t: hf(t).logits, e.context, e.endings) for e in examples]
     )
-    losses = sum_losses(model, examples)
+    session = Session(model, model.config, torch.device("cpu"), Ranks())
+    losses = sum_ending_losses(session, examples)
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-4)
     for a, b in zip(
         hellaswag.predict(expected, examples), hellaswag.predict(losses, examples), strict=True
