@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.fidelity.parity import launch, run_with_children
+from bench.fidelity.parity import run_with_children
 from checkpoint.reader import load_model
 from data.shards import TokenStream
 from data.tokenizer import VOCAB_SIZE, load_tokenizer
 from model import PRESETS, GPTConfig
+from tests import forked
 from tests.samples import train as sample
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,7 +85,7 @@ def test_a_checkpoint_of_b0924dd_is_continued_as_it_was_there(
     if n_ranks == 1:
         assert sample.main(arguments) == 0
     else:
-        done = launch(n_ranks, arguments, sample.__file__)
+        done = forked.launch(n_ranks, arguments, tmp_path, sample.__file__)
         assert done.returncode == 0, done.stderr
     lines = (tmp_path / "run" / "log.txt").read_text().splitlines()
     logged = {key: float(value) for key, _, value in (line.rpartition(" ") for line in lines)}

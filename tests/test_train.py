@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,16 +22,17 @@ import eval.val_loss
 import training.step
 from bench.fidelity import parity, reference
 from bench.fidelity.reference_hellaswag import reference_row
-from checkpoint.consolidate import check_empty
 from checkpoint.hf_folder import load_hf_folder, save_hf_folder
 from checkpoint.manifest import complete_steps
 from checkpoint.reader import load_model
+from checkpoint.run_folder import check_empty
 from data.shards import TokenStream
 from data.tokenizer import VOCAB_SIZE
 from eval.packing import sum_ending_losses
 from eval.session import Session
 from eval.val_loss import build_parser, run
 from model import GPT, PRESETS
+from tests import forked
 from train import main
 from training.ranks import Ranks, read_ranks
 
@@ -170,7 +172,7 @@ def test_a_consolidated_folder_scores_as_the_run_and_as_hugging_face(
     )
     assert out.stdout.strip() == str(tmp_path / "x")
     with pytest.raises(ValueError, match="is not an empty folder"):
-        check_empty(tmp_path / "x")
+        check_empty(tmp_path / "x", "--out_dir")
     files = ("model.safetensors", "config.json", "vocab.json")
     same_predictions_as_hugging_face(live)
     monkeypatch.chdir(tmp_path)
@@ -237,7 +239,8 @@ def test_parity_with_plain_pytorch(
     reference.write_inputs(tmp_path, n_tokens=20 * 8 * 64 + 1)
     kind = parity.reference_precision(stage, precision)
     expected = reference.reference_losses(tmp_path, kind, 20)
-    got = parity.engine_losses(tmp_path, stage, n_ranks, precision, 20)
+    start = partial(forked.launch, folder=tmp_path)
+    got = parity.engine_losses(tmp_path, stage, n_ranks, precision, 20, start=start)
     assert expected[0] - expected[-1] > 1  # it learns
     assert parity.largest_difference(got, expected) < parity.TOLERANCE[precision]
     assert_step_is_consolidated(tmp_path / f"zero{stage}_{n_ranks}_{precision}")
@@ -281,9 +284,7 @@ def test_three_ranks_evaluate_in_step(data_dir: Path, tmp_path: Path) -> None:
         51,
     ]
     three, one = tmp_path / "three", tmp_path / "one"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "3", "train.py", *arguments(data_dir, three, 3, *options)]
-    done = parity.run_with_children(command, timeout_s=180)
+    done = forked.launch(3, arguments(data_dir, three, 3, *options), tmp_path)
     assert done.returncode == 0, done.stderr
     assert "is deprecated" not in done.stderr
     assert main(arguments(data_dir, one, 3, *options)) == 0
@@ -308,7 +309,7 @@ def test_evaluation_on_several_ranks_gives_the_numbers_of_one(
     data_dir: Path, tmp_path: Path
 ) -> None:
     config = PRESETS["debug"].config
-    save_hf_folder(tmp_path / "hf", config, GPT(config).named_parameters(), lambda _: None)
+    save_hf_folder(tmp_path / "hf", config, GPT(config).named_parameters())
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     on_rows = ["--ckpt", str(tmp_path / "hf"), "--limit", "51", "--details"]
     on_tokens = ["--ckpt", str(tmp_path / "hf"), "--data_dir", str(data_dir)]
@@ -404,14 +405,14 @@ def test_dry_run_of_175b_imports_neither_torch_nor_deepspeed() -> None:
         (["--model", "gpt9"], "error: --model gpt9: unknown"),
         (["--data_dir", "nowhere"], "error: --data_dir nowhere: no shard"),
         (["--ds_config", "nowhere.json"], "error: --ds_config nowhere.json: no such file"),
-        (["--micro_batch_size", "3"], "error: --micro_batch_size 3 does not divide"),
+        (["--micro_batch_size", "3"], "error: --micro_batch_size 3: does not divide"),
         (["--resume", "must"], "error: --resume must: "),
         (["--init_from", "nowhere"], "error: nowhere: no such folder"),
         (["--model", "quickstart", "--init_from", "INIT"], "error: --init_from "),
         (["--eval_tokens", "0"], "error: --eval_tokens 0"),
-        (["--profile", "3"], "error: --profile 3: not FIRST:END. Fix: give such, as in 10:13"),
-        (["--profile", "3:3"], "error: --profile 3:3: out of range. Fix: FIRST below END"),
-        (["--profile", "3:99"], "error: --profile 3:99: out of range. Fix: FIRST below END"),
+        (["--profile", "3"], "error: --profile 3: must be FIRST:END. Fix: e.g. 10:13"),
+        (["--profile", "3:3"], "error: --profile 3:3: out of range. Fix: give FIRST below"),
+        (["--profile", "3:99"], "error: --profile 3:99: out of range. Fix: give FIRST below"),
         (["--compile"], "error: --compile: there is no C++ compiler 'no-such-compiler'. Fix: "),
         (["--run_dir", __file__], f"error: --run_dir {__file__}: is a file"),
     ],
