@@ -10,7 +10,6 @@ is cut off.
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import subprocess
@@ -22,10 +21,12 @@ from typing import Any
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.environment import check_environment_file, check_variable
+from command_line import OneLineParser
+from errors import BadInput
+from launch.environment import check_variable, read_environment_file
 from launch.hostfile import read_hostfile
+from training.exit_status import BAD_INPUT
 
-BAD_INPUT = 2
 SSH_OPTIONS = "-o ServerAliveInterval=5"  # three silent intervals, and ssh gives a machine up
 ARGUMENT = re.compile(r"[\w@%+=:,./ -]*")  # DeepSpeed puts one with a space between double quotes
 
@@ -34,21 +35,18 @@ def check_arguments(arguments: list[str]) -> None:
     """Refuse what the shell of another machine would act upon.
 
     Raises:
-        ValueError: Names the argument.
+        BadInput: Names the argument.
     """
     for argument in arguments:
         if not ARGUMENT.fullmatch(argument):
-            raise ValueError(
-                f"{argument[:60]!r}: a shell on another machine would act upon it. "
-                "Fix: use letters, digits, spaces and _@%+=:,./- only"
-            )
+            what = "a shell on another machine would act upon it"
+            remedy = "use letters, digits, spaces and _@%+=:,./- only"
+            raise BadInput(repr(argument[:60]), what, remedy)
 
 
 def main(argv: list[str]) -> int:
     """Check, then be `deepspeed`; return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("arguments", nargs="+", help="those of deepspeed: deepspeed --help")
     if argv[:1] in ([], ["-h"], ["--help"]):
         parser.parse_args(argv)
@@ -61,7 +59,7 @@ def main(argv: list[str]) -> int:
         if args.hostfile != runner.DLTS_HOSTFILE or Path(args.hostfile).is_file():
             hosts = read_hostfile(Path(args.hostfile))
         elif args.launcher != runner.PDSH_LAUNCHER:  # DeepSpeed would start here, without it
-            raise ValueError(f"--launcher {args.launcher}: no hosts. Fix: give a --hostfile")
+            raise BadInput(f"--launcher {args.launcher}", "no hosts", "give a --hostfile")
         # The operator's own options of ssh, pdsh or mpirun: no shell sees them.
         own = (args.launcher_args, f"--launcher_args={args.launcher_args}")
         check_arguments([given for given in argv if given not in own])
@@ -72,7 +70,7 @@ def main(argv: list[str]) -> int:
         for folder in runner.DEEPSPEED_ENVIRONMENT_PATHS:
             path = Path(folder, runner.DEEPSPEED_ENVIRONMENT_NAME)
             if path.is_file():
-                check_environment_file(path)
+                read_environment_file(path)
         os.environ.setdefault("PDSH_SSH_ARGS_APPEND", SSH_OPTIONS)
         with tempfile.NamedTemporaryFile("w", prefix="hostfile_", encoding="utf-8") as file:
             if hosts:  # as it was read: DeepSpeed and mpirun know no byte order mark
@@ -81,9 +79,12 @@ def main(argv: list[str]) -> int:
                 args.hostfile = file.name
                 setattr(runner, "parse_args", lambda _: args)  # noqa: B010
             runner.main(argv)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
     except (ValueError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        remedy = "" if "Fix: " in str(error) else ". Fix: see that ssh reaches every host"
-        print(f"error: {str(error).rstrip('.')}{remedy}", file=sys.stderr)
+        what = str(error).rstrip(".")  # DeepSpeed's own
+        print(f"error: {what}. Fix: see that ssh reaches every host", file=sys.stderr)
         return BAD_INPUT
     return 0
 

@@ -11,6 +11,7 @@ and the cheapest that fits is shown. docs/SCALING.md says how far measurements a
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from dataclasses import replace
@@ -26,8 +27,8 @@ from launch.planning.estimate import (
     Candidate,
     Cluster,
     Estimate,
-    estimate_best,
     rank_candidates,
+    shipped_candidates,
 )
 from launch.planning.printing import estimate_to_json, format_estimate, format_estimates
 from model import PRESETS, Preset
@@ -35,6 +36,7 @@ from model.presets import get_preset
 from training.config import TrainConfig, resolve_train_config
 from training.devices import DEVICES, get_device
 from training.ds_config import load_ds_config
+from training.exit_status import BAD_INPUT, FAILED, FINISHED
 
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 RUN = ("micro_batch_size", "seq_len", "batch_tokens", "max_steps", "ds_config")
@@ -49,27 +51,24 @@ def main(argv: list[str]) -> int:
         check_flags(args)
         nodes = 1 if args.nodes is None else args.nodes
         cluster = Cluster(get_device(args.device), nodes, args.gpus_per_node)
-        models, flags = models_of(args), given(args, RUN)
-        candidate = None
+        models, flags, candidates = models_of(args), given(args, RUN), shipped_candidates()
         if args.ds_config is not None:
-            candidate = Candidate(load_ds_config(args.ds_config), args.ds_config.name)
+            candidates = [Candidate(load_ds_config(args.ds_config), args.ds_config.name)]
         if is_table(args):
-            numbers = parse_numbers(GPUS if args.gpus is None else args.gpus)
-            rows = plan_table(models, numbers, flags, candidate, cluster)
-            values = [estimate_to_json(row, price) for row in rows]
-            print(json.dumps(values) if args.json else format_estimates(rows, price))
-            return 0 if any(row.fits for row in rows) else 1
-        ((model, preset),) = models.items()
-        config = resolve_train_config(model=model, preset=preset, **flags)
-        chosen, *others = plan(config, candidate, cluster)
+            rows = plan_table(models, args.gpus or number_list(GPUS), flags, candidates, cluster)
+            value: Any = [estimate_to_json(row, price) for row in rows]
+            text = format_estimates(rows, price)
+        else:
+            ((model, preset),) = models.items()
+            config = resolve_train_config(model=model, preset=preset, **flags)
+            rows = rank_candidates(config, candidates, cluster)
+            value = estimate_to_json(rows[0], price)
+            text = format_estimate(rows[0], rows[1:], price)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    if args.json:
-        print(json.dumps(estimate_to_json(chosen, price)))
-    else:
-        print(format_estimate(chosen, others, price))
-    return 0 if chosen.fits else 1
+        return BAD_INPUT
+    print(json.dumps(value) if args.json else text)
+    return FINISHED if any(row.fits for row in rows) else FAILED
 
 
 def is_table(args: argparse.Namespace) -> bool:
@@ -88,7 +87,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", default="h100", help=f"{', '.join(DEVICES)} (default: h100)")
     add("--nodes", type=int, help="machines (default: 1)")
     add("--gpus_per_node", type=int, default=8, help="devices of each (default: 8)")
-    add("--gpus", help=f"a table for these numbers of devices: {GPUS} (with all: these)")
+    add(
+        "--gpus",
+        type=number_list,
+        help=f"a table for these numbers of devices: {GPUS} (with all: these)",
+    )
     add("--micro_batch_size", type=int, help="sequences (the largest that fits)")
     add("--seq_len", type=int, help="tokens (the model's block_size)")
     add("--batch_tokens", type=int, help="tokens per optimizer step (preset's)")
@@ -138,17 +141,6 @@ def models_of(args: argparse.Namespace) -> dict[str, Preset]:
     return {f"{config.n_layer} layers x {config.n_embd}": replace(preset, config=config)}
 
 
-def plan(config: TrainConfig, candidate: Candidate | None, cluster: Cluster) -> list[Estimate]:
-    """Return the estimate with a ds_config, or with each of ds_configs/, the best first.
-
-    Raises:
-        ValueError: The batch does not divide; names the flag.
-    """
-    if candidate is None:
-        return rank_candidates(config, cluster)
-    return [estimate_best(config, candidate, cluster)]
-
-
 def whole_machines(n_devices: int, cluster: Cluster) -> Cluster:
     """Return as many machines of a cluster as so many devices are.
 
@@ -173,23 +165,16 @@ def next_batch(config: TrainConfig, world_size: int) -> int:
     return -(-of_each // multiple) * multiple * config.seq_len * world_size
 
 
-def parse_numbers(text: str) -> list[int]:
-    """Return the numbers of --gpus.
-
-    Raises:
-        ValueError: They are no numbers.
-    """
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError as error:
-        raise BadInput(f"--gpus {text}", "not a list of numbers", f"e.g. {GPUS}") from error
+def number_list(text: str) -> list[int]:
+    """Return the numbers of a list with commas."""
+    return [int(number) for number in text.split(",")]
 
 
 def plan_table(
     models: dict[str, Preset],
     numbers: list[int],
     flags: dict[str, Any],
-    candidate: Candidate | None,
+    candidates: list[Candidate],
     cluster: Cluster,
 ) -> list[Estimate]:
     """Return the best for each model and number of a cluster's devices.
@@ -200,18 +185,17 @@ def plan_table(
         ValueError: Names the flag.
     """
     found = []
-    for model, preset in models.items():
-        for n_devices in numbers:
-            machines = whole_machines(n_devices, cluster)
-            try:
-                config = resolve_train_config(model=model, preset=preset, **flags)
-                if "batch_tokens" not in flags:
-                    more = {"batch_tokens": next_batch(config, n_devices)}
-                    config = resolve_train_config(model=model, preset=preset, **flags, **more)
-                found.append(plan(config, candidate, machines)[0])
-            except BadInput as error:
-                where = f"{model} on {n_devices}: {error.where}"
-                raise BadInput(where, error.what, error.remedy) from error
+    for (model, preset), n_devices in itertools.product(models.items(), numbers):
+        machines = whole_machines(n_devices, cluster)
+        try:
+            config = resolve_train_config(model=model, preset=preset, **flags)
+            if "batch_tokens" not in flags:
+                more = {"batch_tokens": next_batch(config, n_devices)}
+                config = resolve_train_config(model=model, preset=preset, **flags, **more)
+            found.append(rank_candidates(config, candidates, machines)[0])
+        except BadInput as error:
+            where = f"{model} on {n_devices}: {error.where}"
+            raise BadInput(where, error.what, error.remedy) from error
     return found
 
 

@@ -24,14 +24,14 @@ if not __package__:  # run as a file: import from the repository root, exactly a
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from training.config import parse_flags
+from training.exit_status import BAD_INPUT, FAILED, FINISHED
 from training.ranks import leave, ranks_or_exit, say_once
 from training.run import resolve_run
-from training.supervise import BAD_INPUT, FAILED, FINISHED, error_line
+from training.supervise import error_line
 from training.watchdog import parse_timeouts
 
 if TYPE_CHECKING:  # it imports torch, for which --help does not wait
     from launch.checks.checklist import Outcome
-    from launch.checks.compare import Facts
 
 TIMEOUT_S = 120  # for each part of the survey, unless --timeouts gives another
 
@@ -46,46 +46,38 @@ def main(argv: list[str]) -> int:
         return BAD_INPUT
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # else NCCL's time limit kills the rank
     from launch.checks.checklist import compare_all
-    from launch.checks.survey import Survey, survey_all
-    from training.rendezvous import meet, part
+    from launch.checks.survey import StopSurvey, Survey, survey_all
+    from training.rendezvous import leave_together, rendezvous
 
     is_given = "start=" in run.config.timeouts
     timeout_s = parse_timeouts(run.config.timeouts)["start"] if is_given else TIMEOUT_S
     try:
-        survey = Survey(meet(ranks, timeout_s), ranks, timeout_s)
-        with contextlib.suppress(TimeoutError):  # whose answer is missing is among the facts
+        survey = Survey(rendezvous(ranks, timeout_s), ranks, timeout_s)
+        with contextlib.suppress(StopSurvey):  # why is among the facts
             survey_all(run, survey)
-        outcomes = compare_all(survey.facts)
+        outcome = compare_all(survey.facts)
         if ranks.is_main:
-            print(format_checks(outcomes), file=sys.stderr, flush=True)
-            print(json.dumps(checks_to_json(outcomes, survey.facts)), flush=True)
-        part(survey.store, ranks, timeout_s)
+            print(format_checks(outcome), file=sys.stderr, flush=True)
+            result = {"fit": not outcome.findings, **asdict(outcome), "ranks": survey.facts}
+            print(json.dumps(result), flush=True)
+        leave_together(survey.store, ranks, timeout_s)
     except (OSError, ValueError, RuntimeError) as error:  # the last c10d's, when rank 0 is gone
         print(f"error: {socket.gethostname()}: {error_line(error)}", file=sys.stderr, flush=True)
         return BAD_INPUT if isinstance(error, ValueError) else FAILED
-    return FAILED if any(outcome.findings for outcome in outcomes) else FINISHED
+    return FAILED if outcome.findings else FINISHED
 
 
-def format_checks(outcomes: list[Outcome]) -> str:
+def format_checks(outcome: Outcome) -> str:
     """Return a line for each check, and one for each finding."""
+    unfit = {finding.check for finding in outcome.findings}
     lines = []
-    for outcome in outcomes:
-        result = "ok" if outcome.seen else "-"
-        if outcome.findings:
+    for check, seen in outcome.seen.items():
+        result = "ok" if seen else "-"
+        if check in unfit:
             result = "UNFIT"
-        lines.append(f"{outcome.check:<18} {result:<5}  {outcome.seen or 'not measured'}")
-    for outcome in outcomes:
-        lines += [f"error: {finding}" for finding in outcome.findings]
+        lines.append(f"{check:<18} {result:<5}  {seen or 'not measured'}")
+    lines += [f"error: {finding}" for finding in outcome.findings]
     return "\n".join(lines)
-
-
-def checks_to_json(outcomes: list[Outcome], facts: list[Facts]) -> dict[str, object]:
-    """Return what was found, and the facts of every rank, as JSON values in bytes and seconds."""
-    findings = []
-    for outcome in outcomes:
-        findings += [asdict(finding) for finding in outcome.findings]
-    seen = {outcome.check: outcome.seen for outcome in outcomes}
-    return {"fit": not findings, "findings": findings, "seen": seen, "ranks": facts}
 
 
 if __name__ == "__main__":

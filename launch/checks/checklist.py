@@ -10,6 +10,7 @@ from typing import Any
 from errors import BadInput
 from launch.checks import compare, machine
 from launch.checks.compare import Facts, Faults, Values
+from training.extension_locks import check_extension_locks
 from training.run import Run
 
 
@@ -54,7 +55,7 @@ CHECKS = [
           "mount the same storage everywhere, give the same --run_dir"),
     Check("limits", machine.read_limits, compare.limits,
           "ulimit -n, ulimit -l unlimited; docker --shm-size, or a larger emptyDir"),
-    Check("jit locks", machine.check_locks, None, "delete the lock"),
+    Check("jit locks", lambda run: check_extension_locks(run.ranks), None, "delete the lock"),
     Check("plan", machine.check_plan, None, "see launch/plan.py"),
     Check("memory", None, compare.below_median_memory, "end what else runs there"),
     Check("matmul", None, compare.below_median_matmul,
@@ -86,10 +87,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One check on all ranks: what was seen ("": not measured), and what is wrong."""
+    """What was seen by each check on all ranks ("": not measured), and what is wrong."""
 
-    check: str
-    seen: str
+    seen: dict[str, str]
     findings: list[Finding]
 
 
@@ -113,30 +113,21 @@ def what_and_remedy(error: Exception) -> tuple[str, str]:
     return (str(error) or type(error).__name__).splitlines()[0], ""
 
 
-def compare_all(facts: list[Facts]) -> list[Outcome]:
-    """Return the outcome of each check on the facts of all ranks."""
-    outcomes = []
+def compare_all(facts: list[Facts]) -> Outcome:
+    """Compare the facts of all ranks; ranks of a machine with the same fault are one finding."""
+    outcome = Outcome({}, [])
     for check in CHECKS:
         values = {fact["rank"]: fact[check.name] for fact in facts if check.name in fact}
         seen = "no error" if values else ""
         faults: Faults = {}
         if values and check.compare is not None:
             seen, faults = check.compare(values, facts)
-        found = {rank: (what, check.remedy) for rank, what in faults.items()}
+        outcome.seen[check.name] = seen
+        ranks = collections.defaultdict(list)
         for fact in facts:
-            if check.name in fact["errors"]:
-                what, remedy = fact["errors"][check.name]
-                found[fact["rank"]] = (what, remedy or check.remedy)
-        outcomes.append(Outcome(check.name, seen, _by_host(check, facts, found)))
-    return outcomes
-
-
-def _by_host(check: Check, facts: list[Facts], found: dict[int, tuple[str, str]]) -> list[Finding]:
-    # The ranks of a machine that have the same fault are one finding.
-    groups = collections.defaultdict(list)
-    for rank, (what, remedy) in sorted(found.items()):
-        groups[facts[rank]["host"], what, remedy].append(rank)
-    return [
-        Finding(check.name, host, ranks, what, remedy)
-        for (host, what, remedy), ranks in groups.items()
-    ]
+            what, remedy = fact["errors"].get(check.name, (faults.get(fact["rank"]), ""))
+            if what:
+                ranks[fact["host"], what, remedy or check.remedy].append(fact["rank"])
+        for (host, what, remedy), together in ranks.items():
+            outcome.findings.append(Finding(check.name, host, together, what, remedy))
+    return outcome

@@ -50,11 +50,8 @@ def flags(values: Values, facts: list[Facts]) -> tuple[str, Faults]:
 def clock(values: Values, _: list[Facts]) -> tuple[str, Faults]:
     """Find the ranks whose clock is more than CLOCK_S from the median."""
     median = statistics.median_low(values.values())
-    faults = {
-        rank: f"{time - median:+.1f} s from the median"
-        for rank, time in values.items()
-        if abs(time - median) > CLOCK_S
-    }
+    off_s = {rank: time - median for rank, time in values.items()}
+    faults = {rank: f"{s:+.1f} s from the median" for rank, s in off_s.items() if abs(s) > CLOCK_S}
     return f"within {max(values.values()) - min(values.values()):.3f} s", faults
 
 
@@ -80,7 +77,7 @@ def connections(values: Values, _: list[Facts]) -> tuple[str, Faults]:
         one, other = sorted(pair, key=lambda rank: count[rank])
         unreached[other].append(str(one))
     faults = {
-        rank: f"no connection with rank {', '.join(others)}" for rank, others in unreached.items()
+        rank: f"no connection with rank {', '.join(each)}" for rank, each in unreached.items()
     }
     total = len(values) ** 2
     return f"{total - len(pairs)} of {total} connections", faults
@@ -100,10 +97,9 @@ def disk_space(values: Values, _: list[Facts]) -> tuple[str, Faults]:
 
 def shared_folder(values: Values, _: list[Facts]) -> tuple[str, Faults]:
     """Find the ranks that do not see what rank 0 wrote."""
-    faults = {
-        rank: "not the folder that rank 0 writes to" for rank, sees in values.items() if not sees
-    }
-    return f"{len(values) - len(faults)} of {len(values)} ranks see what rank 0 writes", faults
+    blind = [rank for rank, sees in values.items() if not sees]
+    seen = f"{len(values) - len(blind)} of {len(values)} ranks see what rank 0 writes"
+    return seen, dict.fromkeys(blind, "not the folder that rank 0 writes to")
 
 
 def limits(values: Values, facts: list[Facts]) -> tuple[str, Faults]:
@@ -139,15 +135,12 @@ def below_median_allreduce(values: Values, facts: list[Facts]) -> tuple[str, Fau
     """Find the ranks whose all-reduces have less bandwidth or more latency than those of most."""
     kind = _device_kind(facts[0])
     bandwidths = {rank: value["bytes_per_s"] for rank, value in values.items()}
-    latencies = {rank: value["latency_s"] for rank, value in values.items()}
     seen, slow = _below_median(bandwidths, BANDWIDTH[kind], 1e9, "GB/s")
+    latencies = {rank: value["latency_s"] * 1e6 for rank, value in values.items()}
     median = statistics.median_low(latencies.values())
-    late = {
-        rank: f"{latency * 1e6:.0f} µs, the median is {median * 1e6:.0f}"
-        for rank, latency in latencies.items()
-        if latency > LATENCY[kind] * median
-    }
-    return f"{seen}; median {median * 1e6:.0f} µs", late | slow
+    late = {rank: us for rank, us in latencies.items() if us > LATENCY[kind] * median}
+    faults = {rank: f"{us:.0f} µs, the median is {median:.0f}" for rank, us in late.items()}
+    return f"{seen}; median {median:.0f} µs", faults | slow
 
 
 def allreduce_of_all(values: Values, facts: list[Facts]) -> tuple[str, Faults]:
@@ -155,17 +148,14 @@ def allreduce_of_all(values: Values, facts: list[Facts]) -> tuple[str, Faults]:
     return below_median_allreduce(values, facts)[0], {}
 
 
-def _below_median(
-    values: dict[int, float], share: float, unit: float, name: str
-) -> tuple[str, Faults]:
-    median = statistics.median_high(values.values())
+def _below_median(values: Values, share: float, unit: float, name: str) -> tuple[str, Faults]:
+    shown = {rank: value / unit for rank, value in values.items()}
+    median = statistics.median_high(shown.values())
+    low = {rank: value for rank, value in shown.items() if value < share * median}
     faults = {
-        rank: f"{value / unit:.3g} {name}, the median is {median / unit:.3g}"
-        for rank, value in values.items()
-        if value < share * median
+        rank: f"{value:.3g} {name}, the median is {median:.3g}" for rank, value in low.items()
     }
-    low, high = min(values.values()), max(values.values())
-    return f"{low / unit:.3g} to {high / unit:.3g} {name}", faults
+    return f"{min(shown.values()):.3g} to {max(shown.values()):.3g} {name}", faults
 
 
 def _device_kind(fact: Facts) -> str:

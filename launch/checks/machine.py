@@ -26,7 +26,6 @@ from training.config import to_json
 from training.credentials import refuse_credentials
 from training.devices import machine_bytes
 from training.ds_config import precision
-from training.extension_locks import check_extension_locks
 from training.rendezvous import choose_device
 from training.run import Run
 
@@ -164,11 +163,6 @@ def read_limits(run: Run) -> dict[str, int]:
         "has_infiniband": any(Path("/sys/class/infiniband").glob("*")),
         "shards": sum(path.suffix in (".npy", ".bin") for path in run.config.data_dir.glob("*")),
     }
-
-
-def check_locks(run: Run) -> None:
-    """Refuse locks that a killed C++ build left."""
-    check_extension_locks(run.ranks)
 
 
 def check_plan(run: Run) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 CONNECT_S, CONNECTIONS = 5, 32  # to wait for one; at a time
 
-Pairs = list[list[int]]  # of ranks; no rank is in two
+Groups = list[list[int]]  # of ranks; no rank is in two
 
 
 @contextlib.contextmanager
@@ -71,18 +71,18 @@ def has_token(file: Path, token: str) -> bool:
         return False
 
 
-def pairs_within_machines(nodes: list[list[int]]) -> list[Pairs]:
+def pairs_within_machines(nodes: list[list[int]]) -> list[Groups]:
     """Return which two ranks of each machine measure at the same time: one pair a machine."""
-    rounds: list[Pairs] = [[] for _ in range(max(map(len, nodes)))]
+    rounds: list[Groups] = [[] for _ in range(max(map(len, nodes)))]
     for node in nodes:
         for i, pair in enumerate(_ring(len(node))):
             rounds[i].append([node[j] for j in pair])
     return [pairs for pairs in rounds if pairs]
 
 
-def pairs_between_machines(nodes: list[list[int]]) -> list[Pairs]:
+def pairs_between_machines(nodes: list[list[int]]) -> list[Groups]:
     """Return which two machines measure at the same time, all their ranks in one group."""
-    rounds: list[Pairs] = [[], [], []]
+    rounds: list[Groups] = [[], [], []]
     for i, (one, other) in enumerate(_ring(len(nodes))):
         # Neighbours on the ring take turns; of an odd number the last pair is left over.
         last_of_odd = i == len(nodes) - 1 and len(nodes) % 2 == 1

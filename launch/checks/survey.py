@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import datetime
+import functools
+import itertools
 import secrets
 import socket
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,12 +21,17 @@ from launch.checks.checklist import compare_all, read_all, what_and_remedy
 from launch.checks.compare import Facts
 from training import probes
 from training.ranks import Ranks
-from training.rendezvous import choose_device, exchange, join
+from training.rendezvous import all_gather_json, choose_device, join_process_group
 from training.run import Run
 
 ATTEMPT_S = 60  # until a measurement is given up
 TRIES = 5  # of a slow measurement: something else may have run there for a moment
+Work = Callable[..., Any]
 TOKEN = ".preflight"  # a file in the run folder, with a number that only this survey has
+
+
+class StopSurvey(Exception):  # noqa: N818  # no error: what is missing is among the facts
+    """What comes after this part of a survey would hang."""
 
 
 class Survey:
@@ -47,9 +54,9 @@ class Survey:
         """Add what this rank found in a part of the survey, and what the others did (all ranks).
 
         Raises:
-            TimeoutError: The facts of a rank did not come in time; the same on all ranks.
+            StopSurvey: The facts of a rank did not come in time; the same on all ranks.
         """
-        shared = exchange(self.store, self.ranks, part, found, self.timeout_s)  # all ranks
+        shared = all_gather_json(self.store, self.ranks, part, found, self.timeout_s)  # all ranks
         for fact, more in zip(self.facts, shared, strict=True):
             if more is None:
                 what = f"no answer about {part} within {self.timeout_s:.0f} s"
@@ -58,7 +65,7 @@ class Survey:
                 fact["errors"] |= more.pop("errors", {})
                 fact |= more
         if None in shared:
-            raise TimeoutError(part)
+            raise StopSurvey(part)
 
     @property
     def nodes(self) -> list[list[int]]:
@@ -70,32 +77,51 @@ class Survey:
 
     def unfit_ranks(self, check: str) -> set[int]:
         """Return the ranks that a check finds unfit so far."""
-        (outcome,) = [each for each in compare_all(self.facts) if each.check == check]
-        return {rank for finding in outcome.findings for rank in finding.ranks}
+        findings = [each for each in compare_all(self.facts).findings if each.check == check]
+        return set().union(*(finding.ranks for finding in findings))
 
-    def failed(self, check: str) -> bool:
-        """Return whether a rank has an error in this check."""
-        return any(check in fact["errors"] for fact in self.facts)
+    def measure(self, check: str, part: str, work: Work, better: Work = max) -> None:
+        """Measure under a time limit, and share what this rank has found so far (all ranks).
+
+        Args:
+            check: Whose fact it is.
+            part: Another name each time.
+            work: Returns a value; None: nothing for this rank.
+            better: Returns the better one of this value and the one before.
+
+        Raises:
+            StopSurvey: A rank has failed, or was too late; the same on all ranks.
+        """
+        found = try_measure(check, work)
+        before = self.facts[self.ranks.rank].get(check)
+        if check in found and before is not None:
+            found[check] = better(found[check], before)
+        self.share(part, found)
+        if any(check in fact["errors"] for fact in self.facts):
+            raise StopSurvey(part)
 
 
 def survey_all(run: Run, survey: Survey) -> None:
     """Fill in the facts (all ranks); what would hang after what was found is left out.
 
     Raises:
-        TimeoutError: The facts of a rank did not come in time.
+        StopSurvey: A rank has failed, or was too late; the same on all ranks.
     """
     # Rank 0's token counts.
     survey.share("host names", {"host": socket.gethostname(), "token": secrets.token_hex(8)})
     survey.share("clocks", {"clock": time.time()})  # rank 0 has just let all go
     read_machine(run, survey)
-    kinds = {fact["device"]["kind"] for fact in survey.facts if "device" in fact}
+    kinds = {fact.get("device", {}).get("kind", "none") for fact in survey.facts}
     cut_off = any(fact["connections"] for fact in survey.facts)
-    if survey.failed("device") or len(kinds) > 1 or cut_off:
+    if len(kinds) > 1 or "none" in kinds or cut_off:
         return
     device = choose_device(run.ranks)
+    survey.measure("memory", "memory", functools.partial(machine.read_memory, device))
     measure_matmul_in_turns(survey, device)
-    if not survey.failed("memory") and not survey.failed("matmul"):
-        measure_allreduces(survey, device)
+    timeout = datetime.timedelta(seconds=probes.ALLREDUCE_TIMEOUT_S)
+    join = functools.partial(join_process_group, survey.store, run.ranks, device, timeout)
+    survey.measure("process group", "process group", join)
+    measure_allreduces(survey, device)
 
 
 def read_machine(run: Run, survey: Survey) -> None:
@@ -118,77 +144,51 @@ def read_machine(run: Run, survey: Survey) -> None:
 
 
 def measure_matmul_in_turns(survey: Survey, device: torch.device) -> None:
-    """Measure memory, and the speed of one rank of each machine after the other (all ranks)."""
-    survey.share("memory", try_measure("memory", machine.read_memory, device))
+    """Measure one rank of each machine after the other, and the slow ones again (all ranks)."""
+    rank = survey.ranks.rank
     slow = set(range(survey.ranks.world_size))
     for number in range(TRIES):
-        slow_of_nodes = [[rank for rank in node if rank in slow] for node in survey.nodes]
-        for turn in range(max(map(len, slow_of_nodes))):
-            in_turn = [node[turn] for node in slow_of_nodes if turn < len(node)]
-            found: Facts = {}
-            if survey.ranks.rank in in_turn:
-                found = try_measure("matmul", probes.measure_matmul, device)
-            survey.share(f"matmul {number} {turn}", keep_better("matmul", found, survey, max))
+        for turn, in_turn in enumerate(itertools.zip_longest(*survey.nodes)):
+            is_mine = rank in in_turn and rank in slow
+            work = functools.partial(probes.measure_matmul, device) if is_mine else lambda: None
+            survey.measure("matmul", f"matmul {number} {turn}", work)
         slow = survey.unfit_ranks("matmul")
-        if not slow or survey.failed("matmul"):
+        if not slow:
             return
 
 
 def measure_allreduces(survey: Survey, device: torch.device) -> None:
-    """Measure all-reduces, up to the first that fails (all ranks)."""
-    timeout = datetime.timedelta(seconds=probes.ALLREDUCE_TIMEOUT_S)
-    ranks, nodes = survey.ranks, survey.nodes
-    check = "process group"
-    survey.share(check, try_measure(check, join, survey.store, ranks, device, timeout))
-    if survey.failed(check):
-        return
-    rounds = {
+    """Measure all-reduces of two ranks, two machines, and all (all ranks)."""
+    rank, nodes = survey.ranks.rank, survey.nodes
+    checks = {
         "pairs in a machine": network.pairs_within_machines(nodes),
         "pairs of machines": network.pairs_between_machines(nodes),
-        "all ranks": [[list(range(ranks.world_size))]],
+        "all ranks": [[list(range(survey.ranks.world_size))]],
     }
-    for check, groups_by_turn in rounds.items():
-        for number in range(TRIES):
-            for turn, groups in enumerate(groups_by_turn):
-                mine = next((group for group in groups if ranks.rank in group), [ranks.rank])
-                # All ranks, also those in no pair: each makes as many process groups.
-                name = f"{check} {turn}"
-                found = try_measure(check, probes.measure_allreduce, name, mine, device)
-                better = keep_better(check, found, survey, probes.better_allreduce)
-                survey.share(f"{name} {number}", better)
-                if survey.failed(check):
-                    return
-            if not survey.unfit_ranks(check):
-                break
+    for check, number in itertools.product(checks, range(TRIES)):
+        if number and not survey.unfit_ranks(check):
+            continue
+        for turn, groups in enumerate(checks[check]):
+            # All ranks, also those in no pair: each makes as many process groups.
+            group = next((group for group in groups if rank in group), [rank])
+            name = f"{check} {turn}"
+            work = functools.partial(probes.measure_allreduce, name, group, device)
+            survey.measure(check, f"{name} {number}", work, probes.better_allreduce)
 
 
-def keep_better(check: str, found: Facts, survey: Survey, better: Callable[..., Any]) -> Facts:
-    """Return what this rank found, or what it had found before where that was better."""
-    before = survey.facts[survey.ranks.rank].get(check)
-    if check in found and before is not None:
-        return {check: better(found[check], before)}
-    return found
-
-
-def try_measure(check: str, work: Callable[..., Any], *args: Any) -> Facts:
+def try_measure(check: str, work: Work) -> Facts:
     """Return what a measurement gives, if anything, as a fact of this rank, or why it fails.
 
     It has a thread and a time limit of its own: a link that does not answer can hold a collective
-    of NCCL for ever.
+    of NCCL for ever. Nobody waits for such a thread: `leave` ends the process at once.
     """
-    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-    found: list[Facts] = []
-
-    def measure() -> None:
-        if device is not None:  # each thread has its own
-            torch.cuda.set_device(device)
-        try:
-            value = work(*args)
-            found.append({} if value is None else {check: value})
-        except (RuntimeError, OSError) as error:
-            found.append({"errors": {check: what_and_remedy(error)}})
-
-    thread = threading.Thread(target=measure, name=check, daemon=True)
-    thread.start()
-    thread.join(ATTEMPT_S)
-    return found[0] if found else {"errors": {check: (f"no end within {ATTEMPT_S} s", "")}}
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    if torch.cuda.is_initialized():  # each thread has its own current device
+        pool.submit(torch.cuda.set_device, torch.cuda.current_device())
+    try:
+        value = pool.submit(work).result(ATTEMPT_S)
+    except TimeoutError:
+        return {"errors": {check: (f"no end within {ATTEMPT_S} s", "")}}
+    except (RuntimeError, OSError) as error:
+        return {"errors": {check: what_and_remedy(error)}}
+    return {} if value is None else {check: value}

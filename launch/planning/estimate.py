@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from checkpoint.manifest import checkpoint_bytes
 from errors import BadInput
 from launch.planning import speed
-from model.config import MEMORY_USES, MemoryUse
+from model.config import MEMORY_USES
 from training import memory
 from training.config import (
     BatchArithmetic,
@@ -95,13 +94,13 @@ def shipped_candidates() -> list[Candidate]:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One run on some devices, and what follows.
+    """One run on some devices, and what follows: every property is a figure.
 
     Attributes:
         config: Resolved, and so is `batch`.
         candidate: The ds_config.
         cluster: It runs on.
-        shard: What one rank trains, with the resolved ds_config and the fastest memory use for
+        share: What one rank trains; with the resolved ds_config, and the fastest memory use for
             which the devices have space.
     """
 
@@ -109,49 +108,35 @@ class Estimate:
     batch: BatchArithmetic
     candidate: Candidate
     cluster: Cluster
-    shard: memory.Shard
+    share: memory.RankShare
 
     @property
-    def ds_config(self) -> dict[str, Any]:
-        """Return the resolved ds_config."""
-        return self.shard.ds_config
-
-    @property
-    def memory_use(self) -> MemoryUse:
-        """Return how much memory the loss and GELU may take."""
-        return self.shard.memory_use
-
-    @functools.cached_property
-    def parts(self) -> memory.Parts:
-        """Return the bytes that a rank holds at its fullest moment, by what they are."""
-        return memory.peak(self.shard)
-
-    @functools.cached_property
     def seconds(self) -> dict[str, float]:
         """Return the seconds of one optimizer step, by what they go to."""
         device, nodes = self.cluster.device, self.cluster.nodes
-        return speed.step_seconds(self.shard, self.batch, self.config.seq_len, device, nodes)
-
-    @property
-    def host_bytes(self) -> float:
-        """Return what a rank keeps in its machine's memory."""
-        return memory.host_bytes(self.shard)
+        return speed.step_seconds(self.share, self.batch, self.config.seq_len, device, nodes)
 
     @property
     def sent_bytes(self) -> float:
         """Return what one rank sends in one optimizer step."""
-        return speed.sent_bytes(self.shard, self.batch)
+        return speed.sent_bytes(self.share, self.batch)
 
     @property
-    def all_parts(self) -> memory.Parts:
-        """Return the parts, what the framework reserves, and on a CPU what is offloaded: there."""
+    def host_bytes(self) -> float:
+        """Return what a rank keeps in its machine's memory."""
+        return memory.host_bytes(self.share)
+
+    @property
+    def parts_bytes(self) -> memory.Parts:
+        """Return what a rank holds at its fullest moment; on a CPU also what is offloaded."""
         offloaded = 0 if self.cluster.device.on_gpu else self.host_bytes
-        return self.parts | {"offloaded": offloaded, "reserved": memory.RESERVED_BYTES}
+        more = {"offloaded": offloaded, "reserved": memory.RESERVED_BYTES}
+        return memory.peak(self.share) | more
 
     @property
     def peak_bytes(self) -> float:
         """Return what a rank holds at its fullest moment."""
-        return sum(self.all_parts.values())
+        return sum(self.parts_bytes.values())
 
     @property
     def spare_bytes(self) -> float:
@@ -197,7 +182,7 @@ class Estimate:
     @property
     def checkpoint_bytes(self) -> float:
         """Return what one checkpoint takes on disk."""
-        return checkpoint_bytes(precision(self.ds_config), self.config.gpt_config.n_params())
+        return checkpoint_bytes(precision(self.share.ds_config), self.config.gpt_config.n_params())
 
     @property
     def save_s(self) -> float:
@@ -224,8 +209,8 @@ def estimate(config: TrainConfig, candidate: Candidate, cluster: Cluster) -> Est
     device = cluster.device
     found = []
     for use in MEMORY_USES if device.on_gpu else MEMORY_USES[-1:]:  # the fastest first
-        shard = memory.shard_of(config, batch, ds_config, device.on_gpu, use)
-        found.append(Estimate(config, batch, candidate, cluster, shard))
+        share = memory.RankShare(config, batch, ds_config, device.on_gpu, use)
+        found.append(Estimate(config, batch, candidate, cluster, share))
     with_margin = [e for e in found if e.spare_bytes >= MARGIN * device.memory_bytes]
     return with_margin[0] if with_margin else found[-1]
 
@@ -250,34 +235,31 @@ def largest_fitting(
     return found
 
 
-def estimate_best(config: TrainConfig, candidate: Candidate, cluster: Cluster) -> Estimate:
-    """Estimate with the micro-batch of `config`; where it has none, with the largest that fits.
+def rank_candidates(
+    config: TrainConfig, candidates: list[Candidate], cluster: Cluster
+) -> list[Estimate]:
+    """Estimate with every candidate; what fits first, then the cheaper first.
 
-    Raises:
-        ValueError: As `estimate`.
-    """
-    if config.micro_batch_size:
-        return estimate(config, candidate, cluster)
-    limit = largest_micro_batch(config.seq_len, cluster.device.on_gpu)
-    return largest_fitting(config, candidate, cluster, limit)
-
-
-def rank_candidates(config: TrainConfig, cluster: Cluster) -> list[Estimate]:
-    """Estimate with every file of ds_configs/; what fits first, then the cheaper first.
-
+    The micro-batch is that of `config`; where it has none, the largest that fits.
     Of those that are hardly slower than the fastest stage 1 comes first, then the lowest. Offload
     comes behind: how fast a machine's processors update is the least certain.
     """
-    found = [estimate_best(config, candidate, cluster) for candidate in shipped_candidates()]
+    if config.micro_batch_size:
+        found = [estimate(config, candidate, cluster) for candidate in candidates]
+    else:
+        limit = largest_micro_batch(config.seq_len, cluster.device.on_gpu)
+        found = [largest_fitting(config, candidate, cluster, limit) for candidate in candidates]
 
     def cost(e: Estimate) -> tuple[float, bool, float]:
-        return e.lacking_bytes, offloads(e.ds_config, "optimizer"), e.step_s
+        return e.lacking_bytes, offloads(e.share.ds_config, "optimizer"), e.step_s
 
     tie_s = min(map(cost, found))[2] * (1 + SPEED_TIE)
 
     def order(e: Estimate) -> tuple[float, ...]:
         lacking_bytes, is_offloaded, step_s = cost(e)
-        place = STAGE_PREFERENCE.index(zero_stage(e.ds_config)) if step_s <= tie_s else math.inf
+        place = (
+            STAGE_PREFERENCE.index(zero_stage(e.share.ds_config)) if step_s <= tie_s else math.inf
+        )
         return lacking_bytes, is_offloaded, place, step_s
 
     return sorted(found, key=order)

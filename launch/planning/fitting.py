@@ -93,29 +93,28 @@ def advice(planned: Estimate) -> Advice | None:
     """
     if planned.fits:
         return None
-    device = planned.cluster.device
+    device, remedy = planned.cluster.device, _remedy(planned)
     if planned.spare_bytes < 0:
-        where = "on each device of"
-        return Advice(planned.peak_bytes, device.memory_bytes, where, _remedy(planned))
+        return Advice(planned.peak_bytes, device.memory_bytes, "on each device of", remedy)
     where = "of the machine's memory for each device, which has"
-    return Advice(planned.host_bytes, device.host_bytes, where, _remedy(planned))
+    return Advice(planned.host_bytes, device.host_bytes, where, remedy)
 
 
 def _remedy(planned: Estimate) -> str:
     config = dataclasses.replace(planned.config, compile="false")  # which stage 3 would refuse
     limit = config.micro_batch_size
-    own = Candidate(planned.ds_config)
-    for candidate in (own, dataclasses.replace(own, checkpointing=True), *shipped_candidates()):
-        found = largest_fitting(config, candidate, planned.cluster, limit)
-        if found.fits:
-            break
-    else:
+    own = Candidate(planned.share.ds_config)
+    candidates = [own, dataclasses.replace(own, checkpointing=True), *shipped_candidates()]
+    plans = (largest_fitting(config, each, planned.cluster, limit) for each in candidates)
+    found = next((plan for plan in plans if plan.fits), None)
+    if found is None:
         return "take more devices: no ds_config fits"
+    candidate, size = found.candidate, found.batch.micro_batch_size
     flags = []
     if candidate.file:
         flags.append(f"--ds_config ds_configs/{candidate.file}")
-    if found.batch.micro_batch_size != limit:
-        flags.append(f"--micro_batch_size {found.batch.micro_batch_size}")
+    if size != limit:
+        flags.append(f"--micro_batch_size {size}")
     if candidate.checkpointing:
         flags.append(f"add {ADDED} to {candidate.file or config.ds_config}")
     return ", ".join(flags)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from launch.planning.estimate import (
-    ADDED,
     DEVICE_HOURS_A_FAULT,
     FRAGMENTATION,
     SPEED_TIE,
@@ -18,13 +16,8 @@ from launch.planning.estimate import (
 from model import PRESETS
 from training.devices import GIB
 
-# Keys of zero_optimization that change memory or traffic, which the plan does not count.
-NOT_COUNTED = (
-    "zero_hpz_partition_size",
-    "mics_shard_size",
-    "zero_quantized_weights",
-    "zero_quantized_gradients",
-)
+# Such keys of zero_optimization change memory or traffic, which the plan does not count.
+NOT_COUNTED = ("zero_hpz_partition_size", "mics_shard_size", "zero_quantized_")
 
 
 def format_estimate(chosen: Estimate, others: list[Estimate], price: float | None) -> str:
@@ -42,7 +35,7 @@ def format_estimate(chosen: Estimate, others: list[Estimate], price: float | Non
         config.model: f"{config.gpt_config.n_params():,} parameters on "
         f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.device.kind}, {chosen.candidate}: "
         f"{_whether_fits(chosen)}",
-        "memory": f"{_gib(chosen.peak_bytes)} a device: {_shares(chosen.all_parts, _gib)}; "
+        "memory": f"{_gib(chosen.peak_bytes)} a device: {_shares(chosen.parts_bytes, _gib)}; "
         f"{_gib(FRAGMENTATION * cluster.device.memory_bytes)} are kept for fragments",
         "batch": f"{config.batch_tokens:,} tokens = {batch.micro_batch_size} sequences x "
         f"{config.seq_len} tokens x {batch.grad_accum_steps} micro-batches x {batch.world_size} "
@@ -63,9 +56,10 @@ def format_estimate(chosen: Estimate, others: list[Estimate], price: float | Non
         lines["why"] = _reason(chosen, others)
     if others and chosen.fits and PRESETS.get(config.model) == config.preset:  # train.py takes it
         lines["flags"] = _flags(chosen)
-    zero = chosen.ds_config.get("zero_optimization", {})
-    left_out = ["evaluation", "saving", "faults", *(key for key in NOT_COUNTED if zero.get(key))]
-    lines["without"] = f"{', '.join(left_out)} and waiting for data"
+    zero = chosen.share.ds_config.get("zero_optimization", {})
+    keys = [key for key, value in zero.items() if value and key.startswith(NOT_COUNTED)]
+    left_out = ", ".join(["evaluation", "saving", "faults", *keys])
+    lines["without"] = f"{left_out} and waiting for data"
     return "\n".join(f"{name:<11} {text}" for name, text in lines.items())
 
 
@@ -104,21 +98,20 @@ def _reason(chosen: Estimate, others: list[Estimate]) -> str:
 
 def _flags(chosen: Estimate) -> str:
     config, preset, candidate = chosen.config, chosen.config.preset, chosen.candidate
-    shipped, own = Path("ds_configs", candidate.file), f"my_{candidate.file}"
-    flags = {"model": config.model, "ds_config": own if candidate.checkpointing else shipped}
+    flags: dict[str, Any] = {"model": config.model, "ds_config": f"ds_configs/{candidate.file}"}
+    remark = ""
+    if candidate.checkpointing:
+        flags["ds_config"] = f"my_{candidate.file}"
+        remark = f"; my_{candidate.file} is ds_configs/{candidate}"
     flags["micro_batch_size"] = chosen.batch.micro_batch_size
-    defaults = {
+    usual = {
         "batch_tokens": preset.batch_tokens,
         "seq_len": preset.config.block_size,
         "max_steps": preset.max_tokens // config.batch_tokens,
     }
-    for name, default in defaults.items():
-        if getattr(config, name) != default:
-            flags[name] = getattr(config, name)
-    words = " ".join(f"--{name} {value}" for name, value in flags.items())
-    if candidate.checkpointing:
-        return f"{words}; {own} is {shipped} with {ADDED}"
-    return words
+    own = {name: getattr(config, name) for name in usual}
+    flags |= {name: value for name, value in own.items() if value != usual[name]}
+    return " ".join(f"--{name} {value}" for name, value in flags.items()) + remark
 
 
 def _short(number: float) -> str:
@@ -165,6 +158,7 @@ def _row(best: Estimate, price: float | None) -> dict[str, str]:
 
 def estimate_to_json(chosen: Estimate, price: float | None) -> dict[str, Any]:
     """Return an estimate as JSON values, in bytes and seconds."""
+    figures = [name for name, value in vars(Estimate).items() if isinstance(value, property)]
     return {
         "model": chosen.config.model,
         "n_params": chosen.config.gpt_config.n_params(),
@@ -172,23 +166,7 @@ def estimate_to_json(chosen: Estimate, price: float | None) -> dict[str, Any]:
         "nodes": chosen.cluster.nodes,
         "devices": chosen.cluster.world_size,
         "ds_config": str(chosen.candidate),
-        "parts_bytes": chosen.all_parts,
         "batch": dataclasses.asdict(chosen.batch),
         "max_steps": chosen.config.max_steps,
         "cost": price * chosen.device_hours if price else None,
-        "fits": chosen.fits,
-        "spare_bytes": chosen.spare_bytes,
-        "lacking_bytes": chosen.lacking_bytes,
-        "peak_bytes": chosen.peak_bytes,
-        "host_bytes": chosen.host_bytes,
-        "checkpoint_bytes": chosen.checkpoint_bytes,
-        "checkpoint_every": chosen.checkpoint_every,
-        "save_s": chosen.save_s,
-        "sent_bytes": chosen.sent_bytes,
-        "seconds": chosen.seconds,
-        "step_s": chosen.step_s,
-        "tokens_per_s": chosen.tokens_per_s,
-        "mfu": chosen.mfu,
-        "days": chosen.days,
-        "device_hours": chosen.device_hours,
-    }
+    } | {name: getattr(chosen, name) for name in figures}

@@ -12,7 +12,7 @@ import math
 from training.config import BatchArithmetic
 from training.devices import Device
 from training.ds_config import offloads
-from training.memory import MAX_REDUCED, Shard, activation_bytes, comm_bytes, elements_kept_near
+from training.memory import MAX_REDUCED, RankShare, activation_bytes, comm_bytes, elements_kept_near
 
 # Passes over the residual stream's width C, for each token and block, forward and backward. In its
 # own dtype: two LayerNorms (2 and 4), two sums (6 and 6). In that of the products: what LayerNorm
@@ -32,54 +32,54 @@ LAUNCH_S = 300e-6  # for the 40 kernels of a block, forward and backward, by Pyt
 HOST_MEMORY_BYTES_S = 200e9  # of a machine with two processors, for the optimizer on the CPU
 
 
-def sent_bytes(shard: Shard, batch: BatchArithmetic) -> float:
+def sent_bytes(share: RankShare, batch: BatchArithmetic) -> float:
     """Return what rings send from one rank in one optimizer step, in bytes."""
-    n_params, weight_bytes = shard.n_params, shard.weight_bytes
-    gradient_bytes, micro_steps = comm_bytes(shard), batch.grad_accum_steps
-    if shard.stage == 0:
+    n_params, weight_bytes = share.n_params, share.weight_bytes
+    gradient_bytes, micro_steps = comm_bytes(share), batch.grad_accum_steps
+    if share.stage == 0:
         per_step = 2 * gradient_bytes * n_params
-    elif shard.stage == 1:
+    elif share.stage == 1:
         reduce_bytes = 2 * gradient_bytes
-        if shard.has_flat_gradients:
-            reduce_bytes = 4 if shard.on_gpu else 2 * 4  # NCCL scatters sums; gloo all-reduces
+        if share.has_flat_gradients:
+            reduce_bytes = 4 if share.on_gpu else 2 * 4  # NCCL scatters sums; gloo all-reduces
         per_step = (reduce_bytes + weight_bytes) * n_params
-    elif shard.stage == 2:  # every micro-batch reduces; whole buckets, unless told otherwise
-        times = 2 if shard.zero_option("use_multi_rank_bucket_allreduce", True) else 1
+    elif share.stage == 2:  # every micro-batch reduces; whole buckets, unless told otherwise
+        times = 2 if share.zero_option("use_multi_rank_bucket_allreduce", True) else 1
         per_step = (micro_steps * times * gradient_bytes + weight_bytes) * n_params
     else:  # weights are gathered forward, and backward too if they did not stay
-        again = n_params - shard.head - elements_kept_near(shard)
+        again = n_params - share.head - elements_kept_near(share)
         per_step = micro_steps * (gradient_bytes * n_params + weight_bytes * (n_params + again))
-    return per_step * (1 - 1 / shard.world_size)
+    return per_step * (1 - 1 / share.world_size)
 
 
 def step_seconds(
-    shard: Shard, batch: BatchArithmetic, seq_len: int, device: Device, nodes: int
+    share: RankShare, batch: BatchArithmetic, seq_len: int, device: Device, nodes: int
 ) -> dict[str, float]:
     """Return the seconds of one optimizer step by what they go to.
 
     Args:
-        shard: What one rank trains.
+        share: What one rank trains.
         batch: How the step is split.
         seq_len: Tokens of a sequence.
         device: Of each rank.
         nodes: Machines, each with as many ranks.
     """
-    gpt, tokens = shard.gpt, shard.tokens * batch.grad_accum_steps
+    gpt, tokens = share.gpt, share.tokens * batch.grad_accum_steps
     # FLOPs of a token. Checkpointing runs the forward, a third of a step, twice.
-    forwards = 2 if "activation_checkpointing" in shard.ds_config else 1
+    forwards = 2 if "activation_checkpointing" in share.ds_config else 1
     more = 4 / 3 if forwards == 2 else 1
-    products = 6 * (more * 12 * gpt.n_layer * gpt.n_embd**2 + shard.head)
+    products = 6 * (more * 12 * gpt.n_layer * gpt.n_embd**2 + share.head)
     attention = more * 6 * gpt.n_layer * gpt.n_embd * seq_len  # the causal half
     # Bytes of a token that go to and from memory: in the blocks, then over the logits.
-    wide, narrow = activation_bytes(shard)
+    wide, narrow = activation_bytes(share)
     narrow_backward = NARROW_BACKWARD
-    if shard.memory_use.keeps_gelu:
+    if share.memory_use.keeps_gelu:
         narrow_backward -= GELU_AGAIN
     wide_bytes = wide * (forwards * WIDE_FORWARD + WIDE_BACKWARD)
     narrow_bytes = narrow * (forwards * NARROW_FORWARD + narrow_backward)
     streamed = gpt.n_layer * gpt.n_embd * (wide_bytes + narrow_bytes)
-    logit_bytes = LOGIT_PASSES * narrow + HEAD_PASSES * (narrow + 4) * gpt.n_embd / shard.loss_rows
-    updated = shard.n_params / (shard.world_size if shard.stage else 1)
+    logit_bytes = LOGIT_PASSES * narrow + HEAD_PASSES * (narrow + 4) * gpt.n_embd / share.loss_rows
+    updated = share.n_params / (share.world_size if share.stage else 1)
     flops = device.flops * (2 / narrow)  # TF32 has half the peak of bf16
     seconds = {
         "matrix products": tokens * products / (flops * device.matmul_share),
@@ -91,48 +91,48 @@ def step_seconds(
     # Python launches kernels while the GPU computes: only what takes longer than that counts.
     launches = LAUNCH_S * gpt.n_layer * batch.grad_accum_steps * more if device.on_gpu else 0
     seconds["launches"] = max(0.0, launches - sum(seconds.values()))
-    seconds["communication"] = _communication(shard, batch, device, nodes)
-    if offloads(shard.ds_config, "optimizer"):
+    seconds["communication"] = _communication(share, batch, device, nodes)
+    if offloads(share.ds_config, "optimizer"):
         per_node = batch.world_size // nodes
         seconds["optimizer"] = UPDATE_BYTES * updated / (HOST_MEMORY_BYTES_S / per_node)
-        seconds["offload"] = _offloaded_bytes(shard, batch) / device.host_bytes_s
+        seconds["offload"] = _offloaded_bytes(share, batch) / device.host_bytes_s
     return seconds
 
 
-def _communication(shard: Shard, batch: BatchArithmetic, device: Device, nodes: int) -> float:
+def _communication(share: RankShare, batch: BatchArithmetic, device: Device, nodes: int) -> float:
     # Each machine's devices share its links: what all of them gather enters it once.
-    per_node = shard.world_size // nodes
+    per_node = share.world_size // nodes
     link = device.peer_bytes_s
     if nodes > 1 and per_node > 1:
         link = min(link, device.network_bytes_s * per_node)
     elif nodes > 1:
         link = device.network_bytes_s
-    seconds = sent_bytes(shard, batch) / (LINK_SHARE * link)
-    if shard.stage == 3:
+    seconds = sent_bytes(share, batch) / (LINK_SHARE * link)
+    if share.stage == 3:
         seconds *= 1 - ZERO3_OVERLAP
-    return seconds + HOP_S * (shard.world_size - 1) * _rings(shard, batch)
+    return seconds + HOP_S * (share.world_size - 1) * _rings(share, batch)
 
 
-def _rings(shard: Shard, batch: BatchArithmetic) -> int:
+def _rings(share: RankShare, batch: BatchArithmetic) -> int:
     # How often a step goes around: once for a gather or a scatter, twice for an all-reduce.
-    n_params, micro_steps = shard.n_params, batch.grad_accum_steps
-    if shard.stage == 3:
-        return 3 * shard.gpt.n_layer * micro_steps
-    if shard.has_flat_gradients and shard.on_gpu:
+    n_params, micro_steps = share.n_params, batch.grad_accum_steps
+    if share.stage == 3:
+        return 3 * share.gpt.n_layer * micro_steps
+    if share.has_flat_gradients and share.on_gpu:
         return 2 * 2 + 2  # two groups of weights, each scattered and gathered; and the norm
     reductions = math.ceil(n_params / MAX_REDUCED)
-    if shard.stage and not shard.has_flat_gradients:
-        reductions = math.ceil(n_params / shard.zero_option("reduce_bucket_size", MAX_REDUCED))
-    if shard.stage == 2:
+    if share.stage and not share.has_flat_gradients:
+        reductions = math.ceil(n_params / share.zero_option("reduce_bucket_size", MAX_REDUCED))
+    if share.stage == 2:
         reductions *= micro_steps
-    gathers = math.ceil(n_params / max(1, shard.zero_option("allgather_bucket_size", MAX_REDUCED)))
-    return 2 * reductions + (gathers if shard.stage else 0)
+    gathers = math.ceil(n_params / max(1, share.zero_option("allgather_bucket_size", MAX_REDUCED)))
+    return 2 * reductions + (gathers if share.stage else 0)
 
 
-def _offloaded_bytes(shard: Shard, batch: BatchArithmetic) -> float:
+def _offloaded_bytes(share: RankShare, batch: BatchArithmetic) -> float:
     # Gradients to the machine's memory, weights back; offloaded weights twice a micro-batch, too.
-    share = shard.n_params / shard.world_size
-    moved = comm_bytes(shard) * batch.grad_accum_steps + shard.weight_bytes
-    if offloads(shard.ds_config, "param"):
-        moved += 2 * shard.weight_bytes * batch.grad_accum_steps
-    return share * moved
+    n_params = share.n_params / share.world_size
+    moved = comm_bytes(share) * batch.grad_accum_steps + share.weight_bytes
+    if offloads(share.ds_config, "param"):
+        moved += 2 * share.weight_bytes * batch.grad_accum_steps
+    return n_params * moved

@@ -56,7 +56,7 @@ def test_the_example_is_read_alike_here_and_by_deepspeed() -> None:
 
 
 def test_an_empty_a_huge_and_an_open_file_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no host in it"):
+    with pytest.raises(ValueError, match="names no host"):
         read_hostfile(write(tmp_path, "# nobody\n"))
     path = write(tmp_path, "a" * (10 * 2**20))
     with pytest.raises(ValueError, match=f"{path}: over 1,048,576 bytes"):
@@ -103,8 +103,9 @@ def test_a_slurm_allocation_is_a_hostfile(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         ([], "error: HOST: none given, and no Slurm allocation. Fix: "),
-        (["a"], "error: --slots: not given. Fix: "),
-        (["a", "--slots", "0"], "error: --slots 0: not a number"),
+        (["a"], "error: --slots: must be the ranks of a machine, got None. Fix: "),
+        (["a", "--slots", "0"], "error: --slots: must be the ranks of a machine, got 0. Fix: "),
+        (["a", "--slots", "x"], "error: argument --slots: invalid int value: 'x'. Fix: "),
         (["a", "a", "--slots", "1"], "error: HOST:2: 'a slots=1' is given before. Fix: "),
         (["--slots", "1", "--", "-oProxyCommand=x"], "error: HOST:1: "),
         (["--list", "nothing", "--slots", "1"], "error: --list nothing: cannot be read. Fix: "),

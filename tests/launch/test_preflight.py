@@ -64,17 +64,14 @@ def healthy(n_nodes: int = 4, per_node: int = 2) -> list[Facts]:
 
 
 def found(facts: list[Facts]) -> list[tuple[str, str, list[int]]]:
-    return [
-        (finding.check, finding.host, finding.ranks)
-        for outcome in compare_all(facts)
-        for finding in outcome.findings
-    ]
+    return [(each.check, each.host, each.ranks) for each in compare_all(facts).findings]
 
 
 def test_a_healthy_cluster_has_no_findings() -> None:
     for n_nodes, per_node in ((1, 1), (1, 2), (2, 1), (4, 2)):
-        outcomes = compare_all(healthy(n_nodes, per_node))
-        assert all(outcome.seen and not outcome.findings for outcome in outcomes)
+        outcome = compare_all(healthy(n_nodes, per_node))
+        assert all(outcome.seen.values())
+        assert not outcome.findings
 
 
 @pytest.mark.parametrize(
@@ -110,8 +107,8 @@ def test_the_ranks_of_a_machine_with_one_fault_are_one_finding() -> None:
     for fact in facts[2:4]:
         fact["pairs of machines"] = LINK | {"bytes_per_s": 1e10}
     assert found(facts) == [("pairs of machines", "node-2", [2, 3])]
-    (line,) = [str(f) for outcome in compare_all(facts) for f in outcome.findings]
-    assert line.startswith(
+    (finding,) = compare_all(facts).findings
+    assert str(finding).startswith(
         "node-2 (rank 2, 3): pairs of machines: 10 GB/s, the median is 100. Fix:"
     )
 
@@ -131,10 +128,10 @@ def test_an_error_and_a_missing_answer_name_their_rank() -> None:
         del fact["matmul"]
     expected = [("answers", "node-4", [6]), ("jit locks", "node-1", [1])]
     assert found(facts) == [*expected, ("all ranks", "node-3", [4])]
-    outcomes = {outcome.check: outcome for outcome in compare_all(facts)}
-    assert outcomes["matmul"].seen == ""
-    assert outcomes["jit locks"].findings[0].remedy == "rm /x/lock"
-    assert outcomes["all ranks"].findings[0].remedy.startswith("see NCCL_SOCKET_IFNAME")
+    outcome = compare_all(facts)
+    assert outcome.seen["matmul"] == ""
+    assert outcome.findings[1].remedy == "rm /x/lock"
+    assert outcome.findings[2].remedy.startswith("see NCCL_SOCKET_IFNAME")
 
 
 def test_a_name_that_resolves_to_loopback_matters_to_gloo_on_several_machines() -> None:

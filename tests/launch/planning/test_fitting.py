@@ -92,7 +92,7 @@ def test_the_loss_and_gelu_take_what_leaves_a_tenth_free(gib: float, use: Memory
     device = dataclasses.replace(DEVICES["h100"], memory_bytes=int(gib * GIB))
     planned = estimate(config, Candidate(raw), Cluster(device, 1, 1))
     assert planned.fits
-    assert planned.memory_use == use
+    assert planned.share.memory_use == use
 
 
 def test_ranks_take_what_rank_0_chooses_for_the_smallest(monkeypatch: pytest.MonkeyPatch) -> None:
