@@ -259,7 +259,8 @@ def test_a_copy_of_a_checkpoint_under_another_name_is_not_taken_for_a_newer_one(
     copy = shutil.copytree(newest, newest.with_name("step_000099"))
     command = arguments(data_dir, whole, "--max_steps", 14, "--dropout", 0.1)
     assert main(command) == 2
-    assert f"error: {copy}: a copy of {newest.name}. Fix: move it out" in capsys.readouterr().err
+    said = f"error: {copy}: is a copy of step {int(newest.name[5:])}. Fix: move it out"
+    assert said in capsys.readouterr().err
     assert newest.is_dir()
 
 
@@ -341,7 +342,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(
     )
     shutil.rmtree(whole / "checkpoints")
     assert main(command) == 2
-    assert f"{whole}: its log is at step 12, its checkpoints are gone. Fix: " in (
+    assert f"{whole}: its log is at step 12, but its checkpoints are gone. Fix: " in (
         capsys.readouterr().err
     )
     assert (whole / "log.txt").read_text() == logged
@@ -439,7 +440,7 @@ def test_a_folder_that_cannot_be_written_or_has_no_room_is_refused_before_the_fi
     assert main(arguments(data_dir, tmp_path / "run", "--max_steps", 1)) == 1
     err = capsys.readouterr().err
     assert f"error: --run_dir {tmp_path / 'run'}: 0.00 GiB are free, a checkpoint takes 0.0" in err
-    assert "Fix: make room" in err
+    assert "Fix: free disk space" in err
 
 
 def test_a_folder_that_is_no_folder_is_refused(

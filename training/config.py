@@ -76,8 +76,7 @@ class TrainConfig:
     profile: str = _flag("", "FIRST:END: trace steps FIRST to END - 1 into RUN_DIR/profile")
     max_bad_steps: int = _flag(10, "steps in a row without a finite loss, then the run stops")
     timeouts: str = _flag(
-        "",
-        "seconds after which a phase is hung: start=1800,step=1800,eval=7200,save=3600, or some",
+        "", "seconds after which a phase is hung: start=1800,step=1800,eval=7200,save=3600, or some"
     )
     debug: bool = _flag(False, "print the traceback of an error")
     dry_run: bool = _flag(False, "print the resolved run and stop")

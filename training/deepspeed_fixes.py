@@ -26,7 +26,10 @@ from training.step import global_norm
 
 # Of the two files of DeepSpeed in which `update_by_parts` replaces methods.
 UPDATE_SHA256 = "23c204f6af81602ae3544a2ebb6909dd5b5079e367b935b4ffe0f78d440cce2b"
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
+# mallopt's options in malloc.h.
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
+M_MMAP_MAX = -4
 
 
 def quiet_deepspeed(device: torch.device) -> None:
@@ -175,11 +178,10 @@ def gather_by_broadcasts(
     gloo's all-gather goes through copies of everything, in new memory each time: a fifth of a step
     of two ranks (docs/LOG.md).
     """
-    works = [
-        dist.broadcast(part, group=group, group_src=rank, async_op=True)
-        for parts, group in zip(partitioned_param_groups, dp_process_group, strict=True)
-        for rank, part in enumerate(parts)
-    ]
+    works = []
+    for parts, group in zip(partitioned_param_groups, dp_process_group, strict=True):
+        for rank, part in enumerate(parts):
+            works.append(dist.broadcast(part, group=group, group_src=rank, async_op=True))
     for work in works:
         assert work
         work.wait()

@@ -5,6 +5,7 @@ the sums with what PyTorch was seen to hold (docs/SCALING.md). Not counted: what
 itself takes (RESERVED_BYTES), fragments, dropout's masks on a CPU, and compiled blocks.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -28,15 +29,28 @@ Parts = dict[str, float]  # bytes by what they are
 
 @dataclass(frozen=True)
 class RankShare:
-    """What one rank trains, in the numbers that its memory follows from; counts are elements."""
+    """What one rank of a resolved run trains; counts are elements."""
 
-    gpt: GPTConfig
+    config: TrainConfig
+    batch: BatchArithmetic
     ds_config: dict[str, Any]
-    tokens: int  # of a micro-batch
-    accumulates: bool
-    world_size: int
     on_gpu: bool
-    memory_use: MemoryUse
+    memory_use: MemoryUse = MEMORY_USES[-1]
+
+    @functools.cached_property
+    def gpt(self) -> GPTConfig:
+        """Return the shape of the model."""
+        return self.config.gpt_config
+
+    @property
+    def tokens(self) -> int:
+        """Return the tokens of a micro-batch."""
+        return self.batch.micro_batch_size * self.config.seq_len
+
+    @property
+    def world_size(self) -> int:
+        """Return the number of ranks."""
+        return self.batch.world_size
 
     @property
     def head(self) -> int:
@@ -85,21 +99,6 @@ class RankShare:
         return self.ds_config.get("zero_optimization", {}).get(name, default)
 
 
-def share_of(
-    config: TrainConfig,
-    batch: BatchArithmetic,
-    ds_config: dict[str, Any],
-    on_gpu: bool,
-    use: MemoryUse = MEMORY_USES[-1],
-) -> RankShare:
-    """Return what one rank of a resolved run trains."""
-    tokens = batch.micro_batch_size * config.seq_len
-    accumulates = batch.grad_accum_steps > 1
-    return RankShare(
-        config.gpt_config, ds_config, tokens, accumulates, batch.world_size, on_gpu, use
-    )
-
-
 def peak(share: RankShare) -> Parts:
     """Return what the rank holds at its fullest moment, by part, in bytes."""
     return max(moments(share).values(), key=lambda parts: sum(parts.values()))
@@ -110,7 +109,7 @@ def moments(share: RankShare) -> dict[str, Parts]:
     states = _states(share)
     # Of the first backward pass: stages 0 and 2 free their gradients.
     before = dict(states)
-    if not share.accumulates and share.stage in (0, 2):
+    if share.batch.grad_accum_steps == 1 and share.stage in (0, 2):
         before["gradients"] = 0
     kept, block = _activations(share)
     gathered = _gathered(share)
@@ -163,7 +162,6 @@ def _states(share: RankShare) -> Parts:
         weights = 0
     # An optimizer has fp32 masters and two moments; at stage 0 the weights are the masters.
     optimizer = 8 * n_params if stage == 0 else 12 * n_params / world_size
-    sum_bytes = 4 if share.sums_fp32 else weight_bytes
     if stage == 0:
         gradients = 4 * n_params
     elif share.has_flat_gradients:
@@ -172,7 +170,7 @@ def _states(share: RankShare) -> Parts:
     elif stage == 1:
         gradients = weight_bytes * n_params
     else:
-        gradients = sum_bytes * n_params / world_size
+        gradients = (4 if share.sums_fp32 else weight_bytes) * n_params / world_size
     if offloads(share.ds_config, "optimizer"):
         gradients, optimizer = 0, 0
     # Stage 3's lives as long as the engine; the others come and go.

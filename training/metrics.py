@@ -21,8 +21,6 @@ from training.devices import GIB, flops_of
 from training.health import Verdict
 from training.ranks import Ranks
 
-Row = dict[str, Any]
-
 
 def peak_flops(device: torch.device) -> float | None:
     """Return the peak of one device in FLOP/s, or None where it is not known."""
@@ -144,7 +142,7 @@ class Metrics:
         _say(verdict.step, line)
         self.jsonl.write(json.dumps({"step": verdict.step, "complaint": line}) + "\n")
 
-    def _write(self, row: Row, log_line: str) -> None:
+    def _write(self, row: dict[str, Any], log_line: str) -> None:
         finite = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
         }
@@ -157,7 +155,7 @@ class Metrics:
         except OSError as error:  # that of a full disk lacks the file's name
             raise OSError(error.errno, error.strerror, str(self.config.run_dir)) from error
 
-    def _to_board(self, row: Row) -> None:
+    def _to_board(self, row: dict[str, Any]) -> None:
         for key, value in row.items():
             if "/" in key and value is not None:
                 self.board.add_scalar(key, value, row["step"])

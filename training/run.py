@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from checkpoint.manifest import checkpoint_bytes, find_checkpoints, read_manifest, step_of
+from checkpoint.run_folder import check_empty, check_not_lost, lock_run_dir
 from errors import BadInput
 from training.config import (
     BatchArithmetic,
@@ -108,7 +110,6 @@ def open_inputs(run: Run) -> Inputs:
     """
     from checkpoint.hf_folder import load_hf_config
     from checkpoint.hub import locate_hf_folder
-    from checkpoint.manifest import find_checkpoints
     from data.order import Order
     from data.shards import TokenStream, require_targets
 
@@ -150,24 +151,18 @@ def _check_compiler(run: Run) -> None:
 
 
 def _check_same_run(run: Run, checkpoints: list[Path], order: dict[str, Any]) -> None:
-    from checkpoint.manifest import read_manifest, step_name, step_of
     from checkpoint.resuming import check_same_run
 
+    gpt, max_steps = run.config.gpt_config, run.config.max_steps
     for folder in checkpoints:
         try:
             manifest = read_manifest(folder)
         except ValueError:
             continue  # `newest_intact` names the damaged ones: it reads every byte
         if manifest.step != step_of(folder):
-            what = f"a copy of {step_name(manifest.step)}"
+            what = f"is a copy of step {manifest.step}"
             raise BadInput(str(folder), what, "move it out of the folder")
-        check_same_run(
-            manifest,
-            precision=precision(run.ds_config),
-            model=run.config.gpt_config,
-            order=order,
-        )
-        max_steps = run.config.max_steps
+        check_same_run(manifest, precision=precision(run.ds_config), model=gpt, order=order)
         if manifest.step > max_steps:
             what = f"{folder} is beyond it"
             raise BadInput(f"--max_steps {max_steps}", what, f"give at least {manifest.step}")
@@ -181,12 +176,9 @@ def take_run_dir(run: Run, inputs: Inputs) -> IO[str]:
         BadInput: Another run has it, it should be empty and is not, or restarts come no further.
         OSError: It cannot be written, or the disk space is not enough for a checkpoint.
     """
-    from checkpoint.manifest import checkpoint_bytes, step_of
-    from checkpoint.run_folder import check_not_lost, check_unused, lock_run_dir
-
     run_dir, gpt = run.config.run_dir, run.config.gpt_config
     if run.config.resume == "none":
-        check_unused(run_dir)
+        check_empty(run_dir, "--resume none")
     if not inputs.checkpoints:
         check_not_lost(run_dir)
     step = step_of(inputs.checkpoints[0]) if inputs.checkpoints else 0

@@ -111,7 +111,9 @@ def global_norm(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = Non
         group: Each of its ranks has others (all ranks); default: these are all.
     """
     n = NORM_ELEMENTS if tensors[0].device.type == "cpu" else 16 * NORM_ELEMENTS  # fewer kernels
-    pieces = [piece for tensor in tensors for piece in tensor.flatten().split(n)]
+    pieces: list[Tensor] = []
+    for tensor in tensors:
+        pieces += tensor.flatten().split(n)
     norms = torch.stack([torch.linalg.vector_norm(p, dtype=torch.float64) for p in pieces])
     squares = norms.square().sum()
     if group is not None:

@@ -8,7 +8,7 @@ import pytest
 
 from training.config import resolve_batch, resolve_train_config
 from training.ds_config import load_ds_config, resolve_ds_config
-from training.memory import RankShare, host_bytes, moments, peak, share_of
+from training.memory import RankShare, host_bytes, moments, peak
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,7 +19,7 @@ def rank_share(
     config = resolve_train_config(**fields)
     batch = resolve_batch(config, world_size)
     raw = load_ds_config(ROOT / "ds_configs" / ds_config) | (more or {})
-    return share_of(config, batch, resolve_ds_config(raw, config, batch).ds_config, on_gpu=True)
+    return RankShare(config, batch, resolve_ds_config(raw, config, batch).ds_config, on_gpu=True)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,6 @@
 """ZeRO-1's reduction and step on each rank's own part of the gradients."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -14,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests import forked
 from training import deepspeed_fixes, step
 
-ROOT = Path(__file__).resolve().parents[2]
 # Each rank prints what one good step, one with a NaN on the last rank, and one good one left.
 PROGRAM = """
 import hashlib, json, os, sys
@@ -76,33 +72,11 @@ print(json.dumps(said))
 
 def run_ranks(tmp_path: Path, n_ranks: int, backend: str) -> list[list[dict[str, Any]]]:
     """Run the program on some ranks; return what each of them said."""
-    (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    names = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": str(n_ranks),
-        "LOCAL_WORLD_SIZE": str(n_ranks),
-        "PYTHONPATH": str(ROOT),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(tmp_path / "program.py"), backend],
-            env=os.environ | names | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(n_ranks)
-    ]
-    try:
-        answers = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [json.loads(answer.splitlines()[-1]) for answer in answers]
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM, encoding="utf-8")
+    ended = forked.launch(n_ranks, [backend], tmp_path, script)
+    assert ended.returncode == 0, ended.stderr
+    return [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("[{")]
 
 
 @pytest.mark.parametrize(("n_ranks", "backends"), [(2, ("gloo", "nccl")), (4, ("gloo",))])
