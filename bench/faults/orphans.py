@@ -1,4 +1,4 @@
-"""Ask a run to stop in every way, through the deepspeed launcher, and look for processes that survive.
+"""Ask a run to stop in every way, through the deepspeed launcher, and look for surviving processes.
 
     python bench/faults/orphans.py --folder runs/faults
 

@@ -184,7 +184,7 @@ def count_pass(config: GPTConfig, batch: int = BATCH, seq_len: int = SEQ_LEN) ->
         gpt(tokens, tokens).backward()
     gpt.zero_grad()
     with counted() as block:
-        y = gpt.h[0](x)
+        y = gpt.h[0](x, cache=None, mask=None)
         y.backward(torch.empty_like(y))
     with counted() as loss:
         linear_cross_entropy(x.flatten(0, 1), weight, tokens.flatten()).backward()
