@@ -124,7 +124,7 @@ def model_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--ckpt", required=True, help=CKPT_HELP)
     dtype_help = "default: the run's precision, fp32 outside a run"
     parser.add_argument("--dtype", choices=("fp32", "autocast", "bf16"), help=dtype_help)
-    # The deepspeed launcher appends it; training.ranks reads the environment instead.
+    # The deepspeed launcher appends it; training.ranks does without.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
 

@@ -16,7 +16,7 @@ if not __package__:  # run as a file: import from the repository root, exactly a
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from errors import BadInput
-from eval.session import check_at_least_1, model_parser, open_session, run_main
+from eval.session import Session, check_at_least_1, model_parser, open_session, run_main
 from model.presets import EVAL_TOKENS
 from training.ranks import Ranks
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from data.shards import TokenStream
-    from eval.session import Session
 
 LARGEST_EXPONENT = 700  # of e, in fp64
 
