@@ -8,12 +8,12 @@ import lzma
 import re
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
 from data.index import Position
 from data.opening import Opener, unpack
-from data.plain_text import BLANK, check_text, last_cut, safe_cut, split_documents
-from data.read_options import FIX_OR_SKIP, SKIP, ReadOptions
+from data.plain_text import BLANK, FIX_OR_SKIP, SKIP, check_text, last_cut, split_documents
 from data.sources import HUB, LINES, ROWS, TEXT, SourceFile
 from errors import BadInput
 
@@ -24,6 +24,29 @@ POINTERS = {
 POINTER_BYTES = 100  # more than the beginning of a pointer
 MAX_ROWS = 1024  # of a block: repeated cells are stored once, and are longer than the sizes say
 TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary")  # of pyarrow
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How files are read.
+
+    Args:
+        text_column: Key of a JSON line, or column of a table, that holds the text.
+        block_bytes: Of text in a block, but for a longer line.
+        table_bytes: The same for tables: a usual row group is one block.
+        max_line_bytes: Of one line, table cell, or word of a `.txt`: this bounds the memory.
+        max_bytes: Of one compressed file when decompressed.
+        skip_bad: Leave bad documents out and count them, instead of failing.
+        literal_endoftext: `<|endoftext|>` in a `.txt` is text, and parts no documents.
+    """
+
+    text_column: str
+    block_bytes: int
+    table_bytes: int
+    max_line_bytes: int
+    max_bytes: int
+    skip_bad: bool
+    literal_endoftext: bool = False
 
 
 class Cells(NamedTuple):
@@ -51,6 +74,7 @@ class FileBlock(NamedTuple):
     stored_bytes: int
 
 
+@dataclass
 class Reader:
     """Read the blocks of all files from a position on.
 
@@ -62,17 +86,12 @@ class Reader:
         world_size: Ranks that share the work.
     """
 
-    def __init__(
-        self,
-        files: list[SourceFile],
-        opener: Opener,
-        options: ReadOptions,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        self.files, self.opener, self.options = files, opener, options
-        self.rank, self.world_size = rank, world_size
-        self.n_blocks = 0
+    files: list[SourceFile]
+    opener: Opener
+    options: ReadOptions
+    rank: int
+    world_size: int
+    n_blocks: int = 0
 
     def blocks(self, start: Position) -> Iterator[FileBlock]:
         """Yield the blocks in order: the same ones on every rank, whatever it loads.
@@ -80,6 +99,7 @@ class Reader:
         Raises:
             OSError: The network fails.
         """
+        self.n_blocks = 0
         read = {TEXT: self._read_text, LINES: self._read_lines, ROWS: self._read_rows}
         for number in range(start.file, len(self.files)):
             file = self.files[number]
@@ -107,10 +127,11 @@ class Reader:
         return FileBlock(number, position, data if self._is_mine(number) else None, stored_bytes)
 
     def _read_text(self, raw: BinaryIO, file: SourceFile, at: Position) -> Iterator[FileBlock]:
-        check_text(raw, file.url, self.options)
+        literal = self.options.literal_endoftext
+        check_text(raw, file.url, literal, self.options.max_line_bytes)
         raw.seek(at.offset)
         record, offset = at.record, at.offset
-        pattern, size = safe_cut(self.options), self.options.block_bytes
+        size = self.options.block_bytes
         held = b""
         while True:
             # Up to a multiple of the size beyond the last cut: a restart there cuts alike.
@@ -118,7 +139,7 @@ class Reader:
             if not more:
                 break
             held += more
-            cut = last_cut(held, pattern)
+            cut = last_cut(held, literal)
             if cut:
                 part = held[:cut]
                 yield self._next_block(Position(at.file, record, offset), part, offset + cut)

@@ -4,19 +4,21 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import orjson
 
-from data.blocks import Cells, FileBlock
+from data.blocks import Cells, FileBlock, ReadOptions
 from data.index import LITERAL
-from data.plain_text import BYTE_ORDER_MARK, split_documents
-from data.read_options import FIX_OR_SKIP, SKIP, ReadOptions
+from data.plain_text import BYTE_ORDER_MARK, FIX_OR_SKIP, SKIP, split_documents
 from data.sources import LINES, ROWS, TEXT, SourceFile
 from data.tokenizer import EOT_BYTES
 from errors import BadInput
 
 LEADING_MARK = re.compile(rb"\A(\s*)" + BYTE_ORDER_MARK)  # of a file that was joined to others
+
+
+Record = bytes | BadInput | None  # None: a cell that is null
 
 
 class Documents(NamedTuple):
@@ -72,7 +74,7 @@ def read_documents(
 
 def _records(
     block: FileBlock, file: SourceFile, options: ReadOptions, first: int
-) -> Iterable[tuple[int, bytes | BadInput | None]]:
+) -> Iterable[tuple[int, Record]]:
     """Return the records of a block with their numbers, from `first` on."""
     data = block.data
     assert data is not None
@@ -88,9 +90,7 @@ def _records(
     return enumerate(split_documents(data, block.position.offset > 0), first)
 
 
-def _text_of(
-    record: bytes | BadInput | None, file: SourceFile, number: int, options: ReadOptions
-) -> bytes:
+def _text_of(record: Record, file: SourceFile, number: int, options: ReadOptions) -> bytes:
     if isinstance(record, BadInput):
         raise record
     row = "row " if file.kind == ROWS else ""
@@ -114,8 +114,13 @@ def _text_of(
 def _text_of_line(line: bytes, where: str, column: str) -> bytes:
     try:
         record = orjson.loads(line)
-    except orjson.JSONDecodeError:
-        record = _parse_leniently(line, where)
+    except orjson.JSONDecodeError:  # Python accepts lone surrogates, and a byte order mark here
+        try:
+            record = json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise BadInput(where, "not UTF-8", FIX_OR_SKIP) from error
+        except (ValueError, RecursionError) as error:
+            raise BadInput(where, "not JSON", FIX_OR_SKIP) from error
     if not isinstance(record, dict) or column not in record:
         raise BadInput(where, f'no "{column}" in this line', FIX_OR_SKIP)
     text = record[column]
@@ -128,16 +133,6 @@ def _text_of_line(line: bytes, where: str, column: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError:  # surrogates: joined or replaced, as tiktoken does
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
-
-
-def _parse_leniently(line: bytes, where: str) -> Any:
-    """Parse what orjson refuses though Python does not: lone surrogates, a byte order mark."""
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise BadInput(where, "not UTF-8", FIX_OR_SKIP) from error
-    except (ValueError, RecursionError) as error:
-        raise BadInput(where, "not JSON", FIX_OR_SKIP) from error
 
 
 def _to_bytes(cells: Cells) -> list[bytes | None]:

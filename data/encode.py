@@ -4,6 +4,7 @@ import sys
 import tempfile
 from binascii import b2a_base64
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
@@ -11,14 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.shards import Tokens
-from data.tokenizer import (
-    END_OF_TEXT,
-    EOT_BYTES,
-    EOT_TOKEN,
-    build_tokenizer,
-    load_tokenizer,
-    load_tokens,
-)
+from data.tokenizer import EOT_BYTES, EOT_TOKEN, build_tokenizer, load_tokenizer, load_tokens
 
 SAMPLE_BYTES = 2**15  # of a block, on which the tokenizers are compared
 RENEW_BYTES = 2**28  # gigatoken remembers every word: a fresh one bounds its memory
@@ -42,8 +36,11 @@ class Encoder:
     def __init__(self, tokenizer: str = "auto") -> None:
         self._idle: SimpleQueue[Tokenizer] = SimpleQueue()
         self._build: Callable[[], Tokenizer] = Tiktoken
-        if tokenizer == "auto" and _has_gigatoken():
-            self._build = Gigatoken
+        if tokenizer == "auto":
+            with suppress(ImportError):
+                import gigatoken  # noqa: F401 # it is there
+
+                self._build = Gigatoken
             tricky = [text.encode() for text in TRICKY]
             self.compare_with_tiktoken(tricky, "texts that are hard to tokenise")
 
@@ -102,7 +99,7 @@ class Tiktoken:
 
     def encode(self, joined: bytes) -> NDArray[np.uint32]:
         """Return the tokens of documents with separators."""
-        return self.encoding.encode_to_numpy(joined.decode(), allowed_special={END_OF_TEXT})
+        return self.encoding.encode_to_numpy(joined.decode(), allowed_special="all")
 
 
 class Gigatoken:
@@ -116,7 +113,7 @@ class Gigatoken:
         with tempfile.TemporaryDirectory(prefix="nanospeed_") as folder:
             path = Path(folder) / "gpt2.tiktoken"
             path.write_bytes(b"".join(lines))
-            special = {END_OF_TEXT: EOT_TOKEN}
+            special = {EOT_BYTES.decode(): EOT_TOKEN}
             self.tokenizer = gigatoken.Tokenizer.from_tiktoken(path, "gpt2", special)
         self.source = gigatoken.BytesSource
         self.seen_bytes = 0
@@ -137,11 +134,3 @@ def _encode_each(texts: list[bytes]) -> Tokens:
     for text in texts:
         tokens += [EOT_TOKEN, *encode(text.decode())]
     return np.array(tokens, np.uint16)
-
-
-def _has_gigatoken() -> bool:
-    try:
-        import gigatoken  # noqa: F401 # can it be imported?
-    except ImportError:
-        return False
-    return True

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +63,9 @@ class Resume:
     """
 
     split: str
-    position: Position
-    skip_tokens: int
-    bad: dict[str, int]
+    position: Position = Position()
+    skip_tokens: int = 0
+    bad: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -136,10 +136,8 @@ def rename_durably(temporary: Path, path: Path) -> None:
     temporary.rename(path)
     # The name is in the folder, which has to reach the disk too.
     folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    os.fsync(folder)
+    os.close(folder)
 
 
 def hash_file(path: Path) -> str:

@@ -61,12 +61,9 @@ def find_tasks() -> Tasks | None:
     if "PMIX_RANK" in os.environ and not is_single and not incomplete:
         incomplete = ["a number of processes beside PMIX_RANK"]
     if incomplete:
-        raise BadInput(
-            ", ".join(incomplete),
-            "not set, but a launcher started several processes",
-            f"start train.py with torchrun or {BY_HAND}; "
-            "data/prepare.py with Open MPI's mpirun or srun",
-        )
+        what = "not set, but a launcher started several processes"
+        remedy = f"start train.py with torchrun or {BY_HAND}; data/prepare.py with mpirun or srun"
+        raise BadInput(", ".join(incomplete), what, remedy)
     return None
 
 
@@ -144,11 +141,9 @@ def connect() -> Any:
     tasks = find_tasks()
     if not tasks:
         if os.environ.get("RANK", "0") != "0" or os.environ.get("WORLD_SIZE", "1") != "1":
-            raise BadInput(
-                "RANK, WORLD_SIZE",
-                "set, but this program's ranks are MPI's, not torchrun's or deepspeed's",
-                "start it with mpirun or srun, or alone without these variables",
-            )
+            what = "set, but this program's ranks are MPI's, not torchrun's or deepspeed's"
+            remedy = "start it with mpirun or srun, or alone without these variables"
+            raise BadInput("RANK, WORLD_SIZE", what, remedy)
         return Alone()
     mpi = start_mpi(tasks)
 
@@ -168,19 +163,15 @@ def start_mpi(tasks: Tasks) -> Any:
         BadInput: There is no mpi4py or no MPI library, or it is another launcher's.
     """
     started = f"started {tasks.size} processes"
-    without_mpi = "for train.py it is enough to set MASTER_ADDR and MASTER_PORT on every machine"
+    without = "for train.py it is enough to set MASTER_ADDR and MASTER_PORT on every machine"
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise BadInput(
-            tasks.launcher,
-            f"{started}, and there is no mpi4py ({error})",
-            "pip install -c constraints.txt -e '.[mpi]', and an MPI library; " + without_mpi,
-        ) from error
+        what = f"{started}, and there is no mpi4py ({error})"
+        remedy = f"pip install -c constraints.txt -e '.[mpi]', and an MPI library; {without}"
+        raise BadInput(tasks.launcher, what, remedy) from error
     if MPI.COMM_WORLD.size != tasks.size:
-        raise BadInput(
-            tasks.launcher,
-            f"{started}, but mpi4py sees {MPI.COMM_WORLD.size}",
-            f"use the mpirun of mpi4py's library (Slurm: srun --mpi=pmix); {without_mpi}",
-        )
+        what = f"{started}, but mpi4py sees {MPI.COMM_WORLD.size}"
+        remedy = f"use the mpirun of mpi4py's library (Slurm: srun --mpi=pmix); {without}"
+        raise BadInput(tasks.launcher, what, remedy)
     return MPI

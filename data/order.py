@@ -68,8 +68,7 @@ class Order:
     def __post_init__(self) -> None:
         if self.n_windows < 1:
             what = f"{self.n_tokens} tokens are less than one window of seq_len + 1 tokens"
-            remedy = "give more text, or a smaller --seq_len"
-            raise BadInput(f"--seq_len {self.seq_len}", what, remedy)
+            raise BadInput(f"--seq_len {self.seq_len}", what, "give more text, or a smaller one")
 
     @property
     def n_windows(self) -> int:

@@ -15,8 +15,6 @@ from data.blocks import FileBlock, Reader
 from data.documents import read_documents
 from data.encode import Encoder
 from data.index import Position
-from data.opening import Opener
-from data.read_options import ReadOptions
 from data.shards import DTYPE, Tokens
 from data.sources import SourceFile
 from data.writing import Part, ShardWriter
@@ -32,19 +30,15 @@ class Pipeline:
     """What turns the blocks of all files into shards.
 
     Args:
-        files: In order.
-        options: Limits and names.
-        opener: Opens the files.
-        encoder: Tokenises.
+        reader: Reads the blocks.
+        encoder: Tokenises them.
         workers: Threads that tokenise.
         val_every: One document in so many is validation; 0 where shard 0 is.
         comm: The ranks that share the work.
         progress: Counts and shows.
     """
 
-    files: list[SourceFile]
-    options: ReadOptions
-    opener: Opener
+    reader: Reader
     encoder: Encoder
     workers: int
     val_every: int
@@ -59,10 +53,9 @@ class Pipeline:
         Raises:
             ValueError: Bad input; the same on every rank.
         """
-        reader = Reader(self.files, self.opener, self.options, self.comm.rank, self.comm.size)
         waiting: deque[tuple[list[FileBlock], Future[tuple[Tokens, Part]]]] = deque()
         with ThreadPoolExecutor(self.workers) as pool:
-            for blocks in _rounds(reader.blocks(start), self.comm.size):
+            for blocks in _rounds(self.reader.blocks(start), self.comm.size):
                 future = pool.submit(self._encode, blocks, writer.split)
                 # Without data: the worker frees the text, only its tokens wait here.
                 waiting.append(([block._replace(data=None) for block in blocks], future))
@@ -78,9 +71,9 @@ class Pipeline:
         if self.comm.rank >= len(blocks):
             return no_tokens, Part(positions)
         block = blocks[self.comm.rank]
-        file = self.files[block.position.file]
+        file = self.reader.files[block.position.file]
         try:
-            found = read_documents(block, file, self.options, self.val_every, split)
+            found = read_documents(block, file, self.reader.options, self.val_every, split)
         except ValueError as error:
             return no_tokens, Part(positions, error=str(error))
         begins_file = block.position.record == block.position.offset == 0

@@ -4,7 +4,6 @@ import re
 from functools import partial
 from typing import BinaryIO
 
-from data.read_options import FIX_OR_SKIP, SKIP, ReadOptions
 from data.tokenizer import EOT_BYTES
 from errors import BadInput
 
@@ -22,39 +21,40 @@ SAFE_CUT_OR_SEPARATOR = re.compile(rb"(?<!%b)%b|(?=%b)" % (SEPARATOR, SAFE_CUT.p
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BLANK = BYTE_ORDER_MARK + b" \t\n\r\v\f"
 TAIL_BYTES = 4096  # of a part, which usually hold a place to cut
+SKIP = "leave it out with --on_error skip"
+FIX_OR_SKIP = f"correct it, or {SKIP}"
 
 
-def safe_cut(options: ReadOptions) -> re.Pattern[bytes]:
-    """Return what matches where a `.txt` can be cut."""
-    return SAFE_CUT if options.literal_endoftext else SAFE_CUT_OR_SEPARATOR
+def _safe_cuts(literal_endoftext: bool) -> re.Pattern[bytes]:
+    return SAFE_CUT if literal_endoftext else SAFE_CUT_OR_SEPARATOR
 
 
-def check_text(raw: BinaryIO, name: str, options: ReadOptions) -> None:
+def check_text(raw: BinaryIO, name: str, literal_endoftext: bool, max_bytes: int) -> None:
     """Read a whole `.txt` once, so that a bad one is left out as a whole.
 
     Raises:
-        BadInput: It is not UTF-8, holds NUL, or has a word that is too long; names the line.
+        BadInput: It is not UTF-8, holds NUL, or cannot be cut in `max_bytes`; names the line.
     """
-    pattern = safe_cut(options)
+    cuts = _safe_cuts(literal_endoftext)
     held = b""  # the beginning of a character that the last part cut in two
     line = 1
     uncut_bytes = 0  # since the last place where the text can be cut
     for more in iter(partial(raw.read, 2**20), b""):
         data = held + more
-        uncut_bytes = 0 if pattern.search(data) else uncut_bytes + len(more)
+        uncut_bytes = 0 if cuts.search(data) else uncut_bytes + len(more)
         n_good = len(data)
         try:
             data.decode()
         except UnicodeDecodeError as error:
             n_good = error.start
             if error.reason != "unexpected end of data":
-                where = _line_at(name, line, data[:n_good])
-                raise BadInput(where, "not UTF-8", FIX_OR_SKIP) from error
+                line += data.count(b"\n", 0, n_good)
+                raise BadInput(f"{name}:{line}", "not UTF-8", FIX_OR_SKIP) from error
         if b"\0" in data:
-            where = _line_at(name, line, data[: data.index(b"\0")])
-            raise BadInput(where, "NUL in text", FIX_OR_SKIP)
-        if uncut_bytes > options.max_line_bytes:
-            what = f"no white space in {options.max_line_bytes:,} bytes"
+            line += data.count(b"\n", 0, data.index(b"\0"))
+            raise BadInput(f"{name}:{line}", "NUL in text", FIX_OR_SKIP)
+        if uncut_bytes > max_bytes:
+            what = f"no white space in {max_bytes:,} bytes"
             raise BadInput(f"{name}:{line}", what, f"raise --max_line_bytes, or {SKIP}")
         line += data.count(b"\n", 0, n_good)
         held = data[n_good:]
@@ -62,18 +62,13 @@ def check_text(raw: BinaryIO, name: str, options: ReadOptions) -> None:
         raise BadInput(f"{name}:{line}", "not UTF-8 (cut off)", FIX_OR_SKIP)
 
 
-def _line_at(name: str, first_line: int, before: bytes) -> str:
-    """Return file and line of what follows some bytes that begin in a line."""
-    newlines = before.count(b"\n")
-    return f"{name}:{first_line + newlines}"
-
-
-def last_cut(data: bytes, pattern: re.Pattern[bytes]) -> int:
+def last_cut(data: bytes, literal_endoftext: bool) -> int:
     """Return the last place where `data` can be cut, or 0."""
+    cuts = _safe_cuts(literal_endoftext)
     for begin in (max(0, len(data) - TAIL_BYTES), 0):
-        cuts = [found.start() for found in pattern.finditer(data, begin)]
-        if cuts:
-            return cuts[-1]
+        places = [found.start() for found in cuts.finditer(data, begin)]
+        if places:
+            return places[-1]
     return 0
 
 

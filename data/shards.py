@@ -225,7 +225,7 @@ class TokenStream:
         if len(tokens) != record.tokens:
             raise _bad_shard(path, f"{len(tokens)} tokens, {INDEX_NAME} says {record.tokens}")
         if record.max_token >= self.vocab_size:
-            raise self._beyond_vocabulary(path, record.max_token)
+            raise self._beyond_vocabulary(path, record.max_token, "")
         if verify and hash_file(path) != record.sha256:
             raise _bad_shard(path, "damaged (SHA-256)")
 
@@ -236,7 +236,7 @@ class TokenStream:
             note = " (big-endian, it seems)" if swapped else ""
             raise self._beyond_vocabulary(self.paths[shard], largest, note)
 
-    def _beyond_vocabulary(self, path: Path, token: int, note: str = "") -> BadInput:
+    def _beyond_vocabulary(self, path: Path, token: int, note: str) -> BadInput:
         return _bad_shard(path, f"token {token}, the vocabulary has {self.vocab_size}{note}")
 
 

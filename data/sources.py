@@ -84,13 +84,13 @@ def find_files(inputs: list[str]) -> list[SourceFile]:
     """
     files: list[SourceFile] = []
     left_out: dict[Path, str] = {}
-    for path in _expand_all(inputs):
+    for path in _expand(inputs):
         if path.is_dir():
             found, others = _list_folder(path)
-            files += [SourceFile(str(p.relative_to(path)), str(p), p.stat().st_size) for p in found]
+            files += [_local_file(file, path) for file in found]
             left_out |= others
         elif _kind(path.name)[0]:
-            files.append(SourceFile(path.name, str(path), path.stat().st_size))
+            files.append(_local_file(path, path.parent))
         else:
             raise BadInput(str(path), f"not one of {SUFFIXES}", "convert it to one of them")
     if left_out:
@@ -104,7 +104,11 @@ def find_files(inputs: list[str]) -> list[SourceFile]:
     return files
 
 
-def _expand_all(inputs: list[str]) -> list[Path]:
+def _local_file(path: Path, folder: Path) -> SourceFile:
+    return SourceFile(str(path.relative_to(folder)), str(path), path.stat().st_size)
+
+
+def _expand(inputs: list[str]) -> list[Path]:
     """Return the files and folders that are named, and those that globs find."""
     found: list[Path] = []
     for given in inputs:
@@ -143,25 +147,16 @@ def _list_folder(folder: Path) -> tuple[list[Path], dict[Path, str]]:
             if real not in seen:
                 folders.append(name)
             seen.add(real)
-        for name in names:
-            path = Path(here, name)
-            kind = _kind_beside_text(path, path.relative_to(folder))
-            if kind:
-                others[path] = kind
-            else:
+        for path in [Path(here, name) for name in names]:
+            if _is_hidden(path.relative_to(folder)):
+                others[path] = "hidden"
+            elif not path.is_file():
+                others[path] = "no file"
+            elif _kind(path.name)[0] and path.suffix.lower() != ".json":  # mostly settings
                 found.append(path)
+            else:
+                others[path] = path.suffix or "no suffix"
     return sorted(found), others
-
-
-def _kind_beside_text(path: Path, within: Path) -> str:
-    """Return why a file of a folder is left out; nothing where it is text."""
-    if _is_hidden(within):
-        return "hidden"
-    if not path.is_file():
-        return "no file"
-    if _kind(path.name)[0] and path.suffix.lower() != ".json":  # which is mostly settings
-        return ""
-    return path.suffix or "no suffix"
 
 
 def _is_hidden(path: Path) -> bool:
@@ -182,7 +177,7 @@ def name_first(names: list[str]) -> str:
     """Join the first few names, with an ellipsis where there are more."""
     shown = names[:MAX_NAMED]
     if len(names) > MAX_NAMED:
-        shown = [*shown, "…"]
+        shown.append("…")
     return ", ".join(shown)
 
 
@@ -221,20 +216,15 @@ def find_dataset(
     if urls[0].startswith(HUB):
         return _hub_files(urls), split_url(urls[0])[1]
     folder = Path(dataset).resolve()
-    names = [str(Path(url).relative_to(folder)) for url in urls]
-    sizes = [Path(url).stat().st_size for url in urls]
-    return [SourceFile(*file) for file in zip(names, urls, sizes, strict=True)], ""
+    return [_local_file(Path(url), folder) for url in urls], ""
 
 
 def _hub_files(urls: list[str]) -> list[SourceFile]:
     from huggingface_hub import HfFileSystem
 
     hub: Any = HfFileSystem()
-    sizes: dict[str, int] = {}
-    for folder in {url.rpartition("/")[0] for url in urls}:  # one request for all files of one
-        for entry in hub.ls(folder, detail=True):
-            sizes[f"hf://{entry['name']}"] = entry["size"]
-    return [SourceFile(split_url(url)[2], url, sizes[url]) for url in urls]
+    # `info` asks once per folder and remembers what it holds.
+    return [SourceFile(split_url(url)[2], url, hub.info(url)["size"]) for url in urls]
 
 
 def split_url(url: str) -> tuple[str, str, str]:

@@ -48,14 +48,8 @@ def load_tokens() -> list[bytes]:
     return [bytes([byte]) for byte in symbols.values()] + merged
 
 
-@cache
-def load_tokenizer() -> tiktoken.Encoding:
-    """Return GPT-2's tokenizer; ids are the same as `tiktoken.get_encoding("gpt2")`'s."""
-    return build_tokenizer()
-
-
 def build_tokenizer() -> tiktoken.Encoding:
-    """Return a new tokenizer: two threads that share one are no faster than one thread."""
+    """Return GPT-2's tokenizer; ids are the same as `tiktoken.get_encoding("gpt2")`'s."""
     return tiktoken.Encoding(
         "gpt2",
         pat_str=PATTERN,
@@ -63,6 +57,10 @@ def build_tokenizer() -> tiktoken.Encoding:
         special_tokens={END_OF_TEXT: EOT_TOKEN},
         explicit_n_vocab=VOCAB_SIZE,
     )
+
+
+# One for all callers; threads need their own: two that share one are no faster than one thread.
+load_tokenizer = cache(build_tokenizer)
 
 
 def save_hf_tokenizer(folder: Path, block_size: int) -> None:

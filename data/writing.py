@@ -63,7 +63,7 @@ class ShardWriter:
         self.prefix: str = index.recipe["prefix"]
         self.shard_tokens: int = index.recipe["shard_tokens"]
         self.val_tokens: int = index.recipe["val_tokens"]
-        resume = index.resume or Resume("", Position(), 0, {})
+        resume = index.resume or Resume("")
         self.split = resume.split
         self.skip_tokens = resume.skip_tokens
         self.bad = Counter(index.bad)
@@ -131,17 +131,16 @@ class ShardWriter:
 
     def _write_span(self, tokens: Tokens, begin: int) -> None:
         """Write tokens into the shard being filled, from `begin` on, and into those that follow."""
-        if begin < self._held:  # after a restart: only what is in no shard yet
-            tokens = tokens[self._held - begin :]
-            begin = self._held
+        end = begin + len(tokens)
         number = len(self.index.shards)
         shard_begin = 0
-        while len(tokens):
+        while shard_begin < end:
             shard_end = shard_begin + self._size(number)
-            here = tokens[: max(0, shard_end - begin)]
-            self._write(number, here, begin - shard_begin)
-            tokens = tokens[len(here) :]
-            begin += len(here)
+            # What is before `_held` is in a complete shard: of a block that a restart reads again.
+            first = max(begin, shard_begin, self._held)
+            last = min(end, shard_end)
+            if first < last:
+                self._write(number, tokens[first - begin : last - begin], first - shard_begin)
             number += 1
             shard_begin = shard_end
 
@@ -161,9 +160,7 @@ class ShardWriter:
 
     def end_split(self, next_split: str | None) -> None:
         """Write the last, partial shard of a split (all ranks); None: of all."""
-        resume = None
-        if next_split is not None:
-            resume = Resume(next_split, Position(), 0, {})
+        resume = None if next_split is None else Resume(next_split)
         if self._held:
             size, self._held = self._held, 0
             self._finish_shard(size, resume)

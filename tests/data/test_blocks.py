@@ -10,12 +10,11 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from data.blocks import FileBlock, Reader
+from data.blocks import FileBlock, Reader, ReadOptions
 from data.documents import read_documents
 from data.index import Position
 from data.opening import Opener
 from data.plain_text import SAFE_CUT
-from data.read_options import ReadOptions
 from data.sources import find_files
 from data.tokenizer import load_tokenizer
 
