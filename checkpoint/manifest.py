@@ -196,7 +196,7 @@ def find_checkpoints(run_dir: Path, resume: str) -> list[Path]:
     folders = _step_folders(checkpoints)
     complete = complete_steps(checkpoints)
     if folders and not complete:
-        raise BadInput(f"{folders[-1]}", f"no {MANIFEST}", f"rm -r {folders[-1]}, to start anew")
+        raise BadInput(f"{folders[-1]}", f"no {MANIFEST}", f"rm -r {folders[-1]}, for a new run")
     if resume == "must" and not complete:
         raise BadInput("--resume must", f"no checkpoint in {checkpoints}", "give --resume auto")
     return complete[::-1]

@@ -50,7 +50,7 @@ def generate(
         top_k: Draw from the k best only.
         top_p: Draw from the smallest set of best tokens whose probabilities sum to p or more.
         seed: Seed of a generator of its own; the global one is not used.
-        use_cache: False computes every context anew.
+        use_cache: False computes every context again.
     """
     generator = torch.Generator(tokens.device).manual_seed(seed)
     cache = KVCache(config.n_layer, config.block_size) if use_cache else None

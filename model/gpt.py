@@ -150,9 +150,8 @@ class GPT(nn.Module):
             cache: Keys and values of the tokens before these; extended in place.
 
         Returns:
-            Without targets logits, (B, T, V), or (N, V) with predict_at. With targets the mean
-            cross-entropy in nats, an fp32 scalar; with predict_at too, in evaluation mode, the
-            cross-entropy of each, (N,), without a gradient.
+            Logits (B, T, V), or (N, V) with predict_at; with targets the mean cross-entropy in
+            nats (scalar, fp32), or with both each one's (N,), without a gradient.
 
         Raises:
             ValueError: More tokens than `block_size`.
@@ -160,10 +159,9 @@ class GPT(nn.Module):
         B, T = tokens.shape
         if position_ids is None:
             past = 0 if cache is None else cache.length
-            if past + T > self.config.block_size:
-                raise ValueError(
-                    f"{past + T} tokens: the model's block_size is {self.config.block_size}"
-                )
+            limit = self.config.block_size
+            if past + T > limit:
+                raise ValueError(f"{past + T} tokens: the model's block_size is {limit}")
             position_ids = torch.arange(past, past + T, device=tokens.device)
         x = self.wte(tokens) + self.wpe(position_ids)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
