@@ -73,7 +73,8 @@ def train_and_save(ranks: Ranks, stage: int, folder: Path, fp32: bool) -> tuple[
     set_optimizer(engine, CONFIG, lr=1e-3)
     engine.backward(engine(*batch()))
     optimizer_step(engine, grad_clip=1.0)
-    precision = "fp32" if fp32 else "bf16" if stage else "autocast"
+    mixed = "bf16" if stage else "autocast"
+    precision = "fp32" if fp32 else mixed
     save_checkpoint(engine, folder, step=1, precision=precision, order=ORDER, unverified=["x.y"])
     return engine, folder / step_name(1)
 

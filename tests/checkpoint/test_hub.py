@@ -40,7 +40,8 @@ class Hub(BaseHTTPRequestHandler):
             headers = {"Content-Type": "application/json"}
         else:
             body = (self.folder / self.path.split("/")[-1]).read_bytes()
-            digest = hashlib.sha256(body + b"x" * self.wrong_checksum).hexdigest()
+            hashed = body + b"x" if self.wrong_checksum else body
+            digest = hashlib.sha256(hashed).hexdigest()
             headers = {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT}
         self.send_response(200)
         for key, value in (headers | {"Content-Length": str(len(body))}).items():

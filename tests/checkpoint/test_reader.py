@@ -40,7 +40,10 @@ def build_hf(activation: str = "gelu_new", biases: bool = True) -> GPT2LMHeadMod
     model = GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         for name, param in model.named_parameters():
-            param.mul_(3) if param.dim() > 1 else param.add_(torch.randn_like(param) * 0.1)
+            if param.dim() > 1:
+                param.mul_(3)
+            else:
+                param.add_(torch.randn_like(param) * 0.1)
             if name.endswith(".bias") and not biases:
                 param.zero_()
     return model

@@ -154,9 +154,8 @@ def test_gelu_computed_again_gives_pytorchs_gradients_and_is_not_kept(
         y = nn.functional.linear(nn.functional.gelu(x, approximate=gelu), layer.weight, layer.bias)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             ours = layer(x, before=gelu)
-    torch.testing.assert_close(
-        ours, y, rtol=2**-7, atol=2**-9
-    )  # the same bf16 but for its last bit
+    # The same bf16 but for its last bit.
+    torch.testing.assert_close(ours, y, rtol=2**-7, atol=2**-9)
     assert all(any(t is i for i in inputs) for t in kept)
     upstream = torch.randn_like(y)
     expected = torch.autograd.grad(y, inputs, upstream)
