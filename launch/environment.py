@@ -1,4 +1,4 @@
-"""The variables of this shell that ranks on other machines need, for DeepSpeed's launcher.
+"""Write the variables of this shell that ranks on other machines need, for DeepSpeed.
 
     python launch/environment.py --out .deepspeed_env
 

@@ -1,4 +1,4 @@
-"""The hostfile: one machine and its number of GPUs per line, as in `node-1 slots=8`.
+"""Write a hostfile: one machine and its number of GPUs per line, as in `node-1 slots=8`.
 
 python launch/hostfile.py node-1 node-2 --slots 8 > hostfile
 python launch/hostfile.py --list machines.txt --slots 8 > hostfile     one name per line

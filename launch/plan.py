@@ -1,4 +1,4 @@
-"""Memory, time and cost of a run before it starts: a calculation, on any laptop.
+"""Estimate memory, time and cost of a run before it starts, on any laptop.
 
 python launch/plan.py --model gpt3-13b --ds_config ds_configs/zero3.json --nodes 4
 python launch/plan.py --model gpt3-13b --nodes 4                    which ds_config?
@@ -102,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuse a price that is none, and flags of which one would count for nothing.
+    """Refuse a price out of range, and flags that would have no effect.
 
     Raises:
         ValueError: Names the flag.

@@ -1,4 +1,4 @@
-"""Is this cluster fit to start? train.py's own command, with this file in its place.
+"""Check every host before a run; name the bad one. train.py's command, with this file in its place.
 
 python launch/preflight.py --model debug --data_dir DIR
 deepspeed --hostfile hostfile launch/preflight.py --model gpt3-13b --data_dir DIR --run_dir DIR

@@ -33,11 +33,11 @@ class Check:
     remedy: str
 
 
-NETWORK = "see NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and the firewall"
+NETWORK = "check NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and the firewall"
 CHECKS = [
-    Check("answers", None, None, "find out what hangs there"),
+    Check("answers", None, None, "find out which process hangs there"),
     Check("device", machine.read_device, compare.differs_from_majority,
-          "see nvidia-smi, DS_ACCELERATOR and CUDA_VISIBLE_DEVICES there"),
+          "check nvidia-smi, DS_ACCELERATOR and CUDA_VISIBLE_DEVICES there"),
     Check("versions", machine.read_versions, compare.differs_from_majority,
           "install the same everywhere, from constraints.txt"),
     Check("flags", machine.read_flags, compare.flags, "give the same on every machine"),
@@ -46,7 +46,7 @@ CHECKS = [
     Check("clock", None, compare.clock, "let chrony or ntpd set it"),
     Check("hostnames", machine.read_addresses, compare.hostnames,
           "set GLOO_SOCKET_IFNAME, or fix /etc/hosts"),
-    Check("connections", None, compare.connections, "open the firewall, see its network"),
+    Check("connections", None, compare.connections, "open the firewall, check its network"),
     Check("shards", machine.read_shards, compare.differs_from_majority,
           "copy the shards again, or give the same --data_dir"),
     Check("run folder", machine.read_disk_space, compare.disk_space,
@@ -57,14 +57,14 @@ CHECKS = [
           "ulimit -n, ulimit -l unlimited; docker --shm-size, or a larger emptyDir"),
     Check("jit locks", lambda run: check_extension_locks(run.ranks), None, "delete the lock"),
     Check("plan", machine.check_plan, None, "see launch/plan.py"),
-    Check("memory", None, compare.below_median_memory, "end what else runs there"),
+    Check("memory", None, compare.below_median_memory, "stop the other processes there"),
     Check("matmul", None, compare.below_median_matmul,
-          "look for other processes, heat, lower clocks; leave it out of the hostfile"),
+          "check for other processes, heat, lower clocks; leave it out of the hostfile"),
     Check("process group", None, None, NETWORK),
     Check("pairs in a machine", None, compare.below_median_allreduce,
-          "look at its PCIe and NVLink, or for other processes"),
+          "check its PCIe and NVLink, and for other processes"),
     Check("pairs of machines", None, compare.below_median_allreduce,
-          "look at its network cards and cables, NCCL_SOCKET_IFNAME, NCCL_IB_HCA"),
+          "check its network cards and cables, NCCL_SOCKET_IFNAME, NCCL_IB_HCA"),
     Check("all ranks", None, compare.allreduce_of_all, NETWORK),
 ]  # fmt: skip
 

@@ -26,7 +26,7 @@ from training.run import Run
 
 ATTEMPT_S = 60  # until a measurement is given up
 TRIES = 5  # of a slow measurement: something else may have run there for a moment
-Work = Callable[..., Any]
+Work = Callable[..., Any]  # returns a JSON value
 TOKEN = ".preflight"  # a file in the run folder, with a number that only this survey has
 
 

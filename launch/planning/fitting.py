@@ -139,7 +139,7 @@ def choose_micro_batch(run: Run, device: torch.device, memory_bytes: int, resume
     """Return the sequences of a run's micro-batch.
 
     A resumed run keeps its saved size if that still divides. Otherwise GPUs take the largest size,
-    up to 65,536 tokens, that leaves room on the one with the least memory.
+    up to 65,536 tokens, that fits on the one with the least memory with a margin.
 
     Args:
         run: As its command line says.

@@ -131,7 +131,7 @@ def test_an_error_and_a_missing_answer_name_their_rank() -> None:
     outcome = compare_all(facts)
     assert outcome.seen["matmul"] == ""
     assert outcome.findings[1].remedy == "rm /x/lock"
-    assert outcome.findings[2].remedy.startswith("see NCCL_SOCKET_IFNAME")
+    assert outcome.findings[2].remedy.startswith("check NCCL_SOCKET_IFNAME")
 
 
 def test_a_name_that_resolves_to_loopback_matters_to_gloo_on_several_machines() -> None:
