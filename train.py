@@ -68,7 +68,7 @@ def open_hellaswag(config: TrainConfig) -> list[Example]:
     """Return the rows that the run is scored on, cropped to the model; none where that is off.
 
     Raises:
-        ValueError: The rows do not fit the model.
+        BadInput: The rows do not fit the model.
     """
     from eval.hellaswag import load_examples
     from eval.packing import crop_contexts
@@ -128,7 +128,7 @@ def start_engine(run: Run, inputs: Inputs, device: torch.device) -> tuple[Any, i
 
 
 def build_session(run: Run, engine: Any, stops: Stops, device: torch.device) -> Session:
-    """Return a session that looks for a request to stop before each forward (all ranks)."""
+    """Return a session that checks for a request to stop before each forward (all ranks)."""
     from eval.session import Session
 
     def forward(*args: Any, **kwargs: Any) -> torch.Tensor:

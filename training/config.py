@@ -41,7 +41,7 @@ class TrainConfig:
     verify: bool = _flag(False, "compare every byte of the shards with shards.json at the start")
     run_dir: Path = _flag(FROM_PRESET, "folder for everything the run writes (runs/MODEL)")
     ds_config: Path = _flag(Path("ds_configs/zero1.json"), "the engine's JSON")
-    resume: str = _flag("auto", "auto: if there is a checkpoint; must; none: start anew")
+    resume: str = _flag("auto", "auto: if there is a checkpoint; must; none: start over")
     init_from: str = _flag("", "start from these weights: Hugging Face folder or hub name")
     batch_tokens: int = _flag(FROM_PRESET, "tokens per optimizer step, over all ranks (preset's)")
     micro_batch_size: int = _flag(

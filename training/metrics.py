@@ -51,8 +51,8 @@ class Metrics:
 
     Args:
         config: The run.
-        first_step: Updates done at the checkpoint resumed from; 0 for a new run, which starts the
-            files anew. Rows of this step and later ones are dropped: they come again.
+        first_step: Updates done at the checkpoint resumed from; 0 for a new run, which empties
+            the files. Rows of this step and later ones are dropped: they come again.
         ranks: This process and the others.
         device: Of this rank.
     """

@@ -23,7 +23,7 @@ from training.ranks import Ranks
 MAX_NAMED_RANKS = 8  # in an error about missing ones
 MAX_ERROR_CHARS = 120  # of c10d's errors, which can be long
 POLL_S = 0.02
-GRACE_S = 5  # for rank 0, who says which rank is missing, before the others give up on it
+GRACE_S = 5  # for rank 0, which names the missing ranks, before the others give up on it
 LEAVE_S = 2  # for the others to read that rank 0 leaves
 
 
