@@ -143,9 +143,8 @@ class Reader:
             if cut:
                 part = held[:cut]
                 yield self._next_block(Position(at.file, record, offset), part, offset + cut)
-                if (
-                    not self.options.literal_endoftext
-                ):  # the last document goes on in the next block
+                # The last document of the part continues in the next block.
+                if not literal:
                     record += len(split_documents(part, offset > 0)) - 1
                 offset += cut
                 held = held[cut:]

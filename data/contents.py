@@ -34,14 +34,14 @@ def show_folder(data_dir: Path, quiet: bool) -> bool:
     state = "whole" if index else "readable"
     for split, stream in zip(SPLITS, streams, strict=True):
         lengths, documents = _count_documents(stream)
-        n_documents = sum(documents)
-        print(f"{split}: {len(stream.paths)} shards, {len(stream):,} tokens, ", end="")
-        print(f"{n_documents:,} documents")
+        counts = f"{len(stream):,} tokens, {sum(documents):,} documents"
+        print(f"{split}: {len(stream.paths)} shards, {counts}")
         for path, shard, n in zip(stream.paths, stream.shards, documents, strict=True):
             said = "DAMAGED (SHA-256)" if path.name in damaged else state
             print(f"  {path.name}: {len(shard):,} tokens, {n:,} documents, {said}")
         _show_lengths(lengths)
-        begin, end = next(documents_in(stream, len(stream) // 2, len(stream) // 2 + 1))
+        middle = len(stream) // 2
+        begin, end = next(documents_in(stream, middle, middle + 1))
         text = _decode(stream, begin, min(end, begin + SAMPLE_TOKENS))
         print(f"  a document from the middle:\n    {text!r}")
     return not damaged

@@ -25,6 +25,10 @@ TRICKY = (
 )  # fmt: skip
 
 
+# Returns the tokens of documents with separators; serves one thread at a time.
+Encode = Callable[[bytes], NDArray[np.uint32]]
+
+
 class Encoder:
     """Tokenise lists of documents, from several threads at once.
 
@@ -34,20 +38,21 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: str = "auto") -> None:
-        self._idle: SimpleQueue[Tokenizer] = SimpleQueue()
-        self._build: Callable[[], Tokenizer] = Tiktoken
+        # Idle tokenizers, each with the bytes that it has seen.
+        self._idle: SimpleQueue[tuple[Encode, int]] = SimpleQueue()
+        self._build: Callable[[], Encode] = build_tiktoken
         if tokenizer == "auto":
             with suppress(ImportError):
                 import gigatoken  # noqa: F401 # it is there
 
-                self._build = Gigatoken
+                self._build = build_gigatoken
             tricky = [text.encode() for text in TRICKY]
             self.compare_with_tiktoken(tricky, "texts that are hard to tokenise")
 
     @property
     def name(self) -> str:
         """The library that is in use."""
-        return self._build.__name__.lower()
+        return self._build.__name__.removeprefix("build_")
 
     def encode(self, texts: list[bytes], continues: bool = False) -> Tokens:
         """Return the tokens of UTF-8 texts, `<|endoftext|>` before each but one that continues."""
@@ -60,7 +65,7 @@ class Encoder:
 
     def compare_with_tiktoken(self, texts: list[bytes], where: str) -> None:
         """Check gigatoken, if it is used, on the first texts; warn and drop it where it differs."""
-        if self._build is not Gigatoken:
+        if self._build is build_tiktoken:
             return
         sample: list[bytes] = []
         left = SAMPLE_BYTES
@@ -71,61 +76,47 @@ class Encoder:
             if left <= 0:
                 break
         if not np.array_equal(self.encode(sample), _encode_each(sample)):
-            self._build = Tiktoken  # first: what is built after it goes into the new queue
+            self._build = build_tiktoken  # first: what is built after it goes into the new queue
             self._idle = SimpleQueue()
             what = f"gigatoken differs from tiktoken on {where}; using tiktoken"
             print(f"warning: {what}", file=sys.stderr)
 
     def _encode_joined(self, joined: bytes) -> Tokens:
-        # One tokenizer serves one thread at a time: a thread takes an idle one, or builds its own.
         idle = self._idle
         try:
-            tokenizer = idle.get_nowait()
+            encode, seen_bytes = idle.get_nowait()
         except Empty:
-            tokenizer = self._build()
-        tokens = tokenizer.encode(joined).astype(np.uint16)
-        tokenizer.seen_bytes += len(joined)
-        if tokenizer.seen_bytes < RENEW_BYTES:
-            idle.put(tokenizer)
+            encode, seen_bytes = self._build(), 0
+        tokens = encode(joined).astype(np.uint16)
+        seen_bytes += len(joined)
+        if seen_bytes < RENEW_BYTES:
+            idle.put((encode, seen_bytes))
         return tokens
 
 
-class Tiktoken:
-    """The reference tokenizer."""
-
-    def __init__(self) -> None:
-        self.encoding = build_tokenizer()
-        self.seen_bytes = 0
-
-    def encode(self, joined: bytes) -> NDArray[np.uint32]:
-        """Return the tokens of documents with separators."""
-        return self.encoding.encode_to_numpy(joined.decode(), allowed_special="all")
+def build_tiktoken() -> Encode:
+    """Return a new tokenizer of the reference library."""
+    encoding = build_tokenizer()
+    return lambda joined: encoding.encode_to_numpy(joined.decode(), allowed_special="all")
 
 
-class Gigatoken:
-    """The fast tokenizer."""
+def build_gigatoken() -> Encode:
+    """Return a new tokenizer of the fast library."""
+    from gigatoken import BytesSource, Tokenizer
 
-    def __init__(self) -> None:
-        import gigatoken
+    tokens = enumerate(load_tokens())
+    lines = [b"%b %d\n" % (b2a_base64(token, newline=False), i) for i, token in tokens]
+    with tempfile.TemporaryDirectory(prefix="nanospeed_") as folder:
+        path = Path(folder) / "gpt2.tiktoken"
+        path.write_bytes(b"".join(lines))
+        tokenizer = Tokenizer.from_tiktoken(path, "gpt2", {EOT_BYTES.decode(): EOT_TOKEN})
 
-        tokens = enumerate(load_tokens())
-        lines = [b"%b %d\n" % (b2a_base64(token, newline=False), i) for i, token in tokens]
-        with tempfile.TemporaryDirectory(prefix="nanospeed_") as folder:
-            path = Path(folder) / "gpt2.tiktoken"
-            path.write_bytes(b"".join(lines))
-            special = {EOT_BYTES.decode(): EOT_TOKEN}
-            self.tokenizer = gigatoken.Tokenizer.from_tiktoken(path, "gpt2", special)
-        self.source = gigatoken.BytesSource
-        self.seen_bytes = 0
-
-    def encode(self, joined: bytes) -> NDArray[np.uint32]:
-        """Return the tokens of documents with separators."""
+    def encode(joined: bytes) -> NDArray[np.uint32]:
         # One row, so no padding. Unlike gigatoken's `encode`, this lets other threads run.
-        rows, _ = self.tokenizer.encode_batch_padded(self.source(joined), 0, parallel=False)
+        rows, _ = tokenizer.encode_batch_padded(BytesSource(joined), 0, parallel=False)
         return rows[0]
 
-
-Tokenizer = Tiktoken | Gigatoken
+    return encode
 
 
 def _encode_each(texts: list[bytes]) -> Tokens:

@@ -31,11 +31,9 @@ def add_options(parser: OneLineParser) -> None:
     add = parser.add_argument
     add("--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens (default: %(default)s)")
     add("--val_tokens", type=int, help="tokens of shard 0, the validation split (shard_tokens)")
-    every = "every N-th line, row or .txt document is validation (default: 0, shard 0 is)"
-    add("--val_every", type=int, default=0, help=every)
+    add("--val_every", type=int, default=0, help="every N-th document is validation (0: shard 0)")
     add("--text_column", default="text", help="key or column of the text (default: %(default)s)")
-    literal = "<|endoftext|> in a .txt is text; otherwise it parts documents"
-    add("--literal_endoftext", action="store_true", help=literal)
+    add("--literal_endoftext", action="store_true", help="<|endoftext|> in a .txt is just text")
     add("--streaming", action="store_true", help="read hub files over the network, keep none")
     on_error = "bad documents end the run, or are left out and counted (default: %(default)s)"
     add("--on_error", choices=("fail", "skip"), default="fail", help=on_error)

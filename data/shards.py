@@ -124,9 +124,9 @@ def _open_nanogpt(path: Path) -> Tokens:
     if len(head) >= TEXT_TOKENS and re.fullmatch(rb"[\t\n\r -~]*", start):
         raise _bad_shard(path, f"begins with the text {start!r}")
     # Of wider integers all parts but the lowest are 0; int64 first: it would pass for int32.
-    for width in (4, 2):
-        if len(head) >= width and not np.delete(head, np.s_[::width]).any():
-            raise _bad_shard(path, f"{16 * width}-bit tokens, it seems")
+    widths = [n for n in (4, 2) if len(head) >= n and not np.delete(head, np.s_[::n]).any()]
+    if widths:
+        raise _bad_shard(path, f"{16 * widths[0]}-bit tokens, it seems")
     return tokens
 
 

@@ -64,8 +64,7 @@ class ShardWriter:
         self.shard_tokens: int = index.recipe["shard_tokens"]
         self.val_tokens: int = index.recipe["val_tokens"]
         resume = index.resume or Resume("")
-        self.split = resume.split
-        self.skip_tokens = resume.skip_tokens
+        self.split, self.skip_tokens = resume.split, resume.skip_tokens
         self.bad = Counter(index.bad)
         self._held = 0  # tokens of the shard that is being filled
         self._files: dict[int, int] = {}  # shard number -> descriptor
@@ -90,9 +89,9 @@ class ShardWriter:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            where, what = f"--out_dir {self.out_dir}", "another process writes here"
+            what = "another process writes here"
             remedy = "wait for it (Slurm: srun --mpi=pmix makes one job of the ranks)"
-            raise BadInput(where, what, remedy) from error
+            raise BadInput(f"--out_dir {self.out_dir}", what, remedy) from error
         except OSError:  # a file system without locks on folders
             pass
         self._remove_temporary()
@@ -148,7 +147,7 @@ class ShardWriter:
         """Give the shards that are full their names and records (all ranks)."""
         size = self._size(len(self.index.shards))
         while self._held >= size:
-            # A restart goes on with the block that fills the shard, and counts the bad before it.
+            # A restart continues with the block that fills the shard; `bad` is of those before it.
             last = int(np.searchsorted(starts[1:], size))
             bad = self.bad + sum((part.bad for part in parts[:last]), Counter())
             position = parts[0].positions[last]
@@ -162,7 +161,8 @@ class ShardWriter:
         """Write the last, partial shard of a split (all ranks); None: of all."""
         resume = None if next_split is None else Resume(next_split)
         if self._held:
-            size, self._held = self._held, 0
+            size = self._held
+            self._held = 0
             self._finish_shard(size, resume)
         else:
             self._save(self.index.shards, resume)
