@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from command_line import OneLineParser
 from launch.planning.estimate import Candidate, Cluster, estimate
 from training.config import parse_flags, resolve_train_config
 from training.devices import get_device
@@ -87,7 +88,7 @@ def check_python(words: list[str], partial: bool) -> None:
             patch.setattr(sys, "argv", [path, *argv])
             patch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
             if partial:  # … stands for what is required, too
-                patch.setattr(argparse.ArgumentParser, "error", ignore_what_is_required)
+                patch.setattr(OneLineParser, "error", ignore_what_is_required)
             with pytest.raises(Parsed):
                 main(argv) if inspect.signature(main).parameters else main()
 
