@@ -39,7 +39,9 @@ def build_engine(folder: Path, model: str) -> Any:
     write_tokens(folder)
     shape = {"micro_batch_size": 1, "seq_len": 64, "grad_accum": 1}
     args = argparse.Namespace(side="zero1", model=model, data_dir=folder, **shape)
-    run = build_run(args, folder / "run", read_ranks())
+    run_dir = folder / "run"
+    run_dir.mkdir()  # train.py does so when it takes the run folder
+    run = build_run(args, run_dir, read_ranks())
     device = init_process_group(run.ranks, 600)
     engine, _ = start_engine(run, open_inputs(run), device)
     batches = (split_windows(windows, device) for windows in open_loader(run))
