@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from checkpoint.run_folder import write_json
+from exit_status import BAD_INPUT, FAILED, FINISHED
 from launch.planning.fitting import advice, explain_out_of_memory, plan_here, settle_micro_batch
 from training.config import TrainConfig, parse_flags, to_json
 from training.ds_config import precision, zero_stage
-from training.exit_status import BAD_INPUT, FAILED, FINISHED
 from training.ranks import leave, ranks_or_exit, say_once
 from training.run import Inputs, Run, describe_run, open_inputs, resolve_run, take_run_dir
 from training.streams import outlive_readers

@@ -21,7 +21,6 @@ ROOT = Path(__file__).resolve().parents[1]
 TOP = "(top folder)"
 # The product's folders: each imports only those before it. eval and launch do not know each other.
 FLOORS = {TOP: 5, "data": 1, "model": 1, "checkpoint": 2, "training": 3, "eval": 4, "launch": 4}
-SHARED = ("errors", "command_line")  # files of the top folder that every room may import
 LAYOUT_TOKENS = {
     tokenize.COMMENT,
     tokenize.NL,

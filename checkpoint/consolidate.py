@@ -17,6 +17,7 @@ from checkpoint.layouts import step_weights
 from checkpoint.manifest import newest_step, read_manifest, step_name
 from checkpoint.run_folder import check_empty
 from command_line import OneLineParser
+from exit_status import BAD_INPUT, FINISHED
 from model import GPTConfig
 
 if TYPE_CHECKING:
@@ -74,9 +75,9 @@ def main() -> int:
         save_hf_folder(out_dir, GPTConfig(**read_manifest(folder).model), step_weights(folder))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return BAD_INPUT
     print(out_dir)
-    return 0
+    return FINISHED
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ if not __package__:  # run as a file: import from the repository root, exactly a
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from command_line import OneLineParser
+from exit_status import BAD_INPUT, FAILED, INTERRUPTED
 
 SHARD_TOKENS = 100_000_000  # build-nanogpt's shard
 MAX_LINE_BYTES, MAX_BYTES = 2**26, 2**36
@@ -83,9 +84,10 @@ def run(args: argparse.Namespace, prefix: str) -> int:
     except ValueError as error:  # the same on every rank: one speaks
         if comm.rank == 0:
             print(f"error: {error}", file=sys.stderr)
-        return 2
+        return BAD_INPUT
     except (OSError, KeyboardInterrupt) as error:  # on this rank only, perhaps: a full disk
-        what, status = (error, 1) if isinstance(error, OSError) else ("stopped", 130)
+        is_stop = isinstance(error, KeyboardInterrupt)
+        what, status = ("stopped", INTERRUPTED) if is_stop else (error, FAILED)
         print(f"error: {what}. Whole shards stay; the same command continues", file=sys.stderr)
         if comm.size > 1:
             comm.Abort(status)

@@ -16,6 +16,7 @@ if not __package__:  # run as a file: import from the repository root, exactly a
 
 from command_line import OneLineParser
 from errors import BadInput
+from exit_status import BAD_INPUT, FAILED, FINISHED
 
 
 def main() -> int:
@@ -36,12 +37,12 @@ def main() -> int:
         if (args.step is None) != (args.config is None):
             raise BadInput("--step and --config", "belong together", "give both or neither")
         if args.step is None:
-            return 0 if show_folder(args.data_dir, args.quiet) else 1
+            return FINISHED if show_folder(args.data_dir, args.quiet) else FAILED
         show_step(args.data_dir, args.step, args.config)
-        return 0
+        return FINISHED
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return BAD_INPUT
 
 
 if __name__ == "__main__":

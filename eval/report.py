@@ -20,7 +20,7 @@ from command_line import OneLineParser
 from errors import BadInput
 from eval import curves
 from eval.curves import RunCurves, best_values
-from training.exit_status import BAD_INPUT
+from exit_status import BAD_INPUT
 
 STYLE = "body{font:16px/1.5 sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
 STYLE += "img{max-width:100%}td,th{padding:.2rem .8rem;text-align:right}pre{white-space:pre-wrap}"

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from command_line import OneLineParser
 from errors import BadInput
+from exit_status import BAD_INPUT
 from model import GPTConfig
-from training.exit_status import BAD_INPUT
 from training.ranks import Ranks, leave, ranks_or_exit, say_once
 from training.streams import outlive_readers
 

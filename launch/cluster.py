@@ -10,6 +10,7 @@ is cut off.
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
@@ -23,9 +24,9 @@ if not __package__:  # run as a file: import from the repository root, exactly a
 
 from command_line import OneLineParser
 from errors import BadInput
+from exit_status import BAD_INPUT
 from launch.environment import check_variable, read_environment_file
 from launch.hostfile import read_hostfile
-from training.exit_status import BAD_INPUT
 
 SSH_OPTIONS = "-o ServerAliveInterval=5"  # three silent intervals, and ssh gives a machine up
 ARGUMENT = re.compile(r"[\w@%+=:,./ -]*")  # DeepSpeed puts one with a space between double quotes
@@ -53,6 +54,8 @@ def main(argv: list[str]) -> int:
     from deepspeed.accelerator import get_accelerator
     from deepspeed.launcher import runner
 
+    # DeepSpeed makes a parser of its own; a bad flag is one line there, too.
+    setattr(argparse.ArgumentParser, "error", OneLineParser.error)  # noqa: B010
     args = runner.parse_args(argv)
     try:
         hosts = {}

@@ -19,9 +19,9 @@ if not __package__:  # run as a file: import from the repository root, exactly a
 
 from command_line import OneLineParser
 from errors import BadInput
+from exit_status import BAD_INPUT
 from launch.hostfile import check_not_open_to_all
 from training.credentials import refuse_credentials
-from training.exit_status import BAD_INPUT
 
 # Libraries, threads, networks and caches; a name that ends in _ stands for all that begin so.
 NEEDED = (

@@ -23,6 +23,7 @@ if not __package__:  # run as a file: import from the repository root, exactly a
 
 from command_line import OneLineParser
 from errors import BadInput
+from exit_status import BAD_INPUT, FAILED, FINISHED
 from launch.planning.estimate import (
     Candidate,
     Cluster,
@@ -36,7 +37,6 @@ from model.presets import get_preset
 from training.config import TrainConfig, resolve_train_config
 from training.devices import DEVICES, get_device
 from training.ds_config import load_ds_config
-from training.exit_status import BAD_INPUT, FAILED, FINISHED
 
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 RUN = ("micro_batch_size", "seq_len", "batch_tokens", "max_steps", "ds_config")

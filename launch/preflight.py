@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from exit_status import BAD_INPUT, FAILED, FINISHED
 from training.config import parse_flags
-from training.exit_status import BAD_INPUT, FAILED, FINISHED
 from training.ranks import leave, ranks_or_exit, say_once
 from training.run import resolve_run
 from training.supervise import error_line

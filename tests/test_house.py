@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("model", "data", "checkpoint", "training", "eval", "launch")
 FILES = sorted(p for room in (*ROOMS, "bench") for p in (ROOT / room).rglob("*.py"))
-FILES += [ROOT / name for name in ("train.py", "errors.py", "command_line.py")]
+FILES += sorted(ROOT.glob("*.py"))
 ALLOWED = {
     "model": {"model"},
     "data": {"data"},
@@ -20,8 +20,7 @@ ALLOWED = {
     "checkpoint": {"checkpoint", "model", "data.tokenizer"},
     "training": {"training", "model", "data", "checkpoint"},
     # An evaluation command runs on one rank or on many.
-    "eval": {"eval", "model", "data", "checkpoint"}
-    | {"training.ranks", "training.rendezvous", "training.exit_status"},
+    "eval": {"eval", "model", "data", "checkpoint", "training.ranks", "training.rendezvous"},
     "launch": {"launch", "training", "model", "data", "checkpoint"},
 }
 EXCEPTIONS = {("eval/session.py", "training.streams")}  # output that nobody reads any more
@@ -175,6 +174,16 @@ def test_an_error_says_where_what_and_the_remedy(path: Path) -> None:
                 assert len(node.exc.args) == 3, text
             if text.startswith("OSError(") and isinstance(node.exc.args[0], ast.JoinedStr):
                 assert "Fix: " in text
+
+
+@pytest.mark.parametrize("entry", [entry for entry in PROGRAMS if not entry.startswith("bench/")])
+def test_a_bad_flag_is_one_line_with_a_remedy(entry: str) -> None:
+    command = [sys.executable, entry, "--no_such_flag", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=20)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "Fix: " in line
 
 
 @pytest.mark.parametrize("entry", PROGRAMS)

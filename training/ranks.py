@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from data.mpi import BY_HAND, find_tasks, read_number
 from errors import BadInput
-from training.exit_status import BAD_INPUT, FAILED
+from exit_status import BAD_INPUT, FAILED
 
 LAST_PORT = 2**16 - 1
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # torchrun's

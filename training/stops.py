@@ -15,7 +15,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from training.exit_status import INTERRUPTED
+from exit_status import INTERRUPTED
 
 SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP}
 # Reasons beside the numbers of signals: all ranks agree on the largest.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from checkpoint.run_folder import write_status
 from errors import BadInput
-from training.exit_status import BAD_INPUT, FAILED, FINISHED, HUNG, INTERRUPTED, PREEMPTED
+from exit_status import BAD_INPUT, FAILED, FINISHED, HUNG, INTERRUPTED, PREEMPTED
 from training.run import Run
 from training.streams import STDERR
 from training.watchdog import Watchdog, parse_timeouts

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from errors import BadInput
-from training.exit_status import HUNG
+from exit_status import HUNG
 from training.streams import STDERR
 
 TIMEOUTS_S = {"start": 1800, "step": 1800, "eval": 7200, "save": 3600}

@@ -180,7 +180,8 @@ class Hub(BaseHTTPRequestHandler):
         body = path.read_bytes()
         digest = hashlib.sha256(body + b"x" * self.wrong_checksum).hexdigest()
         first, last = 0, len(body) - 1
-        if given := self.headers.get("Range"):
+        given = self.headers.get("Range")
+        if given:
             begin, _, end = given.removeprefix("bytes=").partition("-")
             first, last = int(begin), min(int(end or last), last)
         self.send_response(206 if given else 200)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from training.exit_status import HUNG
+from exit_status import HUNG
 from training.watchdog import GRACE_S, TIMEOUTS_S, group_timeout_s, parse_timeouts
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,4 +1,4 @@
-"""Name the exit statuses of train.py and of the commands in launch/ and eval/."""
+"""Name the exit statuses of every command."""
 
 FINISHED = 0
 FAILED = 1  # an error of the machine, or one that nobody expected
