@@ -319,14 +319,12 @@ def test_evaluation_on_several_ranks_gives_the_numbers_of_one(
         port = str(free.getsockname()[1])
     deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2"]
     deepspeed += ["--master_port", port]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    torchrun += ["--nproc_per_node", "3"]
+    commands = (
+        parity.run_with_children([*deepspeed, "eval/hellaswag.py", *on_rows, str(two)], 100),
+        forked.launch(3, on_tokens, tmp_path, "eval/val_loss.py"),
+    )
     results = []
-    for command in (
-        [*deepspeed, "eval/hellaswag.py", *on_rows, str(two)],
-        [*torchrun, "eval/val_loss.py", *on_tokens],
-    ):
-        done = parity.run_with_children(command, timeout_s=100)
+    for done in commands:
         assert done.returncode == 0, done.stderr
         (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
         results.append(json.loads(line))

@@ -2,11 +2,11 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -15,10 +15,9 @@ ROOT = Path(__file__).resolve().parents[3]
     ("side", "n_ranks"),
     [("zero0", 8), ("zero1", 8), ("zero2", 8), ("zero3", 8), ("zero1", 1024), ("zero3", 1024)],
 )
-def test_partitions_and_bytes_sent_are_the_plans(side: str, n_ranks: int) -> None:
-    command = [sys.executable, "bench/planning/many_ranks.py"]
-    command += ["--side", side, "--ranks", str(n_ranks)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=120)
+def test_partitions_and_bytes_sent_are_the_plans(side: str, n_ranks: int, tmp_path: Path) -> None:
+    arguments = ["--side", side, "--ranks", n_ranks]
+    done = forked.launch(1, arguments, tmp_path, "bench/planning/many_ranks.py")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     for what in ("moment_bytes", "sent_bytes"):
