@@ -21,7 +21,7 @@ if not __package__:  # run as a file: import from the repository root, exactly a
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from command_line import OneLineParser
-from exit_status import BAD_INPUT, FAILED, INTERRUPTED
+from exit_status import BAD_INPUT, FAILED, FINISHED, INTERRUPTED
 
 SHARD_TOKENS = 100_000_000  # build-nanogpt's shard
 MAX_LINE_BYTES, MAX_BYTES = 2**26, 2**36
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace, prefix: str) -> int:
         return status
     if comm.rank == 0 and not args.quiet:
         print_summary(args.out_dir, index, time.perf_counter() - began)
-    return 0
+    return FINISHED
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from command_line import OneLineParser
 from errors import BadInput
-from exit_status import BAD_INPUT
+from exit_status import BAD_INPUT, FINISHED
 from model import GPTConfig
 from training.ranks import Ranks, leave, ranks_or_exit, say_once
 from training.streams import outlive_readers
@@ -139,7 +139,7 @@ def run_command(parser: argparse.ArgumentParser, command: Command) -> int:
         return BAD_INPUT
     if ranks.is_main:
         print(json.dumps(result), flush=True)
-    return 0
+    return FINISHED
 
 
 def run_main(parser: argparse.ArgumentParser, command: Command) -> NoReturn:

@@ -24,7 +24,7 @@ if not __package__:  # run as a file: import from the repository root, exactly a
 
 from command_line import OneLineParser
 from errors import BadInput
-from exit_status import BAD_INPUT
+from exit_status import BAD_INPUT, FINISHED
 from launch.environment import check_variable, read_environment_file
 from launch.hostfile import read_hostfile
 
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> int:
         what = str(error).rstrip(".")  # DeepSpeed's own
         print(f"error: {what}. Fix: see that ssh reaches every host", file=sys.stderr)
         return BAD_INPUT
-    return 0
+    return FINISHED
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ if not __package__:  # run as a file: import from the repository root, exactly a
 
 from command_line import OneLineParser
 from errors import BadInput
-from exit_status import BAD_INPUT
+from exit_status import BAD_INPUT, FINISHED
 from launch.hostfile import check_not_open_to_all
 from training.credentials import refuse_credentials
 
@@ -106,7 +106,7 @@ def main() -> int:
         print(f"{name}={value}", file=sys.stderr)
     if others:
         print(f"left as they were: {', '.join(others)}", file=sys.stderr)
-    return 0
+    return FINISHED
 
 
 if __name__ == "__main__":

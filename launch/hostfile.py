@@ -19,7 +19,7 @@ if not __package__:  # run as a file: import from the repository root, exactly a
 
 from command_line import OneLineParser
 from errors import BadInput
-from exit_status import BAD_INPUT
+from exit_status import BAD_INPUT, FINISHED
 
 HOST = r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?"
 LINE = re.compile(rf"(?P<host>{HOST})\s+slots=(?P<slots>[1-9][0-9]{{0,4}})")
@@ -121,7 +121,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
     print(text, end="")
-    return 0
+    return FINISHED
 
 
 if __name__ == "__main__":

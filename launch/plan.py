@@ -105,7 +105,7 @@ def check_flags(args: argparse.Namespace) -> None:
     """Refuse a price out of range, and flags that would have no effect.
 
     Raises:
-        ValueError: Names the flag.
+        BadInput: Names the flag.
     """
     price, shape = args.price_per_gpu_hour, given(args, SHAPE)
     if price is not None and not 0 < price < float("inf"):
@@ -126,7 +126,7 @@ def models_of(args: argparse.Namespace) -> dict[str, Preset]:
     """Return names and presets of --model, with the shape that the other flags give.
 
     Raises:
-        ValueError: There is no such preset, or no such shape.
+        BadInput: There is no such preset, or no such shape.
     """
     if args.model == "all":
         return {name: preset for name, preset in PRESETS.items() if name.startswith("gpt")}
@@ -145,7 +145,7 @@ def whole_machines(n_devices: int, cluster: Cluster) -> Cluster:
     """Return as many machines of a cluster as so many devices are.
 
     Raises:
-        ValueError: The last machine would have fewer than the others.
+        BadInput: The last machine would have fewer than the others.
     """
     per_node = min(n_devices, cluster.gpus_per_node)
     if n_devices < 1 or n_devices % per_node:
@@ -182,7 +182,7 @@ def plan_table(
     A preset's batch that does not divide is taken up to one that does.
 
     Raises:
-        ValueError: Names the flag.
+        BadInput: Names the flag.
     """
     found = []
     for (model, preset), n_devices in itertools.product(models.items(), numbers):

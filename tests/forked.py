@@ -7,24 +7,18 @@ import contextlib
 import multiprocessing
 import os
 import runpy
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from training.rendezvous import free_port
+
 ROOT = Path(__file__).resolve().parents[1]
 # The server itself must compute nothing: threads of OpenMP do not survive a fork.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "deepspeed", "train", "training.engine", "eval.hellaswag"])
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def launch(

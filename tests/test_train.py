@@ -3,7 +3,6 @@
 import gzip
 import json
 import shutil
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -35,6 +34,7 @@ from model import GPT, PRESETS
 from tests import forked
 from train import main
 from training.ranks import Ranks, read_ranks
+from training.rendezvous import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 NEEDS_COMPILER = pytest.mark.skipif(
@@ -314,9 +314,7 @@ def test_evaluation_on_several_ranks_gives_the_numbers_of_one(
     on_rows = ["--ckpt", str(tmp_path / "hf"), "--limit", "51", "--details"]
     on_tokens = ["--ckpt", str(tmp_path / "hf"), "--data_dir", str(data_dir)]
     on_tokens += ["--eval_tokens", "2999"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2"]
     deepspeed += ["--master_port", port]
     commands = (

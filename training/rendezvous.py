@@ -61,7 +61,7 @@ def rendezvous(ranks: Ranks, timeout_s: float) -> Store:
     """
     if "RANK" not in os.environ:  # no launcher
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     _name_address(ranks)
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     remedy = f"start it, or give it more time with --timeouts start={2 * round(timeout_s)}"
@@ -135,7 +135,7 @@ def _name_mpi_address(ranks: Ranks, tasks: Tasks) -> None:
     if ranks.is_main:
         addresses = subprocess.run(["hostname", "-I"], capture_output=True, encoding="utf-8").stdout
         found = {"MASTER_ADDR": (addresses.split() or ["127.0.0.1"])[0]}
-        found["MASTER_PORT"] = str(_free_port())
+        found["MASTER_PORT"] = str(free_port())
         found |= {name: os.environ[name] for name in found if name in os.environ}
     mpi = start_mpi(tasks)  # all ranks
     os.environ |= mpi.COMM_WORLD.bcast(found)
@@ -235,7 +235,8 @@ def sum_tensor(values: Tensor, device: torch.device) -> Tensor:
     return sums.cpu()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]

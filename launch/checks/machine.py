@@ -82,7 +82,7 @@ def read_flags(run: Run) -> dict[str, str]:
     """Return every value of the resolved run but its folders.
 
     Raises:
-        ValueError: One is a credential, which must not be sent to other machines.
+        BadInput: One is a credential, which must not be sent to other machines.
     """
     flags = to_json(run.config)
     refuse_credentials(flags, "--")
@@ -100,7 +100,7 @@ def read_addresses(_: Run) -> list[str]:
     """Return the addresses that this machine's own name resolves to.
 
     Raises:
-        ValueError: It, or rank 0's name, does not resolve.
+        BadInput: It, or rank 0's name, does not resolve.
     """
     addresses: list[str] = []
     for name in (os.environ["MASTER_ADDR"], socket.gethostname()):
@@ -126,7 +126,7 @@ def read_disk_space(run: Run) -> dict[str, int]:
     """Return the bytes that the run may fill, with what it has, and those that it will.
 
     Raises:
-        ValueError: The run folder cannot be written to.
+        BadInput: The run folder cannot be written to.
     """
     run_dir = run.config.run_dir
     try:
@@ -169,7 +169,7 @@ def check_plan(run: Run) -> None:
     """Refuse a run that does not fit, by the plan; name the nearest setting that does.
 
     Raises:
-        ValueError: It does not fit.
+        BadInput: It does not fit.
     """
     refusal = advice(plan_here(run, choose_device(run.ranks)))
     if refusal is not None:

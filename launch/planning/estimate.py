@@ -40,7 +40,7 @@ class Cluster:
     """Machines, each with the same devices; one rank on each device.
 
     Raises:
-        ValueError: Less than one of either.
+        BadInput: Less than one of either.
     """
 
     device: Device
@@ -201,7 +201,7 @@ def estimate(config: TrainConfig, candidate: Candidate, cluster: Cluster) -> Est
     """Estimate a resolved run with a ds_config on a cluster.
 
     Raises:
-        ValueError: The batch does not divide, or the ds_config cannot be; names flag or key.
+        BadInput: The batch does not divide, or the ds_config cannot be; names flag or key.
     """
     batch = resolve_batch(config, cluster.world_size)
     config = dataclasses.replace(config, micro_batch_size=batch.micro_batch_size)
@@ -221,7 +221,7 @@ def largest_fitting(
     """Estimate with the largest micro-batch that fits, at most `limit`; of one sequence if none.
 
     Raises:
-        ValueError: As `estimate`.
+        BadInput: As `estimate`.
     """
     found = estimate(dataclasses.replace(config, micro_batch_size=1), candidate, cluster)
     for size in divisors(found.batch.batch_sequences // cluster.world_size)[1:]:

@@ -55,7 +55,7 @@ def plan_here(run: Run, device: torch.device) -> Estimate:
     """Estimate a run on the machines that it has found.
 
     Raises:
-        ValueError: As `estimate`.
+        BadInput: As `estimate`.
     """
     config = run.config
     memory_bytes = device_bytes(device, run.ranks)

@@ -9,13 +9,7 @@ from pathlib import Path
 import pytest
 
 from training.ranks import Ranks
-from training.rendezvous import rendezvous
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+from training.rendezvous import free_port, rendezvous
 
 
 def first_of(n_ranks: int, address: str, port: int, monkeypatch: pytest.MonkeyPatch) -> Ranks:
@@ -52,7 +46,7 @@ def test_an_address_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 
 OURS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of one_rank
 TASK = """
-from training.rendezvous import all_gather_json, leave_together, rendezvous
+from training.rendezvous import all_gather_json, free_port, leave_together, rendezvous
 from training.ranks import read_ranks
 ranks = read_ranks()
 store = rendezvous(ranks, 30)
