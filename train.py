@@ -96,7 +96,6 @@ def start_engine(run: Run, inputs: Inputs, device: torch.device) -> tuple[Any, i
     Returns:
         The engine, and the optimizer steps that are done: 0 where no checkpoint was loaded.
     """
-    from checkpoint.hf_folder import load_hf_weights
     from checkpoint.resuming import load_checkpoint, newest_intact
     from training.engine import ask_for_determinism, build_engine, build_model, load_weights
 
@@ -111,9 +110,8 @@ def start_engine(run: Run, inputs: Inputs, device: torch.device) -> tuple[Any, i
         ask_for_determinism()
     model = build_model(config, ds_config, device)
     model.use_memory(planned.share.memory_use)
-    if inputs.init_folder:
-        weights = load_hf_weights(inputs.init_folder, config.gpt_config)
-        load_weights(model, weights, zero_stage(ds_config))
+    if inputs.init_weights:
+        load_weights(model, inputs.init_weights, zero_stage(ds_config))
     engine, groups = build_engine(model, config, ds_config, run.ranks)
     if checkpoint:
         load_checkpoint(engine, *checkpoint, precision(ds_config))

@@ -4,9 +4,9 @@ llm.c's format is that of `write_model` in its train_gpt2.py. nanoGPT trains wit
 the two others with GPT-2's approximation.
 """
 
+import functools
 import math
 import re
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,80 +15,72 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoint.hf_folder import LM_HEAD, MASKS, check_tied, fill_model, weight_shapes
-from checkpoint.unpickling import load_weights_only
+from checkpoint.unpickling import (
+    FIX_COPY_AGAIN,
+    PICKLE_MAGIC,
+    ZIP_MAGIC,
+    Stranger,
+    load_strangers_file,
+)
+from checkpoint.weights import Weights, by_gpt2_names, name_weights, tensor_readers, weight_shapes
 from errors import BadInput
-from model import GPT, GPTConfig
+from model import GPTConfig
 
 FIX_GIVE_ACCEPTED = (
     "give a run, step or Hugging Face folder, a hub name, a build-nanogpt or nanoGPT .pt "
     "or an llm.c .bin (version 3 or 5)"
 )
-FIX_COPY_AGAIN = "copy or download it again"
-ZIP_MAGIC = b"PK\x03\x04"  # torch.save's container
 LLM_C_MAGIC = 20240326
 LLM_C_DTYPES = {3: torch.float32, 5: torch.bfloat16}
 LLM_C_HEADER = 256  # int32 values
-WRAPPERS = re.compile(r"(_orig_mod\.|module\.|transformer\.)*")  # torch.compile's, DDP's, GPT-2's
 NANOGPT_OPTIONS = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout"}
+# Under which names trainers keep the weights, and the options that the weights do not show.
+WEIGHTS = ("model", "state_dict", "model_state_dict", "module")
+OPTIONS = ("config", "args", "hparams", "hyper_parameters")
 
 
-class ConfigFields:
-    """Holds the fields of build-nanogpt's pickled GPTConfig; no code of that class is run."""
-
-    n_head: int
-
-
-def load_foreign(path: Path) -> GPT:
-    """Build the model of another trainer's checkpoint file, fp32 weights, in evaluation mode.
+def open_foreign(path: Path) -> Weights:
+    """Open another trainer's checkpoint file.
 
     Raises:
         BadInput: The file is damaged or has no such format; says what was found.
     """
     with path.open("rb") as file:
         start = file.read(4 * LLM_C_HEADER)
-    if start.startswith(ZIP_MAGIC):
-        return _load_pt(path)
+    if start.startswith((ZIP_MAGIC, PICKLE_MAGIC)):
+        return _open_pt(path)
     header = np.frombuffer(start, "<i4", len(start) // 4)
     if len(header) == LLM_C_HEADER and header[0] == LLM_C_MAGIC:
-        return _load_llm_c(path, header)
+        return _open_llm_c(path, header)
     what = f"begins with {start[:8]!r}, which is not a known format"
     raise BadInput(f"{path}", what, FIX_GIVE_ACCEPTED)
 
 
-def _load_pt(path: Path) -> GPT:
-    try:
-        with zipfile.ZipFile(path) as container:
-            broken = container.testzip()
-    except zipfile.BadZipFile as error:
-        raise BadInput(f"{path}", f"damaged ({error})", FIX_COPY_AGAIN) from error
-    if broken:
-        raise BadInput(f"{path}", f"damaged (checksum of {broken})", FIX_COPY_AGAIN)
-    content = load_weights_only(path, (ConfigFields, "GPTConfig"))
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        found = list(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__
+def _open_pt(path: Path) -> Weights:
+    content = load_strangers_file(path)
+    if not isinstance(content, dict):
+        what = f"holds a {type(content).__name__}, but no weights by name"
+        raise BadInput(f"{path}", what, "save a dict with the model's state_dict() as 'model'")
+    given = next((content[key] for key in WEIGHTS if isinstance(content.get(key), dict)), None)
+    if given is None:
+        found = ", ".join(map(str, list(content)[:5]))
         raise BadInput(f"{path}", f"holds {found}, but no 'model'", FIX_GIVE_ACCEPTED)
-    weights = {WRAPPERS.sub("", str(key), count=1): w for key, w in content["model"].items()}
-    weights = {name: w for name, w in weights.items() if not name.endswith(MASKS)}
-    others = [name for name, weight in weights.items() if not isinstance(weight, Tensor)]
-    if others:
-        raise BadInput(f"{path}", f"{others[0]} is not a tensor", FIX_GIVE_ACCEPTED)
+    tensors = by_gpt2_names(tensor_readers(given, path), path)
     try:
         options, gelu = _options(content)
-        wte, wpe = weights["wte.weight"], weights["wpe.weight"]
-        n_layer = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("h."))
+        wte, wpe = tensors["wte.weight"](), tensors["wpe.weight"]()
+        n_layer = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("h."))
         sizes = (wte.shape[-1], wpe.shape[0], _vocab_size(len(wte)))
         config = GPTConfig(n_layer, options["n_head"], *sizes, gelu=gelu)
     except KeyError as error:
         raise BadInput(f"{path}", f"not a GPT-2: it lacks {error}", FIX_GIVE_ACCEPTED) from error
     except (ValueError, TypeError, IndexError) as error:
         raise BadInput(f"{path}", f"not a GPT-2 ({error})", FIX_GIVE_ACCEPTED) from error
-    check_tied(weights.pop(LM_HEAD, wte), wte, path)
     if not options.get("bias", True):  # nanoGPT without biases is GPT-2 with biases of 0
         for name, shape in weight_shapes(config).items():
             if name.endswith(".bias"):
-                weights[name] = torch.zeros(shape)
-    return fill_model(config, weights.items(), path)
+                tensors[name] = functools.partial(torch.zeros, shape)
+    return name_weights(tensors, config, path)
 
 
 def _options(content: dict[str, Any]) -> tuple[dict[str, Any], str]:
@@ -99,9 +91,12 @@ def _options(content: dict[str, Any]) -> tuple[dict[str, Any], str]:
         if unknown:
             raise ValueError(f"options that GPT-2 does not have: {', '.join(unknown)}")
         return options, "none"
-    fields = content["config"]
-    options = vars(fields) if isinstance(fields, ConfigFields) else dict(fields)
-    return options, "tanh"
+    for key in OPTIONS:
+        fields = content.get(key)
+        options = vars(fields) if isinstance(fields, Stranger) else fields
+        if isinstance(options, dict) and "n_head" in options:
+            return options, "tanh"
+    raise KeyError("n_head")
 
 
 def _vocab_size(rows: int) -> int:
@@ -110,7 +105,7 @@ def _vocab_size(rows: int) -> int:
     return gpt2.vocab_size if gpt2.vocab_size < rows <= gpt2.padded_vocab_size else rows
 
 
-def _load_llm_c(path: Path, header: np.ndarray) -> GPT:
+def _open_llm_c(path: Path, header: np.ndarray) -> Weights:
     version, block_size, vocab_size, n_layer, n_head, n_embd, rows = header[1:8].tolist()
     if version not in LLM_C_DTYPES:
         raise BadInput(f"{path}", f"llm.c version {version}", FIX_GIVE_ACCEPTED)
@@ -128,7 +123,8 @@ def _load_llm_c(path: Path, header: np.ndarray) -> GPT:
         raise BadInput(f"{path}", what, FIX_COPY_AGAIN)
     integers = np.int32 if dtype.itemsize == 4 else np.int16
     mapped = np.memmap(path, integers, "c", offset=4 * LLM_C_HEADER)  # "c": not written back
-    return fill_model(config, _llm_c_weights(torch.from_numpy(mapped).view(dtype), shapes), path)
+    flat = torch.from_numpy(mapped).view(dtype)
+    return Weights(config, path, functools.partial(_llm_c_weights, flat, shapes))
 
 
 def _llm_c_weights(

@@ -4,9 +4,10 @@ The names are GPT-2's own. Hugging Face adds the prefix `transformer.` and store
 of a block as Conv1D, which is transposed; its vocabulary is not padded.
 """
 
+import functools
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +19,49 @@ from torch import Tensor
 
 from checkpoint.manifest import PARTIAL_SUFFIX
 from checkpoint.run_folder import write_json
+from checkpoint.unpickling import FIX_COPY_AGAIN, load_strangers_file
+from checkpoint.weights import (
+    CONV1D,
+    FIX_GIVE_GPT2,
+    Weights,
+    by_gpt2_names,
+    fill_model,
+    name_weights,
+    tensor_readers,
+    weight_shapes,
+)
 from data.tokenizer import EOT_TOKEN, save_hf_tokenizer
 from errors import BadInput
 from model import GPT, GPTConfig
 
 PREFIX = "transformer."
-CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-MASKS = (".attn.bias", ".attn.masked_bias")  # buffers of older versions
-LM_HEAD = "lm_head.weight"  # a second name of wte in some files
-FIX_GIVE_GPT2 = "give a whole GPT-2"
 FIX_GIVE_HF_FOLDER = "give a Hugging Face GPT-2 folder (of a run: consolidated/step_…)"
 SHARD_BYTES = 5 * 10**9  # Hugging Face's own limit for one file
-ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # -> our `gelu`
+INDEX = ".index.json"
+# Hugging Face's names of a GELU -> PyTorch's name, the first of each for our own folders.
+ACTIVATIONS = {
+    "gelu_new": "tanh",
+    "gelu": "none",
+    "gelu_pytorch_tanh": "tanh",
+    "gelu_fast": "tanh",
+    "gelu_accurate": "tanh",
+    "gelu_python": "none",
+}
+# Names that Hugging Face takes too, and one of its first versions.
+OTHER_NAMES = {
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "n_ctx": "n_positions",
+}
 # What our network computes: a folder whose config.json has other values is another network.
 HF_INVARIANTS = {
     "model_type": "gpt2",
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
-    "reorder_and_upcast_attn": False,
     "add_cross_attention": False,
-    "tie_word_embeddings": True,
 }
 
 
@@ -46,6 +69,7 @@ def hf_config(config: GPTConfig) -> dict[str, Any]:
     """Return the `config.json` of a Hugging Face GPT-2 of this shape, weights in fp32."""
     last_token = min(EOT_TOKEN, config.vocab_size - 1)
     return HF_INVARIANTS | {
+        "tie_word_embeddings": True,  # the weights themselves tell whether they are tied
         "architectures": ["GPT2LMHeadModel"],
         "activation_function": next(k for k, v in ACTIVATIONS.items() if v == config.gelu),
         "vocab_size": config.vocab_size,
@@ -71,13 +95,18 @@ def load_hf_config(folder: Path) -> GPTConfig:
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8-sig"))
+        for other, name in OTHER_NAMES.items():
+            if other in raw:
+                raw.setdefault(name, raw[other])
         _check_network(raw, path)
         shape = {key: raw[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
         gelu = ACTIVATIONS[raw.get("activation_function", "gelu_new")]
         return GPTConfig(**shape, block_size=raw["n_positions"], gelu=gelu)
     except FileNotFoundError:
         raise BadInput(f"{folder}", "no config.json", FIX_GIVE_HF_FOLDER) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+    except BadInput:
+        raise
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
         what = f"not a GPT-2 configuration ({error!r})"
         raise BadInput(f"{path}", what, FIX_GIVE_HF_FOLDER) from error
 
@@ -93,40 +122,58 @@ def _check_network(raw: dict[str, Any], path: Path) -> None:
         raise BadInput(f"{path}", what, FIX_GIVE_GPT2)
 
 
-def weight_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every weight by name, `wte` at `vocab_size`, in the model's order."""
-    d = config.n_embd
-    shapes: dict[str, tuple[int, ...]] = {}
-    shapes["wte.weight"] = (config.vocab_size, d)
-    shapes["wpe.weight"] = (config.block_size, d)
-    linear = {"attn.c_attn": (3 * d, d), "attn.c_proj": (d, d)}
-    linear |= {"mlp.c_fc": (4 * d, d), "mlp.c_proj": (d, 4 * d)}
-    for layer in range(config.n_layer):
-        for part in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"):
-            shape = linear.get(part, (d,))
-            shapes[f"h.{layer}.{part}.weight"] = shape
-            shapes[f"h.{layer}.{part}.bias"] = shape[:1]
-    return shapes | {"ln_f.weight": (d,), "ln_f.bias": (d,)}
+def open_hf_folder(folder: Path) -> Weights:
+    """Open a Hugging Face GPT-2 folder: safetensors files or, without any, PyTorch's.
+
+    Raises:
+        BadInput: A file is missing or damaged, or it holds another network.
+    """
+    config = load_hf_config(folder)
+    found = by_gpt2_names(_find_tensors(folder), folder)
+    return name_weights(found, config, folder)
 
 
-def _files_by_key(folder: Path) -> dict[str, Path]:
-    files = sorted(folder.glob("[!.]*.safetensors"))
+def _find_tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
+    """Return a reader of each tensor by its key."""
+    files = sorted(folder.glob("[!.]*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
-        raise BadInput(f"{folder}", "no .safetensors file", FIX_GIVE_HF_FOLDER)
-    keys: dict[str, Path] = {}
+        what = "no .safetensors file and no pytorch_model.bin"
+        raise BadInput(f"{folder}", what, FIX_GIVE_HF_FOLDER)
+    _check_index(folder, files)
+    tensors: dict[str, Callable[[], Tensor]] = {}
+    origin: dict[str, Path] = {}
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                found = dict.fromkeys(tensors.keys(), file)
-        except Exception as error:  # safetensors raises its own type for every kind of damage
-            what = f"not a readable safetensors file ({error})"
-            raise BadInput(f"{file}", what, "copy it again") from error
-        twice = sorted(keys.keys() & found.keys())
+        found = _open_pickle(file) if file.suffix == ".bin" else _open_safetensors(file)
+        twice = sorted(tensors.keys() & found.keys())
         if twice:
-            what = f"{twice[0]} is in {keys[twice[0]].name} too"
+            what = f"{twice[0]} is in {origin[twice[0]].name} too"
             raise BadInput(f"{file}", what, "move one of them away")
-        keys |= found
-    return {key: file for key, file in keys.items() if not key.endswith(MASKS)}
+        tensors |= found
+        origin |= dict.fromkeys(found, file)
+    return tensors
+
+
+def _check_index(folder: Path, files: list[Path]) -> None:
+    """Refuse a folder that lacks a file which its index names."""
+    for index in folder.glob(f"[!.]*{files[0].suffix}{INDEX}"):
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values())
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise BadInput(f"{index}", f"damaged ({error!r})", FIX_COPY_AGAIN) from error
+        missing = sorted(names - {file.name for file in files})
+        if missing:
+            what = f"missing, but {index.name} names it"
+            raise BadInput(f"{folder / missing[0]}", what, FIX_COPY_AGAIN)
+
+
+def _open_safetensors(file: Path) -> dict[str, Callable[[], Tensor]]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            keys = list(tensors.keys())
+    except Exception as error:  # safetensors raises its own type for every kind of damage
+        what = f"not a readable safetensors file ({error})"
+        raise BadInput(f"{file}", what, FIX_COPY_AGAIN) from error
+    return {key: functools.partial(_read_tensor, key, file) for key in keys}
 
 
 def _read_tensor(key: str, file: Path) -> Tensor:
@@ -134,88 +181,17 @@ def _read_tensor(key: str, file: Path) -> Tensor:
         return tensors.get_tensor(key)
 
 
-def check_tied(head: Tensor, wte: Tensor, source: Path) -> None:
-    """Refuse a head that is not `wte`; `source` is named in the error."""
-    if head.data_ptr() != wte.data_ptr() and not torch.equal(head, wte):
-        what = "lm_head is not tied to wte, as it is in GPT-2"
-        raise BadInput(f"{source}", what, FIX_GIVE_GPT2)
-
-
-def load_hf_weights(folder: Path, config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yield every weight in our name, layout and padding, one at a time, in the model's order.
-
-    Raises:
-        BadInput: A weight is missing, unknown, or has another shape than `config` says.
-    """
-    keys = {key.removeprefix(PREFIX): (key, file) for key, file in _files_by_key(folder).items()}
-    shapes = weight_shapes(config)
-    if LM_HEAD in keys and "wte.weight" in keys:
-        check_tied(_read_tensor(*keys.pop(LM_HEAD)), _read_tensor(*keys["wte.weight"]), folder)
-    _check_names(keys, shapes, folder)
-    for name, shape in shapes.items():
-        key, file = keys[name]
-        weight = _read_tensor(key, file)
-        if name.endswith(CONV1D):
-            weight = weight.t().contiguous()
-        if tuple(weight.shape) != shape:
-            what = f"{key} is {tuple(weight.shape)}, but config.json says {shape}"
-            raise BadInput(f"{file}", what, FIX_GIVE_GPT2)
-        yield name, pad_vocabulary(weight, config) if name == "wte.weight" else weight
-
-
-def _check_names(found: Iterable[str], expected: Iterable[str], source: Path) -> None:
-    missing, unknown = set(expected) - set(found), set(found) - set(expected)
-    if missing or unknown:
-        kind = "missing" if missing else "unknown"
-        names = ", ".join(sorted(missing or unknown)[:5])
-        raise BadInput(f"{source}", f"{kind} weights: {names}", FIX_GIVE_GPT2)
+def _open_pickle(file: Path) -> dict[str, Callable[[], Tensor]]:
+    content = load_strangers_file(file)
+    if not isinstance(content, dict):
+        what = f"holds a {type(content).__name__}, expected tensors by name"
+        raise BadInput(f"{file}", what, FIX_GIVE_HF_FOLDER)
+    return tensor_readers(content, file)
 
 
 def load_hf_folder(folder: Path) -> GPT:
     """Build the GPT of a Hugging Face folder, in fp32, in evaluation mode."""
-    config = load_hf_config(folder)
-    return fill_model(config, load_hf_weights(folder, config), folder)
-
-
-def fill_model(config: GPTConfig, weights: Iterable[tuple[str, Tensor]], source: Path) -> GPT:
-    """Build a GPT in evaluation mode from copies of the given weights, by our names, in fp32.
-
-    Raises:
-        BadInput: A weight is missing, unknown, of another shape, or not finite; names `source`.
-    """
-    shapes = weight_shapes(config) | {"wte.weight": (config.padded_vocab_size, config.n_embd)}
-    held: dict[str, Tensor] = {}
-    for name, weight in weights:
-        if weight.layout != torch.strided or weight.is_meta or not weight.is_floating_point():
-            what = f"{name} is {weight.dtype}, {weight.layout}; needs dense floating-point numbers"
-            raise BadInput(f"{source}", what, FIX_GIVE_GPT2)
-        if name == "wte.weight":
-            weight = pad_vocabulary(weight, config)
-        found = tuple(weight.shape)
-        expected = shapes.get(name, found)
-        if found != expected:
-            what = f"{name} is {found}, the model needs {expected}"
-            raise BadInput(f"{source}", what, FIX_GIVE_GPT2)
-        if not weight.isfinite().all():
-            raise BadInput(f"{source}", f"{name} is not finite (NaN or inf)", FIX_GIVE_GPT2)
-        held[name] = weight.to(torch.float32, copy=True)
-    _check_names(held, shapes, source)
-    with torch.device("meta"):  # takes no memory, and has no values
-        model = GPT(config)
-    model.load_state_dict(held, assign=True)
-    return model.eval()
-
-
-def pad_vocabulary(wte: Tensor, config: GPTConfig) -> Tensor:
-    """Pad `wte` of `vocab_size` rows or more to `padded_vocab_size`.
-
-    The rows added are the mean of the others: by Jensen's inequality such a column is at most as
-    likely as the average token, so training starts within 0.001 nats of the unpadded loss.
-    """
-    padding = config.padded_vocab_size - len(wte)
-    if len(wte) < config.vocab_size or padding <= 0:
-        return wte
-    return torch.cat([wte, wte.mean(0, keepdim=True).expand(padding, -1)])
+    return fill_model(open_hf_folder(folder))
 
 
 def save_hf_folder(folder: Path, config: GPTConfig, weights: Iterable[tuple[str, Tensor]]) -> None:

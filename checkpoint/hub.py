@@ -11,7 +11,7 @@ HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 def locate_hf_folder(name: str) -> Path:
     """Return the folder that `name` is: a local path, or a hub name, which is downloaded.
 
-    A download takes `config.json` and the safetensors files only; each safetensors file is
+    A download takes `config.json` and the safetensors files or, without any, PyTorch's; each is
     checked against the SHA-256 that the hub states for it.
 
     Raises:
@@ -28,12 +28,14 @@ def locate_hf_folder(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        folder = Path(snapshot_download(repo, allow_patterns=["config.json", "*.safetensors"]))
+        folder = Path(snapshot_download(repo, allow_patterns=["config.json", "*.safetensors*"]))
+        if not any(folder.glob("*.safetensors")):  # a model of before these files
+            snapshot_download(repo, allow_patterns=["config.json", "pytorch_model*.bin*"])
     except (OSError, HfHubHTTPError) as error:
         reason = str(error).splitlines()[0]
         what = f"is not a local folder, and the hub could not provide it ({reason})"
         raise BadInput(name, what, "give a folder") from error
-    for file in folder.glob("*.safetensors"):
+    for file in (*folder.glob("*.safetensors"), *folder.glob("*.bin")):
         blob = file.resolve()  # the hub's cache names a large file by the SHA-256 that it states
         with blob.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()

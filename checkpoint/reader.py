@@ -1,16 +1,19 @@
 """Load the model that --ckpt names, whatever its format."""
 
+import functools
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from checkpoint.foreign import FIX_GIVE_ACCEPTED, load_foreign
-from checkpoint.hf_folder import fill_model, load_hf_folder
+from checkpoint.foreign import FIX_GIVE_ACCEPTED, open_foreign
+from checkpoint.hf_folder import open_hf_folder
 from checkpoint.hub import locate_hf_folder
 from checkpoint.layouts import step_weights
 from checkpoint.manifest import MANIFEST, newest_step, read_manifest
 from checkpoint.run_folder import STATUS
+from checkpoint.weights import Weights, fill_model
 from errors import BadInput
 from model import GPT, GPTConfig
 
@@ -30,28 +33,42 @@ def resolve_ckpt(ckpt: str) -> str:
 def load_model(ckpt: str) -> tuple[GPT, str]:
     """Build the model of a checkpoint, fp32 weights in evaluation mode, on the CPU.
 
-    Args:
-        ckpt: A run folder (its newest complete step), a step folder, a Hugging Face folder or hub
-            name, a build-nanogpt or nanoGPT .pt, or an llm.c .bin.
-
     Returns:
         The model, and the precision of the run that trained it ("fp32" if no run of ours did).
+
+    Raises:
+        BadInput: As `open_weights`, or a weight is missing, unknown, or not finite.
+    """
+    weights = open_weights(ckpt)
+    return fill_model(weights), weights.precision
+
+
+def open_weights(ckpt: str) -> Weights:
+    """Open the weights of a checkpoint.
+
+    Args:
+        ckpt: A run folder (its newest complete step), a step folder, a Hugging Face folder, one of
+            its files, or hub name, a .pt of build-nanogpt, nanoGPT and their like, or an llm.c
+            .bin.
 
     Raises:
         BadInput: It cannot be read; says what was found and what is accepted.
     """
     try:
-        return _load(Path(resolve_ckpt(ckpt)), ckpt)
+        return _open(Path(resolve_ckpt(ckpt)), ckpt)
     except OSError as error:
         raise BadInput(ckpt, f"cannot be read ({error.strerror})", FIX_GIVE_ACCEPTED) from error
 
 
-def _load(path: Path, ckpt: str) -> tuple[GPT, str]:
+def _open(path: Path, ckpt: str) -> Weights:
+    if path.suffix == ".safetensors" or path.name.startswith("pytorch_model"):
+        path, ckpt = path.parent, str(path.parent)
     if path.is_file():
-        return load_foreign(path), "fp32"
+        return open_foreign(path)
     if (path / MANIFEST).is_file():
         manifest = read_manifest(path)
-        return fill_model(GPTConfig(**manifest.model), step_weights(path), path), manifest.precision
+        read = functools.partial(step_weights, path)
+        return Weights(GPTConfig(**manifest.model), path, read, manifest.precision)
     if path.is_dir() and not (path / "config.json").is_file():
         names = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
         raise BadInput(f"{path}", f"a folder that holds {names}", FIX_GIVE_ACCEPTED)
@@ -59,9 +76,11 @@ def _load(path: Path, ckpt: str) -> tuple[GPT, str]:
         folder = locate_hf_folder(ckpt).resolve()
     except BadInput as error:
         raise BadInput(error.where, error.what, FIX_GIVE_ACCEPTED) from error
+    weights = open_hf_folder(folder)
     step = folder.parents[1] / "checkpoints" / folder.name  # if it is a run's consolidated folder
-    is_ours = (step / MANIFEST).is_file()
-    return load_hf_folder(folder), read_manifest(step).precision if is_ours else "fp32"
+    if not (step / MANIFEST).is_file():
+        return weights
+    return replace(weights, precision=read_manifest(step).precision)
 
 
 def precision_context(precision: str, device: str) -> torch.autocast:

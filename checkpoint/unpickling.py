@@ -4,6 +4,7 @@ import contextlib
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,28 @@ import torch
 
 from errors import BadInput
 
+ZIP_MAGIC = b"PK\x03\x04"  # of torch.save's files since PyTorch 1.6
+PICKLE_MAGIC = b"\x80"  # of those before
+FIX_COPY_AGAIN = "copy or download it again"
 # What PyTorch's readers raise on damaged files and on files of another format.
 DAMAGE = (RuntimeError, EOFError, KeyError, TypeError, ValueError, AttributeError, IndexError)
+REFUSED = re.compile(r"GLOBAL (\S+) was not an allowed")
+
+
+class Stranger:
+    """Stands for an object of any other class: it has its fields, and none of its code is run."""
+
+    def __init__(self, *_: Any) -> None:
+        """Take and drop what the constructor would have been given."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Take the fields of an object that keeps them in its `__dict__`."""
+        if isinstance(state, dict):
+            vars(self).update(state)
+
+
+def _empty_dict(*_: Any) -> dict[Any, Any]:
+    return {}
 
 
 @contextlib.contextmanager
@@ -26,36 +47,71 @@ def naming_pickled_code(path: Path) -> Iterator[None]:
     try:
         yield
     except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        found = f"the pickled object {refused[1]}" if refused else "pickled objects"
+        refused = re.search(r"GLOBAL (\S+)|error:\s*(\S.*)", str(error))
+        found = f"the pickled object {refused[1] or refused[2]}" if refused else "pickled objects"
         what = f"holds {found}, but only tensors are loaded"
-        raise BadInput(f"{path}", what, "consolidate it with the program that wrote it") from error
+        remedy = "save the model's state_dict() alone with the program that wrote it"
+        raise BadInput(f"{path}", what, remedy) from error
 
 
-def load_weights_only(path: Path, stand_in: tuple[type, str] | None = None) -> Any:
-    """Load a file of `torch.save` without running code from it; tensors stay mapped to the file.
+def load_weights_only(path: Path, mmap: bool = True) -> Any:
+    """Load a file of `torch.save` without running code from it.
 
     Args:
         path: The file.
-        stand_in: (class, "Name"): the class takes the fields of pickled objects whose own class
-            has that name, in any module; their class is neither imported nor run.
+        mmap: Tensors stay mapped to the file.
 
     Raises:
         BadInput: The file is missing or damaged, or holds more than tensors and plain values.
     """
-    allowed: list[Any] = []
     with naming_pickled_code(path):
         try:
-            if stand_in:
-                names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-                allowed = [(stand_in[0], n) for n in names if n.endswith(f".{stand_in[1]}")]
-            with torch.serialization.safe_globals(allowed):
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         except FileNotFoundError:
-            raise BadInput(f"{path}", "missing", "copy it again") from None
+            raise BadInput(f"{path}", "missing", FIX_COPY_AGAIN) from None
         except DAMAGE as error:
-            what = f"damaged ({str(error).splitlines()[0][:80]})"
-            raise BadInput(f"{path}", what, "copy it again") from error
+            what = f"damaged ({(str(error) or repr(error)).splitlines()[0][:80]})"
+            raise BadInput(f"{path}", what, FIX_COPY_AGAIN) from error
+
+
+def load_strangers_file(path: Path) -> Any:
+    """Load another program's file of `torch.save`, in the format of any version of PyTorch.
+
+    Objects beside the tensors become `Stranger`s: numpy's numbers, states of random generators,
+    options. Their classes are neither imported nor run.
+
+    Raises:
+        BadInput: The file is damaged, or holds what cannot be read so.
+    """
+    with path.open("rb") as file:
+        is_zip = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
+    if is_zip:
+        _check_zip(path)
+    stand_ins: dict[str, Any] = {}
+    while True:
+        with torch.serialization.safe_globals([(it, name) for name, it in stand_ins.items()]):
+            try:
+                return load_weights_only(path, mmap=is_zip)
+            except BadInput as error:
+                refused = REFUSED.search(str(error.__cause__))
+                if not refused:
+                    raise
+        # PyTorch leaves out the module of Python's own classes.
+        name = refused[1] if "." in refused[1] else f"builtins.{refused[1]}"
+        if name in stand_ins:
+            raise BadInput(f"{path}", f"holds {name} in a form that cannot be read", FIX_COPY_AGAIN)
+        is_dict = name == "collections.defaultdict"  # entries follow, which only a dict may take
+        stand_ins[name] = _empty_dict if is_dict else type(name, (Stranger,), {})
+
+
+def _check_zip(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as container:
+            broken = container.testzip()
+    except zipfile.BadZipFile as error:
+        raise BadInput(f"{path}", f"damaged ({error})", FIX_COPY_AGAIN) from error
+    if broken:
+        raise BadInput(f"{path}", f"damaged (checksum of {broken})", FIX_COPY_AGAIN)
 
 
 def allow_deepspeed_types() -> None:

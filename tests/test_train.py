@@ -270,6 +270,23 @@ def test_zero0_is_the_seeds_own_arithmetic(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("one_rank")
+def test_a_run_starts_from_all_that_can_be_evaluated(data_dir: Path, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    options = ["--batch_tokens", 256, "--eval_tokens", 256, "--lr", 0.01, "--warmup_steps", 0]
+    assert main(arguments(data_dir, first, 1, *options, "--max_steps", 2)) == 0
+    model, _ = load_model(str(first))
+    fields = {"n_head": model.config.n_head, "bias": True}
+    torch.save({"model": model.state_dict(), "config": fields}, tmp_path / "seed.pt")
+    losses = rows(first, "val/loss")
+    assert losses[2] < losses[0] - 0.01
+    for stage, given in ((1, first), (3, first / "checkpoints/step_000002"), (1, "seed.pt")):
+        run = tmp_path / f"from_{Path(given).name}"
+        more = [*options, "--max_steps", 1, "--init_from", tmp_path / given]
+        assert main(arguments(data_dir, run, stage, *more)) == 0
+        assert rows(run, "val/loss")[0] == pytest.approx(losses[2], abs=1e-3), given
+
+
+@pytest.mark.usefixtures("one_rank")
 def test_three_ranks_evaluate_in_step(data_dir: Path, tmp_path: Path) -> None:
     options = [
         "--max_steps",

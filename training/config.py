@@ -42,7 +42,7 @@ class TrainConfig:
     run_dir: Path = _flag(FROM_PRESET, "folder for everything the run writes (runs/MODEL)")
     ds_config: Path = _flag(Path("ds_configs/zero1.json"), "the engine's JSON")
     resume: str = _flag("auto", "auto: if there is a checkpoint; must; none: start over")
-    init_from: str = _flag("", "start from these weights: Hugging Face folder or hub name")
+    init_from: str = _flag("", "start from these weights: all that evaluation takes as --ckpt")
     batch_tokens: int = _flag(FROM_PRESET, "tokens per optimizer step, over all ranks (preset's)")
     micro_batch_size: int = _flag(
         0, "sequences per forward and rank; 0: a GPU takes what fits, a CPU 16"

@@ -26,6 +26,7 @@ from training.extension_locks import check_extension_locks
 from training.ranks import Ranks
 
 if TYPE_CHECKING:
+    from checkpoint.weights import Weights
     from data.shards import TokenStream
 
 
@@ -62,7 +63,7 @@ class Inputs:
 
     train_stream: TokenStream
     val_stream: TokenStream
-    init_folder: Path | None
+    init_weights: Weights | None
     checkpoints: list[Path]  # to go on from, the newest first; none for a new run
     order: dict[str, Any]  # what decides on which tokens a step is taken
 
@@ -108,8 +109,6 @@ def open_inputs(run: Run) -> Inputs:
     Raises:
         BadInput: Whatever cannot be trained on or started from; names the file or flag.
     """
-    from checkpoint.hf_folder import load_hf_config
-    from checkpoint.hub import locate_hf_folder
     from data.order import Order
     from data.shards import TokenStream, require_targets
 
@@ -131,14 +130,16 @@ def open_inputs(run: Run) -> Inputs:
     order["data"] = train_stream.fingerprint()
     checkpoints = find_checkpoints(config.run_dir, config.resume)
     _check_same_run(run, checkpoints, order)
-    init_folder = None
+    init_weights = None
     if config.init_from and not checkpoints:
-        init_folder = locate_hf_folder(config.init_from)
-        found = replace(load_hf_config(init_folder), dropout=config.dropout)
+        from checkpoint.reader import open_weights
+
+        init_weights = open_weights(config.init_from)
+        found = replace(init_weights.config, dropout=config.dropout)
         if found != gpt:
             what = f"is {found}, but --model {config.model} is {gpt}"
             raise BadInput(f"--init_from {config.init_from}", what, "give the --model that it is")
-    return Inputs(train_stream, val_stream, init_folder, checkpoints, order)
+    return Inputs(train_stream, val_stream, init_weights, checkpoints, order)
 
 
 def _check_compiler(run: Run) -> None:

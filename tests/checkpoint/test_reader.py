@@ -1,5 +1,11 @@
 """Every format that --ckpt takes gives the logits of Hugging Face's model with the same weights."""
 
+import argparse
+import collections
+import json
+import os
+import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -144,15 +150,185 @@ class Trap:
         self.path = path
 
     def __reduce__(self) -> tuple[object, ...]:
+        return (shutil.copy, (__file__, self.path))
+
+
+def nanogpt_content(hf: GPT2LMHeadModel) -> dict[str, object]:
+    args = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "bias": True}
+    return {"model": padded(linear_weights(hf)), "model_args": args}
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_objects_beside_the_weights_are_passed_over_and_their_code_is_not_run(
+    tmp_path: Path, is_zip: bool
+) -> None:
+    hf, sprung = build_hf("gelu"), tmp_path / "sprung"
+    options = argparse.Namespace(out_dir=tmp_path, device=torch.device("cpu"), trap=Trap(sprung))
+    beside = {
+        "args": options,
+        "best_val_loss": np.float64(3.5),
+        "rng": [random.getstate(), np.random.get_state(), torch.get_rng_state()],
+        "seen": collections.defaultdict(list, {"a": [1]}),
+        "scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(
+            torch.optim.AdamW(hf.parameters()), 10
+        ),
+    }
+    torch.save(
+        nanogpt_content(hf) | beside,
+        tmp_path / "x.pt",
+        _use_new_zipfile_serialization=is_zip,  # False: the format before PyTorch 1.6
+    )
+    assert_same_logits(tmp_path / "x.pt", hf)
+    assert not sprung.exists()
+
+
+def test_a_file_without_weights_by_name_is_refused_and_nothing_runs(tmp_path: Path) -> None:
+    sprung = tmp_path / "sprung"
+    for content, message in (
+        ({"model": {}, "config": Trap(sprung)}, "not a GPT-2"),
+        (build_hf(), r"holds a .*GPT2LMHeadModel, but no weights by name.* state_dict\(\)"),
+        ({"model": {}, "run": Blocked()}, r"holds the pickled object .*system"),
+        ({"model": {}, "run": Method(sprung)}, r"holds the pickled object .*builtins\.getattr"),
+        (linear_weights(build_hf()), "no 'model'"),
+    ):
+        torch.save(content, tmp_path / "x.pt")
+        with pytest.raises(ValueError, match=message) as caught:
+            load_model(str(tmp_path / "x.pt"))
+        assert "\n" not in str(caught.value)
+    assert not sprung.exists()
+
+
+class Method(Trap):
+    def __reduce__(self) -> tuple[object, ...]:
         return (Path.touch, (self.path,))
 
 
-def test_a_strangers_code_is_not_run(tmp_path: Path) -> None:
-    sprung = tmp_path / "sprung"
-    torch.save({"model": {}, "config": Trap(sprung)}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match=r"evil\.pt: holds the pickled object .*only tensors"):
-        load_model(str(tmp_path / "evil.pt"))
-    assert not sprung.exists()
+class Blocked:
+    """Would run a command when it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (os.system, ("false",))
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "module"])
+def test_lightnings_names_and_hugging_faces_orientation_are_read_in_a_pt(
+    tmp_path: Path, key: str
+) -> None:
+    hf = build_hf()
+    weights = {f"model.{name}": weight for name, weight in hf.state_dict().items()}
+    options = argparse.Namespace(n_head=2, n_layer=2)
+    torch.save({key: weights, "hyper_parameters": options}, tmp_path / "last.ckpt")
+    assert_same_logits(tmp_path / "last.ckpt", hf)
+
+
+def test_an_average_beside_the_model_is_no_guess(tmp_path: Path) -> None:
+    hf = build_hf("gelu")
+    content = nanogpt_content(hf)
+    weights = linear_weights(hf)
+    content["model"] = weights | {f"ema.{name}": weight for name, weight in weights.items()}
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="are the same weight of two models"):
+        load_model(str(tmp_path / "x.pt"))
+
+
+WRAPPED: dict[str, Callable[[str], str]] = {
+    "torch.compile": lambda name: f"_orig_mod.{name}",
+    "DDP": lambda name: f"module._orig_mod.{name}",
+    "FSDP": lambda name: name.replace(".h.0.", ".h.0._fsdp_wrapped_module."),
+    "activation checkpointing": lambda name: name.replace(
+        ".attn.", "._checkpoint_wrapped_module.attn."
+    ),
+    "compiled blocks": lambda name: name.replace(".h.1.", ".h.1._orig_mod."),
+    "a module of one's own": lambda name: f"network.gpt.{name}",
+    "GPT2Model": lambda name: name.removeprefix("transformer."),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_prefixes_of_wrappers_are_taken_off(tmp_path: Path, wrapper: str) -> None:
+    hf = build_hf()
+    hf.save_pretrained(tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    weights = {WRAPPED[wrapper](name): weight for name, weight in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    assert_same_logits(tmp_path / "hf", hf)
+    assert_same_logits(file, hf)
+
+
+def test_a_head_serves_for_embeddings_that_are_not_stored(tmp_path: Path) -> None:
+    hf = build_hf()
+    hf.save_pretrained(tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    weights = load_file(file)
+    weights["lm_head.weight"] = weights.pop("transformer.wte.weight")
+    save_file(weights, file, metadata={"format": "pt"})
+    assert_same_logits(tmp_path / "hf", hf)
+
+
+def move_into_pickles(folder: Path, is_zip: bool, n_files: int) -> None:
+    """Replace a folder's safetensors by what Hugging Face wrote before."""
+    hf = GPT2LMHeadModel.from_pretrained(folder)
+    masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 32, 32) for i in range(2)}
+    items = list((hf.state_dict() | masks).items())
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for i in range(n_files):
+        name = f"pytorch_model-{i + 1:05d}-of-{n_files:05d}.bin"
+        name = name if n_files > 1 else "pytorch_model.bin"
+        part = dict(items[i::n_files])
+        torch.save(part, folder / name, _use_new_zipfile_serialization=is_zip)
+        weight_map |= dict.fromkeys(part, name)
+    if n_files > 1:
+        index = {"metadata": {}, "weight_map": weight_map}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    torch.save({}, folder / "training_args.bin")
+
+
+@pytest.mark.parametrize(("is_zip", "n_files"), [(True, 1), (True, 3), (False, 1), (False, 2)])
+def test_a_hugging_face_folder_with_pickles_alone_is_read(
+    tmp_path: Path, is_zip: bool, n_files: int
+) -> None:
+    hf = build_hf()
+    hf.save_pretrained(tmp_path / "hf")
+    move_into_pickles(tmp_path / "hf", is_zip, n_files)
+    assert_same_logits(tmp_path / "hf", hf)
+    if n_files > 1:
+        last = tmp_path / "hf" / f"pytorch_model-{n_files:05d}-of-{n_files:05d}.bin"
+        last.unlink()
+        with pytest.raises(ValueError, match=rf"{last.name}: missing, but pytorch_model\.bin\.ind"):
+            load_model(str(tmp_path / "hf"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_positions": None, "n_ctx": 32},
+        {"n_positions": None, "max_position_embeddings": 32, "n_embd": None, "hidden_size": 32},
+        {"n_layer": None, "num_hidden_layers": 2, "n_head": None, "num_attention_heads": 2},
+        {"reorder_and_upcast_attn": True},
+        {"tie_word_embeddings": False},
+        {"activation_function": "gelu_fast"},
+        {"n_inner": 128, "summary_type": "mean", "attn_pdrop": 0.3, "use_cache": False},
+        {"architectures": ["GPT2Model"], "torch_dtype": "bfloat16", "model_type": None},
+    ],
+)
+def test_entries_of_a_configuration_that_change_no_result_are_taken(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
+    hf = build_hf()
+    hf.save_pretrained(tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    changed = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({key: v for key, v in changed.items() if v is not None}))
+    assert_same_logits(tmp_path / "hf", hf)
+
+
+def test_an_impossible_shape_names_its_file(tmp_path: Path) -> None:
+    build_hf().save_pretrained(tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(path.read_text().replace('"n_head": 2', '"n_head": 5'))
+    with pytest.raises(ValueError, match=r"config\.json: not a GPT-2 configuration .*n_head"):
+        load_model(str(tmp_path / "hf"))
 
 
 @pytest.mark.parametrize(
