@@ -19,6 +19,11 @@ LAUNCHERS = {
     "Cray PALS": ("PMI_RANK", "PMI_LOCAL_RANK", "PMI_SIZE", "PMI_LOCAL_SIZE"),
     "Slurm": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE"),
 }  # fmt: skip
+# Older Slurms have only these; srun gives each task those of its step.
+OLDER_NAMES = {
+    "SLURM_STEP_NUM_TASKS": ("SLURM_NTASKS", "SLURM_NPROCS"),
+    "SLURM_STEP_TASKS_PER_NODE": ("SLURM_TASKS_PER_NODE",),
+}
 BY_HAND = "set RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT for each"
 FIRST_SPECIAL_STEP = 0xFFFFFF00  # of Slurm: batch scripts, interactive shells
 
@@ -47,15 +52,18 @@ def find_tasks() -> Tasks | None:
         # Batch scripts and shells have some of Slurm's variables too: only a step has ranks.
         if launcher == "Slurm" and not _is_in_slurm_step():
             continue
+        names = tuple(map(_given_name, names))
         given = {name: read_number(name) for name in names[:3] if name in os.environ}
-        missing = [name for name in names if name not in os.environ]
+        if launcher == "Slurm" and names[3] in os.environ:
+            given.setdefault(names[2], sum(_slurm_task_counts(names[3])))
+        missing = [name for name in names if name not in os.environ and name not in given]
         if given.get(names[2]) == 1 and not given.get(names[0]):
             is_single = True
         elif given and missing:
             # Perhaps another launcher, whose names are partly the same, has set all of its own.
             incomplete = incomplete or missing
         elif given:
-            local_size = _slurm_local_size() if launcher == "Slurm" else read_number(names[3])
+            local_size = (_slurm_local_size if launcher == "Slurm" else read_number)(names[3])
             rank, local_rank, size = given.values()
             return Tasks(launcher, rank, local_rank, size, local_size)
     if "PMIX_RANK" in os.environ and not is_single and not incomplete:
@@ -79,17 +87,28 @@ def read_number(name: str) -> int:
     return int(value)
 
 
+def _given_name(name: str) -> str:
+    """Return the older name of a variable of Slurm where only that is set; else the name."""
+    names = (name, *OLDER_NAMES.get(name, ()))
+    return next((each for each in names if each in os.environ), name)
+
+
 def _is_in_slurm_step() -> bool:
     return "SLURM_STEP_ID" in os.environ and read_number("SLURM_STEP_ID") < FIRST_SPECIAL_STEP
 
 
-def _slurm_local_size() -> int:
-    """Return the tasks of this machine, of a list such as "2(x2),1"."""
-    name = "SLURM_STEP_TASKS_PER_NODE"
+def _slurm_task_counts(name: str) -> list[int]:
+    """Return the tasks of each machine, of a list such as "2(x2),1"."""
     listed = re.findall(r"(?:^|,)([0-9]+)(?:\(x([0-9]+)\))?(?=,|$)", os.environ[name])
     counts: list[int] = []
     for count, times in listed:
         counts += [int(count)] * int(times or 1)
+    return counts
+
+
+def _slurm_local_size(name: str) -> int:
+    """Return the tasks of this machine."""
+    counts = _slurm_task_counts(name)
     node = read_number("SLURM_NODEID") if len(counts) > 1 else 0
     if node >= len(counts):
         raise BadInput(name, f"{os.environ[name]!r} has no node {node}", BY_HAND)
@@ -117,17 +136,16 @@ def on_first_rank(comm: Any, work: Callable[[], Any]) -> Any:
     """Do something on rank 0 and return its result on all ranks; they wait for it.
 
     Raises:
-        ValueError: What rank 0 has raised, on all ranks.
+        BadInput: What rank 0 has raised, on all ranks.
     """
     result = None
     if comm.rank == 0:
         try:
             result = work()
-        except ValueError as error:
-            # Its text alone: not every library's error can be sent to other processes.
-            result = ValueError(str(error))
+        except BadInput as error:
+            result = error
     result = comm.bcast(result)  # all ranks
-    if isinstance(result, ValueError):
+    if isinstance(result, BadInput):
         raise result
     return result
 

@@ -51,7 +51,7 @@ class Pipeline:
         At most 2 · workers + 1 blocks are in memory.
 
         Raises:
-            ValueError: Bad input; the same on every rank.
+            BadInput: Damage; the same on every rank.
         """
         waiting: deque[tuple[list[FileBlock], Future[tuple[Tokens, Part]]]] = deque()
         with ThreadPoolExecutor(self.workers) as pool:
@@ -74,8 +74,8 @@ class Pipeline:
         file = self.reader.files[block.position.file]
         try:
             found = read_documents(block, file, self.reader.options, self.val_every, split)
-        except ValueError as error:
-            return no_tokens, Part(positions, error=str(error))
+        except BadInput as error:
+            return no_tokens, Part(positions, error=error)
         begins_file = block.position.record == block.position.offset == 0
         if begins_file or block.number % CHECK_EVERY == 0:
             self.encoder.compare_with_tiktoken(found.texts, file.name)
@@ -91,7 +91,7 @@ class Pipeline:
         parts = self.comm.allgather(part)  # all ranks: the sizes say where each one writes
         errors = [other.error for other in parts if other.error]
         if errors:
-            raise ValueError(errors[0])
+            raise errors[0]
         if any(other.positions != part.positions for other in parts):
             what = "the ranks do not read the same files"
             raise BadInput("INPUT", what, "put them on shared storage")

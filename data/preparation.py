@@ -26,7 +26,7 @@ def prepare(args: argparse.Namespace, comm: Any, prefix: str = "text") -> ShardI
     """Tokenise what `args` names into `args.out_dir` (all ranks); return what is there.
 
     Raises:
-        ValueError: Bad input or options, another dataset in the folder, or an empty split.
+        BadInput: Bad input or options, another dataset in the folder, or an empty split.
     """
     check_options(args)
     files, index = on_first_rank(comm, lambda: _find_source(args, prefix))

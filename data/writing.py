@@ -43,7 +43,7 @@ class Part:
     text_bytes: int = 0
     bad: Counter[str] = field(default_factory=Counter)
     messages: list[str] = field(default_factory=list)
-    error: str = ""
+    error: BadInput | None = None
 
 
 class ShardWriter:

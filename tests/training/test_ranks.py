@@ -62,6 +62,27 @@ def test_the_tasks_of_a_slurm_step_are_ranks(
 
 
 @pytest.mark.parametrize(
+    "given",
+    [
+        {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_TASKS_PER_NODE": "2(x2)"},
+        {"SLURM_STEP_ID": "0", "SLURM_NPROCS": "4", "SLURM_TASKS_PER_NODE": "2(x2)"},
+        {"SLURM_STEP_ID": "0", "SLURM_TASKS_PER_NODE": "2(x2)"},
+        {"SLURM_STEP_ID": "0", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"},
+        # A step that is smaller than its job.
+        {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+         "SLURM_NTASKS": "8", "SLURM_TASKS_PER_NODE": "4(x2)"},
+    ],
+)  # fmt: skip
+def test_the_variables_of_older_slurms_are_understood(
+    bare: pytest.MonkeyPatch, given: dict[str, str]
+) -> None:
+    for name, value in given.items():
+        bare.setenv(name, value)
+    give(bare, ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"), (3, 1, 1))
+    assert read_ranks() == Ranks(rank=3, local_rank=1, world_size=4, local_world_size=2)
+
+
+@pytest.mark.parametrize(
     "left",
     [
         {},  # the batch script: no step
