@@ -10,19 +10,25 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+if sys.flags.safe_path:  # python -I, -P: this folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+
 from checkpoint.run_folder import write_json
-from exit_status import BAD_INPUT, FAILED, FINISHED
+from errors import error_line, exit_status_of
+from exit_status import FINISHED
 from launch.planning.fitting import advice, explain_out_of_memory, plan_here, settle_micro_batch
 from training.config import TrainConfig, parse_flags, to_json
 from training.ds_config import precision, zero_stage
 from training.ranks import leave, ranks_or_exit, say_once
 from training.run import Inputs, Run, describe_run, open_inputs, resolve_run, take_run_dir
 from training.streams import outlive_readers
-from training.supervise import error_line, report, supervise
+from training.supervise import report, supervise
 from training.watchdog import Watchdog, group_timeout_s
 
 if TYPE_CHECKING:
@@ -54,9 +60,11 @@ def main(argv: list[str]) -> int:
         inputs = open_inputs(run)
         examples = open_hellaswag(run.config)
         folder = take_run_dir(run, inputs) if ranks.is_main else contextlib.nullcontext()
-    except (ValueError, OSError) as error:  # every rank of a machine finds the same
+    except Exception as error:  # of any kind: every rank of a machine finds the same
+        if "--debug" in argv:
+            traceback.print_exc()
         say_once(ranks, f"error: {error_line(error)}")
-        return BAD_INPUT if isinstance(error, ValueError) else FAILED
+        return exit_status_of(error)
     with folder:
         try:
             return supervise(run, functools.partial(train, run, inputs, examples))

@@ -21,6 +21,7 @@ if not __package__:  # run as a file: import from the repository root, exactly a
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from command_line import OneLineParser
+from errors import BadInput
 from exit_status import BAD_INPUT, FAILED, FINISHED, INTERRUPTED
 
 SHARD_TOKENS = 100_000_000  # build-nanogpt's shard
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace, prefix: str) -> int:
 
         comm = connect()
         index = prepare(args, comm, prefix)
-    except ValueError as error:  # the same on every rank: one speaks
+    except BadInput as error:  # the same on every rank: one speaks
         if comm.rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT

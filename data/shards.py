@@ -42,6 +42,8 @@ def find_shards(data_dir: Path, split: str) -> list[Path]:
             "x_train_1 (1).npy" beside "x_train_1.npy".
     """
     patterns = (f"*_{split}_*.npy", f"*_{split}_*.bin", f"*_{split}.bin", f"{split}.bin")
+    if data_dir.is_dir():
+        next(data_dir.iterdir(), None)  # raises where it cannot be read: glob finds nothing there
     files = {p: [f for f in data_dir.glob(p) if not f.name.startswith(".")] for p in patterns}
     found = {pattern: shards for pattern, shards in files.items() if shards}
     where = f"--data_dir {data_dir}"

@@ -15,8 +15,8 @@ if not __package__:  # run as a file: import from the repository root, exactly a
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from command_line import OneLineParser
-from errors import BadInput
-from exit_status import BAD_INPUT, FAILED, FINISHED
+from errors import BadInput, error_line, exit_status_of
+from exit_status import FAILED, FINISHED
 
 
 def main() -> int:
@@ -40,9 +40,9 @@ def main() -> int:
             return FINISHED if show_folder(args.data_dir, args.quiet) else FAILED
         show_step(args.data_dir, args.step, args.config)
         return FINISHED
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+    except (BadInput, OSError) as error:
+        print(f"error: {error_line(error)}", file=sys.stderr)
+        return exit_status_of(error)
 
 
 if __name__ == "__main__":

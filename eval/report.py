@@ -17,10 +17,9 @@ if not __package__:  # run as a file: import from the repository root, exactly a
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from command_line import OneLineParser
-from errors import BadInput
+from errors import BadInput, error_line, exit_status_of
 from eval import curves
 from eval.curves import RunCurves, best_values
-from exit_status import BAD_INPUT
 
 STYLE = "body{font:16px/1.5 sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
 STYLE += "img{max-width:100%}td,th{padding:.2rem .8rem;text-align:right}pre{white-space:pre-wrap}"
@@ -96,9 +95,9 @@ def main() -> int:
             status = STATUSES[result["on_track"]]
         else:
             result = write_report(runs, args.out)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+    except (BadInput, OSError) as error:
+        print(f"error: {error_line(error)}", file=sys.stderr)
+        return exit_status_of(error)
     for run in runs:
         best = []
         for key, found in best_values(run).items():

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from command_line import OneLineParser
-from errors import BadInput
-from exit_status import BAD_INPUT, FINISHED
+from errors import BadInput, error_line, exit_status_of
+from exit_status import FINISHED
 from model import GPTConfig
 from training.ranks import Ranks, leave, ranks_or_exit, say_once
 from training.streams import outlive_readers
@@ -134,9 +134,9 @@ def run_command(parser: argparse.ArgumentParser, command: Command) -> int:
     args, ranks = parser.parse_args(), ranks_or_exit()
     try:
         result = command(args, ranks)
-    except ValueError as error:
-        say_once(ranks, f"error: {error}")
-        return BAD_INPUT
+    except (BadInput, OSError) as error:
+        say_once(ranks, f"error: {error_line(error)}")
+        return exit_status_of(error)
     if ranks.is_main:
         print(json.dumps(result), flush=True)
     return FINISHED

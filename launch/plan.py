@@ -22,8 +22,8 @@ if not __package__:  # run as a file: import from the repository root, exactly a
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from command_line import OneLineParser
-from errors import BadInput
-from exit_status import BAD_INPUT, FAILED, FINISHED
+from errors import BadInput, error_line, exit_status_of
+from exit_status import FAILED, FINISHED
 from launch.planning.estimate import (
     Candidate,
     Cluster,
@@ -64,9 +64,9 @@ def main(argv: list[str]) -> int:
             rows = rank_candidates(config, candidates, cluster)
             value = estimate_to_json(rows[0], price)
             text = format_estimate(rows[0], rows[1:], price)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+    except (BadInput, OSError) as error:
+        print(f"error: {error_line(error)}", file=sys.stderr)
+        return exit_status_of(error)
     print(json.dumps(value) if args.json else text)
     return FINISHED if any(row.fits for row in rows) else FAILED
 

@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from exit_status import BAD_INPUT, FAILED, FINISHED
+from errors import BadInput, error_line, exit_status_of
+from exit_status import FAILED, FINISHED
 from training.config import parse_flags
 from training.ranks import leave, ranks_or_exit, say_once
 from training.run import resolve_run
-from training.supervise import error_line
 from training.watchdog import parse_timeouts
 
 if TYPE_CHECKING:  # it imports torch, for which --help does not wait
@@ -41,9 +41,9 @@ def main(argv: list[str]) -> int:
     ranks = ranks_or_exit()
     try:
         run = resolve_run(parse_flags(argv, __doc__ or ""), ranks)
-    except ValueError as error:  # every rank of a machine finds the same
+    except (BadInput, OSError) as error:  # every rank of a machine finds the same
         say_once(ranks, f"error: {error_line(error)}")
-        return BAD_INPUT
+        return exit_status_of(error)
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # else NCCL's time limit kills the rank
     from launch.checks.checklist import compare_all
     from launch.checks.survey import StopSurvey, Survey, survey_all
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
         leave_together(survey.store, ranks, timeout_s)
     except (OSError, ValueError, RuntimeError) as error:  # the last c10d's, when rank 0 is gone
         print(f"error: {socket.gethostname()}: {error_line(error)}", file=sys.stderr, flush=True)
-        return BAD_INPUT if isinstance(error, ValueError) else FAILED
+        return exit_status_of(error)
     return FAILED if outcome.findings else FINISHED
 
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from checkpoint.run_folder import write_status
-from errors import BadInput
-from exit_status import BAD_INPUT, FAILED, FINISHED, HUNG, INTERRUPTED, PREEMPTED
+from errors import error_line, exit_status_of
+from exit_status import BAD_INPUT, FINISHED, HUNG, INTERRUPTED, PREEMPTED
 from training.run import Run
 from training.streams import STDERR
 from training.watchdog import Watchdog, parse_timeouts
@@ -79,23 +79,10 @@ def _status_for_launcher(status: str) -> int:
     return EXIT_STATUSES[status]
 
 
-def error_line(error: Exception) -> str:
-    """Return `where: what. Fix: remedy` of an error."""
-    if isinstance(error, BadInput):
-        return str(error)
-    line = (str(error) or type(error).__name__).splitlines()[0]
-    if isinstance(error, OSError) and error.errno:
-        name = error.filename or "stdout or stderr"  # errors of all other files have their names
-        return f"{name}: {error.strerror}. Fix: correct that, then start again"
-    if "Fix: " in line:
-        return line
-    return f"{type(error).__name__}: {line}. Fix: see the traceback, --debug"
-
-
 def report(run: Run, error: Exception) -> int:
     """Print in one line what ended the run; return the exit status."""
     line = error_line(error)
-    exit_status = BAD_INPUT if isinstance(error, ValueError) else FAILED
+    exit_status = exit_status_of(error)
     if run.ranks.is_main:
         # Needs a human: does not count as a restart.
         more = {"starts": []} if exit_status == BAD_INPUT else {}
