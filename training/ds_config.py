@@ -7,6 +7,7 @@ here and may only be absent or "auto" in the file.
 import collections
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from training import ds_keys
 from training.config import BatchArithmetic, TrainConfig
 from training.ds_keys import KEYS, Review
 
+ROOT = Path(__file__).resolve().parents[1]
 ENGINE_KEYS = dict.fromkeys(key.partition(".")[0] for key in KEYS)
 # The values of these keys must be JSON objects.
 OBJECTS = ("zero_optimization", "bf16", "torch_autocast", "data_types", "activation_checkpointing")
@@ -41,7 +43,8 @@ def load_ds_config(path: Path) -> dict[str, Any]:
             known one), a derived key with a value of its own, or fp16.
     """
     name = str(path)
-    raw = _read_json(path)
+    is_shipped = path.parts[:1] == ("ds_configs",) and not os.path.exists(path)
+    raw = _read_json(ROOT / path if is_shipped else path)
     if not isinstance(raw, dict):
         what = f"is a {type(raw).__name__}, expected a JSON object"
         raise BadInput(name, what, "wrap it in { }")
@@ -79,7 +82,7 @@ def _read_json(path: Path) -> Any:
     except OSError as error:
         is_missing = isinstance(error, FileNotFoundError)
         what = "no such file" if is_missing else f"cannot be read ({error.strerror})"
-        raise BadInput(f"--ds_config {path}", what, "give one of ds_configs/") from error
+        raise BadInput(f"--ds_config {path}", what, f"give one of {ROOT}/ds_configs") from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadInput(str(path), f"is not JSON ({error})", "correct it") from error
 

@@ -27,15 +27,20 @@ def check_extension_locks(ranks: Ranks) -> None:
     """
     if "FileLock(" in _builder().read_text(encoding="utf-8"):
         return  # from PyTorch 2.15 on the kernel frees the lock, and its file stays
-    home = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
     is_shared = ranks.local_world_size < ranks.world_size
-    for lock in Path(home).rglob("lock"):
+    for lock in extensions_folder().rglob("lock"):
         with contextlib.suppress(FileNotFoundError):  # its build has just ended
             age_s = time.time() - lock.stat().st_mtime
             is_stale = not _is_held(lock) and (not is_shared or age_s > STALE_LOCK_S)
             # The build may have ended while the processes were searched for its holder.
             if is_stale and lock.exists():
                 raise BadInput(str(lock), "left by a build that was killed", f"rm {lock}")
+
+
+def extensions_folder() -> Path:
+    """Return where PyTorch builds extensions; it begins with ~ where nobody knows the home."""
+    cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache, "torch_extensions"))
 
 
 def _builder() -> Path:

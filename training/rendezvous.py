@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import json
 import os
+import re
 import socket
 import subprocess
 import time
@@ -33,15 +34,20 @@ def choose_device(ranks: Ranks) -> torch.device:
     Products of fp32 take TF32 on a GPU, as in the recipe. Ranks of a machine share its cores.
 
     Raises:
-        BadInput: The GPU of this rank does not exist, or the accelerator is Apple's MPS.
+        BadInput: The GPU of this rank does not exist, or the accelerator is Apple's MPS or absent.
     """
     wants_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
     if torch.backends.mps.is_available() and not wants_cpu:
         raise BadInput("Apple's MPS", "is not supported", "set DS_ACCELERATOR=cpu")
-    if "OMP_NUM_THREADS" not in os.environ:  # ranks that all take every core starve each other
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    accelerator = os.environ.setdefault("DS_ACCELERATOR", found)  # DeepSpeed warns if it guesses
+    if accelerator not in (found, "cpu"):
+        what = f"is {accelerator!r}, but PyTorch finds {found} here"
+        raise BadInput("DS_ACCELERATOR", what, f"set {found}, or unset it")
+    # Ranks that all take every core starve each other; libgomp ignores what is no number above 0.
+    if not re.match("[1-9]", os.environ.get("OMP_NUM_THREADS", "")):
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world_size))
-    if wants_cpu or not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guessed
+    if accelerator == "cpu":
         return torch.device("cpu")
     n_gpus = torch.cuda.device_count()
     if ranks.local_rank >= n_gpus:
@@ -69,9 +75,10 @@ def rendezvous(ranks: Ranks, timeout_s: float) -> Store:
         store = _open_store(ranks, datetime.timedelta(seconds=timeout_s))
         came = all_gather_json(store, ranks, "came", True, timeout_s)  # all ranks
     except RuntimeError as error:  # c10d's errors of store and network
-        if "EADDRINUSE" in str(error):
-            remedy = "free it, or give another --master_port"
-            raise OSError(f"{address}: in use. Fix: {remedy}") from error
+        if "failed to bind" in str(error) or "failed to listen" in str(error):
+            what = "in use" if "EADDRINUSE" in str(error) else "no port that this user may take"
+            remedy = f"free it, or give another in MASTER_PORT or --master_port, e.g. {free_port()}"
+            raise OSError(f"{address}: {what}. Fix: {remedy}") from error
         _check_name(os.environ["MASTER_ADDR"])
         cause = str(error).splitlines()[0][:MAX_ERROR_CHARS]
         what = f"rank 0 at {address} did not gather all ranks within {timeout_s:.0f} s ({cause})"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 from checkpoint.manifest import checkpoint_bytes, find_checkpoints, read_manifest, step_of
 from checkpoint.run_folder import check_empty, check_not_lost, lock_run_dir
 from errors import BadInput
+from training.compiler import check_compile, check_offload
 from training.config import (
     BatchArithmetic,
     TrainConfig,
@@ -116,7 +115,10 @@ def open_inputs(run: Run) -> Inputs:
     refuse_credentials(to_json(config), "--")
     refuse_credentials(run.ds_config, f"{config.ds_config}: ")
     check_extension_locks(run.ranks)
-    _check_compiler(run)
+    if config.compile == "true":
+        check_compile()
+    if offloads(run.ds_config, "optimizer"):
+        check_offload()
     if config.run_dir.exists() and not config.run_dir.is_dir():
         raise BadInput(f"--run_dir {config.run_dir}", "is a file", "give a folder")
     verify = config.verify and run.ranks.local_rank == 0  # once per machine
@@ -140,15 +142,6 @@ def open_inputs(run: Run) -> Inputs:
             what = f"is {found}, but --model {config.model} is {gpt}"
             raise BadInput(f"--init_from {config.init_from}", what, "give the --model that it is")
     return Inputs(train_stream, val_stream, init_weights, checkpoints, order)
-
-
-def _check_compiler(run: Run) -> None:
-    needs_compiler = run.config.compile == "true" or offloads(run.ds_config, "optimizer")
-    compiler = os.environ.get("CXX", "g++")
-    if needs_compiler and not shutil.which(compiler):
-        where = "--compile" if run.config.compile == "true" else "offload"
-        what = f"there is no C++ compiler {compiler!r}"
-        raise BadInput(where, what, "install g++, or name another in CXX")
 
 
 def _check_same_run(run: Run, checkpoints: list[Path], order: dict[str, Any]) -> None:

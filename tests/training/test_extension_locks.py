@@ -46,3 +46,10 @@ def test_on_a_shared_folder_a_young_lock_may_be_another_machines(lock: Path) -> 
     os.utime(lock, (0, time.time() - 601))
     with pytest.raises(ValueError, match="Fix: rm "):
         check_extension_locks(ranks)
+
+
+def test_a_user_without_a_home_has_no_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)  # nobody has it in /etc/passwd
+    check_extension_locks(Ranks())

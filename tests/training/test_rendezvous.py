@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from training.ranks import Ranks
-from training.rendezvous import free_port, rendezvous
+from training.rendezvous import choose_device, free_port, rendezvous
 
 
 def first_of(n_ranks: int, address: str, port: int, monkeypatch: pytest.MonkeyPatch) -> Ranks:
@@ -117,3 +117,12 @@ def test_half_an_address_is_named(given: dict[str, str], monkeypatch: pytest.Mon
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=r"MASTER_.* Fix: "):
         rendezvous(Ranks(rank=1, local_rank=1, world_size=2, local_world_size=2), timeout_s=1)
+
+
+@pytest.mark.parametrize("name", ["", "tpu", "xpu"])
+def test_an_accelerator_that_is_not_here_is_named(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", name)
+    with pytest.raises(ValueError, match=rf"DS_ACCELERATOR: is '{name}', but PyTorch.*Fix: set "):
+        choose_device(Ranks())
