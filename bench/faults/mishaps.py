@@ -147,7 +147,7 @@ def run_with_fault(folder: Path, run_dir: Path, case: str) -> Result:
     # Where the disk has no space for the logs, it has none for what the process prints either.
     status_file = run_dir / "run_status.json"
     printed = log.read_text(encoding="utf-8") + status_file.read_text(encoding="utf-8")
-    expected = f"({run_dir}|stderr).*Fix: " if is_full else f"not done after {LIMIT_S} s"
+    expected = f"({run_dir}|this machine).*Fix: " if is_full else f"not done after {LIMIT_S} s"
     if not re.search(expected, printed):
         result |= {"ok": False, "problem": f"the log does not say {expected!r}"}
     return result
