@@ -21,8 +21,16 @@ from command_line import OneLineParser
 from errors import BadInput
 from exit_status import BAD_INPUT, FINISHED
 
-HOST = r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?"
-LINE = re.compile(rf"(?P<host>{HOST})\s+slots=(?P<slots>[1-9][0-9]{{0,4}})")
+NAME = r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?"
+MAX_SLOTS = r"(\s+max[_-]slots\s*=\s*[0-9]+)?"  # Open MPI's; never reached, for slots is the number
+SLOTS = r"\s+slots\s*=\s*(?P<slots>[1-9][0-9]{0,4})"
+LINE = re.compile(rf"(?P<host>({NAME}@)?(?P<name>{NAME})){MAX_SLOTS}{SLOTS}{MAX_SLOTS}")
+FAULTS = {  # the first one that a line begins with
+    r"(\S+@)?\[?[0-9A-Fa-f]*:[0-9A-Fa-f]*:": "is an IPv6 address, which DeepSpeed does not take",
+    r"[\w.@-]+:[0-9]": "has a colon: a port is given as --ssh_port, slots as slots=8",
+    r"\S*?(?P<bad>[^\w.@\s-])": "has {bad!r} in its name, which takes A-Z, a-z, 0-9, _, . and -",
+    r"": "is not a host (or user@host) and slots=1 to slots=99999",
+}
 MAX_BYTES = 2**20
 
 
@@ -30,14 +38,14 @@ def read_hostfile(path: Path) -> dict[str, int]:
     """Return the slots of each host, in order.
 
     Raises:
-        BadInput: No file, everybody can write to it, or a line is something else; names it.
+        BadInput: No text, everybody can write to it, or a line is something else; names it.
     """
-    if not path.is_file():
+    if not path.exists():
         raise BadInput(f"--hostfile {path}", "no such file", "python launch/hostfile.py writes one")
     check_not_open_to_all(path)
     if path.stat().st_size > MAX_BYTES:
         raise BadInput(str(path), f"over {MAX_BYTES:,} bytes", "give one line per machine")
-    return parse_hostfile(path.read_text(errors="replace", encoding="utf-8-sig"), str(path))
+    return parse_hostfile(text_of("--hostfile", path), str(path))
 
 
 def parse_hostfile(text: str, name: str) -> dict[str, int]:
@@ -47,18 +55,28 @@ def parse_hostfile(text: str, name: str) -> dict[str, int]:
         BadInput: A line is something else; names it.
     """
     hosts: dict[str, int] = {}
-    for number, line in enumerate(map(str.strip, text.splitlines()), 1):
-        if not line or line.startswith("#"):
+    machines = set()  # without users, in lower case
+    for number, commented in enumerate(text.splitlines(), 1):
+        line = commented.partition("#")[0].strip()
+        if not line:
             continue
         match = LINE.fullmatch(line)
-        if not match or match["host"] in hosts:
-            what = "given before" if match else "not a host and its slots"
+        machine = match["name"].lower() if match else ""
+        if not match or machine in machines:
+            what = "is given before" if match else fault_of(line[:400])
             remedy = f"give a line like node-{number} slots=8"
-            raise BadInput(f"{name}:{number}", f"{line[:60]!r} is {what}", remedy)
+            raise BadInput(f"{name}:{number}", f"{line[:60]!r} {what}", remedy)
+        machines.add(machine)
         hosts[match["host"]] = int(match["slots"])
     if not hosts:
         raise BadInput(name, "names no host", "give lines like node-1 slots=8")
     return hosts
+
+
+def fault_of(line: str) -> str:
+    """Return what is wrong with a line that is not a host and its slots."""
+    matches = [(re.match(pattern, line, re.ASCII), what) for pattern, what in FAULTS.items()]
+    return next(what.format(**match.groupdict()) for match, what in matches if match)
 
 
 def check_not_open_to_all(path: Path) -> None:
@@ -94,11 +112,19 @@ def listed_hosts(path: Path) -> list[str]:
     Raises:
         BadInput: It cannot be read.
     """
+    return re.sub("#.*", "", text_of("--list", path)).split()
+
+
+def text_of(flag: str, path: Path) -> str:
+    """Return the text of a file in UTF-8, without a byte order mark.
+
+    Raises:
+        BadInput: It is no such file, or not this user's to read.
+    """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"--list {path}", "cannot be read", "give a text file of names") from error
-    return re.sub("#.*", "", text).split()
+        raise BadInput(f"{flag} {path}", "cannot be read", "give a text file in UTF-8") from error
 
 
 def main() -> int:

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,30 @@ def test_a_byte_order_mark_is_dropped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("line", "host"),
+    [
+        ("w slots=2 # eight", "w"),
+        ("w slots=2#eight", "w"),
+        ("alice@w slots=2", "alice@w"),
+        ("svc-ml.x@10.0.0.7 slots=2", "svc-ml.x@10.0.0.7"),
+        ("gpu_node_1 slots=2", "gpu_node_1"),
+        ("GPU-1.Example.COM slots=2", "GPU-1.Example.COM"),
+        ("w slots=2 max_slots=4", "w"),
+        ("w max-slots=4 slots=2", "w"),
+        ("w\tslots = 2", "w"),
+        ("w slots=2 \r", "w"),
+        ("localhost slots=2", "localhost"),
+    ],
+)
+def test_lines_of_other_programs_and_systems_are_taken(
+    tmp_path: Path, line: str, host: str
+) -> None:
+    path = tmp_path / "hostfile"
+    path.write_bytes(f"# ours\r\n\r\n{line}\r\nlast slots=1".encode())
+    assert read_hostfile(path) == {host: 2, "last": 1}
+
+
+@pytest.mark.parametrize(
     "line",
     [
         "-oProxyCommand=touch${IFS}x slots=1",
@@ -35,8 +60,15 @@ def test_a_byte_order_mark_is_dropped(tmp_path: Path) -> None:
         "w`id` slots=2",
         "w slots=0",
         "w",
-        "w slots=2 # eight",
-        "user@w slots=2",
+        "w slots=2 slots=4",
+        "w slots=2 cores=4",
+        "alice@bob@w slots=2",
+        "@w slots=2",
+        "bob@first slots=2",
+        "FIRST slots=2",
+        "w. slots=2",
+        "http://w slots=2",
+        "DOMAIN\\\\alice@w slots=2",
         "../w slots=2",
         "w- slots=1",
         "a" * 300 + " slots=1",
@@ -48,6 +80,48 @@ def test_what_is_no_host_is_refused_by_line(tmp_path: Path, line: str) -> None:
     path = write(tmp_path, f"first slots=1\n{line}\n")
     with pytest.raises(ValueError, match=f"{path}:2: .* Fix: "):
         read_hostfile(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("::1 slots=8", "is an IPv6 address, "),
+        ("fe80::1%eth0 slots=8", "is an IPv6 address, "),
+        ("alice@[2001:db8::1] slots=8", "is an IPv6 address, "),
+        ("[::1]:22 slots=8", "is an IPv6 address, "),
+        ("w:22 slots=8", "a port is given as --ssh_port"),
+        ("w:8", "slots as slots=8"),
+        ("node[01-04] slots=8", "has '[' in its name"),
+        ("w,x slots=8", "has ',' in its name"),
+        ("w$(id) slots=8", "has '$' in its name"),
+        ("w`id` slots=8", "has '`' in its name"),
+        ("w;id slots=8", "has ';' in its name"),
+        ("knoten-ä slots=8", "has 'ä' in its name"),
+        ("w", "slots=1 to slots=99999"),
+        ("w slots=0", "slots=1 to slots=99999"),
+        ("a" + " " * 2**18 + "x", "slots=1 to slots=99999"),
+    ],
+)
+def test_a_line_is_refused_by_what_is_wrong_with_it(tmp_path: Path, line: str, what: str) -> None:
+    with pytest.raises(ValueError, match=r":2: .* Fix: give a line like node-2 slots=8") as refused:
+        read_hostfile(write(tmp_path, f"first slots=1\n{line}\n"))
+    assert what in str(refused.value)
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root reads every file")
+def test_a_file_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "w slots=1\n")
+    path.chmod(0)
+    with pytest.raises(ValueError, match=f"--hostfile {path}: cannot be read"):
+        read_hostfile(path)
+
+
+def test_a_folder_and_a_file_in_utf_16_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "hostfile"
+    path.write_text("w slots=1\n", encoding="utf-16")
+    for no_text in (tmp_path, path):
+        with pytest.raises(ValueError, match=f"--hostfile {no_text}: cannot be read. Fix: give a"):
+            read_hostfile(no_text)
 
 
 def test_the_example_is_read_alike_here_and_by_deepspeed() -> None:
