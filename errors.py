@@ -4,6 +4,8 @@ import re
 
 from exit_status import BAD_INPUT, FAILED
 
+# What compilers and linkers write, as FILE:LINE:COLUMN: fatal error: …; not "CUDA error: …".
+COMPILER_ERROR = ": (fatal )?error: |cannot find -l"
 # Words of the machine's failures, and what to do about them.
 REMEDIES = (
     (r"Python\.h", "install Python's headers, e.g. apt install python3-dev"),
@@ -13,10 +15,9 @@ REMEDIES = (
     ("Read-only file system", "give one that is writable"),
     ("Too many open files", "ulimit -n 65536, then start again"),
     ("surrogates not allowed", "export LC_ALL=C.UTF-8"),
-    ("error: |cannot find -l", "install or repair g++, or name another in CXX"),
+    (COMPILER_ERROR, "install or repair g++, or name another in CXX"),
 )
-# Lines of compilers and linkers, and of paths that are no UTF-8.
-MACHINE_ERROR = re.compile("error: |cannot find -l|No space left|surrogates not allowed")
+MACHINE_ERROR = re.compile(f"{COMPILER_ERROR}|No space left|surrogates not allowed")
 
 
 class BadInput(ValueError):  # noqa: N818  # reads as what it is

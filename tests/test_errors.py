@@ -49,6 +49,7 @@ ENDED = RuntimeError("Command '['ninja', '-v']' returned non-zero exit status 1.
         (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "this machine: Too many .*: ulimit -n"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), "/x: Permission denied. Fix: g"),
         (RuntimeError("ours\nand more"), "RuntimeError: ours. Fix: see the traceback"),
+        (RuntimeError("CUDA error: out of memory"), "RuntimeError: CUDA error: out of .*traceback"),
     ],
 )
 def test_the_root_cause_is_one_line(error: Exception, line: str) -> None:
