@@ -4,15 +4,13 @@ A block is about a MiB of one file: whole lines, whole rows, or a part of a `.tx
 where no token can reach across. Blocks are numbered in order; of several ranks, each takes its own.
 """
 
-import lzma
 import re
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
 from data.index import Position
-from data.opening import Opener, unpack
+from data.opening import UNPACK_ERRORS, Opener, unpack
 from data.plain_text import BLANK, FIX_OR_SKIP, SKIP, check_text, last_cut, split_documents
 from data.sources import HUB, LINES, ROWS, TEXT, SourceFile
 from errors import BadInput
@@ -112,7 +110,7 @@ class Reader:
                     yield from read[file.kind](raw, file, at)
             except BadInput as error:
                 yield self._next_block(at, error, file.n_bytes)
-            except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+            except UNPACK_ERRORS as error:
                 # The network's fault is no fault of the file: it is never left out.
                 if file.url.startswith(HUB):
                     raise OSError(f"{file.url}: {error}. Fix: start again") from error
@@ -154,7 +152,9 @@ class Reader:
     def _read_lines(self, raw: BinaryIO, file: SourceFile, at: Position) -> Iterator[FileBlock]:
         record, offset = at.record, at.offset
         stream = unpack(raw, file.packing)
-        _skip(stream, offset)
+        if stream.seek(offset) != offset:  # decompresses up to there
+            what = f"ends before byte {offset:,} of its lines, where the preparation stopped"
+            raise BadInput(file.url, what, "put back the whole file, or give an empty --out_dir")
         while True:
             data = stream.read(self.options.block_bytes)
             if not data:
@@ -177,7 +177,7 @@ class Reader:
             offset = end
 
     def _check_size(self, file: SourceFile, n_bytes: int) -> None:
-        if file.packing and n_bytes > self.options.max_bytes:
+        if n_bytes > max(file.n_bytes, self.options.max_bytes):
             what = f"expands beyond {self.options.max_bytes:,} bytes"
             raise BadInput(file.url, what, "raise --max_bytes if it is meant to")
 
@@ -233,14 +233,6 @@ class Reader:
 
 def _unreadable(where: str, error: Exception) -> BadInput:
     return BadInput(where, f"cannot be read ({' '.join(str(error).split())})", FIX_OR_SKIP)
-
-
-def _skip(stream: BinaryIO, n_bytes: int) -> None:
-    if stream.seekable():
-        stream.seek(n_bytes)  # in a .gz or .xz: reads up to there
-        return
-    while n_bytes:
-        n_bytes -= len(stream.read(min(n_bytes, 2**20)))
 
 
 def _refuse_pointer(raw: BinaryIO, name: str) -> None:

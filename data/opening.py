@@ -1,11 +1,17 @@
 """Open source files as they are stored, downloaded or streamed, and decompress them."""
 
 import bz2
+import contextlib
 import gzip
 import hashlib
 import io
 import lzma
+import re
+import sys
+import zlib
 from concurrent.futures import Future
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from threading import Thread
 from typing import Any, BinaryIO
@@ -20,6 +26,17 @@ from data.index import hash_file
 from data.sources import HUB, SourceFile, split_url
 
 DECOMPRESSORS: dict[str, Any] = {".xz": lzma.LZMADecompressor, ".bz2": bz2.BZ2Decompressor}
+UNPACK_ERRORS: tuple[type[Exception], ...] = (OSError, EOFError, lzma.LZMAError, zlib.error)
+ZSTD = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
+with contextlib.suppress(ImportError):  # without it only .zst cannot be read
+    zstd: Any = import_module(ZSTD)
+    # 2 GiB of memory at most, as zstd --long=31 needs; by default 128 MiB.
+    options = {zstd.DecompressionParameter.window_log_max: 31}
+    DECOMPRESSORS[".zst"] = partial(zstd.ZstdDecompressor, options=options)
+    UNPACK_ERRORS += (zstd.ZstdError,)
+# How a packed file begins, or JSON lines that were unpacked on their way.
+PACKED = rb"(?P<gz>\x1f\x8b)|(?P<xz>\xfd7zXZ)|(?P<bz2>BZh)|(?P<zst>\(\xb5/\xfd)|(?P<json>\s*[{[])"
+HEAD_BYTES = 1024
 BUFFER_BYTES = 2**20
 READ_AHEAD_BYTES = 2**23  # of a file that is streamed from the hub
 SHA256_LETTERS = 64
@@ -88,13 +105,18 @@ class Opener:
 
 
 def unpack(raw: BinaryIO, packing: str) -> BinaryIO:
-    """Return the decompressed stream of an open file."""
+    """Return the decompressed stream of an open file, by its first bytes, else by its suffix.
+
+    Raises:
+        ImportError: There is no decompressor for it.
+    """
+    start = re.match(PACKED, raw.read(HEAD_BYTES))
+    raw.seek(0)
+    packing = f".{start.lastgroup}" if start else packing
     if packing == ".gz":
         return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value] # is one in all but name
     if packing in DECOMPRESSORS:
         return io.BufferedReader(DecompressReader(raw, DECOMPRESSORS[packing]))  # type: ignore
     if packing == ".zst":
-        import pyarrow
-
-        return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))  # type: ignore
+        raise ImportError(f".zst needs {ZSTD}. Fix: pip install -c constraints.txt {ZSTD}")
     return raw

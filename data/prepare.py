@@ -86,7 +86,7 @@ def run(args: argparse.Namespace, prefix: str) -> int:
         if comm.rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
-    except (OSError, KeyboardInterrupt) as error:  # on this rank only, perhaps: a full disk
+    except (OSError, ImportError, KeyboardInterrupt) as error:  # of this rank only, perhaps
         is_stop = isinstance(error, KeyboardInterrupt)
         what, status = ("stopped", INTERRUPTED) if is_stop else (error, FAILED)
         print(f"error: {what}. Whole shards stay; the same command continues", file=sys.stderr)

@@ -11,10 +11,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import lzma
 import math
 import sys
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 if not __package__:  # run as a file: import from the repository root, exactly as train.py does
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data.opening import unpack
+from data.opening import UNPACK_ERRORS, unpack
 from data.tokenizer import load_tokenizer
 from errors import BadInput
 from eval.packing import FORWARD_TOKENS, N_ENDINGS, Example, crop_contexts, sum_ending_losses
@@ -65,7 +63,7 @@ def _read_lines(path: Path) -> list[bytes]:
     try:
         with path.open("rb") as raw, unpack(raw, path.suffix) as text:
             content = text.read()
-    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+    except (*UNPACK_ERRORS, ImportError, ValueError) as error:
         raise BadInput(f"--data {path}", f"cannot be read ({error})", "give a file") from error
     if path == VALIDATION and hashlib.sha256(content).hexdigest() != VALIDATION_SHA256:
         what = "is not the published validation set (wrong SHA-256)"
