@@ -4,22 +4,18 @@ A block is about a MiB of one file: whole lines, whole rows, or a part of a `.tx
 where no token can reach across. Blocks are numbered in order; of several ranks, each takes its own.
 """
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
+from data.fields import find_field, name_fields
 from data.index import Position
-from data.opening import UNPACK_ERRORS, Opener, unpack
-from data.plain_text import BLANK, FIX_OR_SKIP, SKIP, check_text, last_cut, split_documents
+from data.opening import HEAD_BYTES, UNPACK_ERRORS, Opener, unpack
+from data.plain_text import check_text, last_cut, split_documents
+from data.remedies import FIX_OR_SKIP, refuse_other_forms
 from data.sources import HUB, LINES, ROWS, TEXT, SourceFile
 from errors import BadInput
 
-POINTERS = {
-    "Git LFS": re.compile(rb"version https?://(git-lfs|hawser)\.github\.com/spec/"),
-    "git-annex": re.compile(rb"[./]*(\.git)?/annex/objects/"),
-}
-POINTER_BYTES = 100  # more than the beginning of a pointer
 MAX_ROWS = 1024  # of a block: repeated cells are stored once, and are longer than the sizes say
 TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary")  # of pyarrow
 
@@ -106,7 +102,8 @@ class Reader:
                 if not file.n_bytes:
                     raise BadInput(file.url, "empty file", FIX_OR_SKIP)
                 with self.opener.open(number) as raw:
-                    _refuse_pointer(raw, file.url)
+                    refuse_other_forms(raw.read(HEAD_BYTES), file)
+                    raw.seek(0)
                     yield from read[file.kind](raw, file, at)
             except BadInput as error:
                 yield self._next_block(at, error, file.n_bytes)
@@ -126,7 +123,7 @@ class Reader:
 
     def _read_text(self, raw: BinaryIO, file: SourceFile, at: Position) -> Iterator[FileBlock]:
         literal = self.options.literal_endoftext
-        check_text(raw, file.url, literal, self.options.max_line_bytes)
+        check_text(raw, file, literal, self.options.max_line_bytes)
         raw.seek(at.offset)
         record, offset = at.record, at.offset
         size = self.options.block_bytes
@@ -172,6 +169,8 @@ class Reader:
                     self._check_size(file, end)
                 n_lines += 1
             self._check_size(file, end)
+            if not offset:
+                refuse_other_forms(data, file)
             yield self._next_block(Position(at.file, record, offset), data, raw.tell())
             record += n_lines
             offset = end
@@ -188,7 +187,8 @@ class Reader:
             table = parquet.ParquetFile(raw, pre_buffer=False)
         except ArrowException as error:
             raise OSError(error) from error
-        column = _text_column(table, file.url, self.options.text_column)
+        path = _text_path(table, file.url, self.options.text_column)
+        column = [leaf.path for leaf in table.schema].index(".".join(path))
         n_rows = max(1, table.metadata.num_rows)
         first = 0
         for group in range(table.num_row_groups):
@@ -201,7 +201,7 @@ class Reader:
             numbers = range(self.n_blocks, self.n_blocks + n_wanted)
             data: Iterable[Data] = [None] * len(begins)
             if any(self._is_mine(number) for number in numbers):
-                data = self._read_group(table, file.url, group, rows)
+                data = self._read_group(table, file.url, group, rows, path)
             for begin, cells in zip(begins, data, strict=True):
                 if begin >= at.record:
                     stored_bytes = file.n_bytes * min(n_rows, begin + rows) // n_rows
@@ -209,19 +209,19 @@ class Reader:
             first += size.num_rows
 
     def _read_group(
-        self, table: Any, name: str, group: int, rows: int
+        self, table: Any, name: str, group: int, rows: int, path: list[str]
     ) -> Iterator[Cells | BadInput]:
         """Yield the column of text, `rows` at a time; from damage on, what is wrong instead."""
-        from pyarrow import ArrowException
+        from pyarrow import ArrowException, compute
 
         left = table.metadata.row_group(group).num_rows
         wrong: Exception = EOFError("too few rows")
         try:
-            for batch in table.iter_batches(rows, [group], [self.options.text_column]):
+            for batch in table.iter_batches(rows, [group], [".".join(path)]):
                 if not left or len(batch) != min(rows, left):
                     break
                 left -= len(batch)
-                yield Cells(batch.column(0))
+                yield Cells(compute.struct_field(batch.to_struct_array(), path))  # type: ignore
         except (ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno:  # the disk's or the network's fault
                 raise
@@ -235,26 +235,25 @@ def _unreadable(where: str, error: Exception) -> BadInput:
     return BadInput(where, f"cannot be read ({' '.join(str(error).split())})", FIX_OR_SKIP)
 
 
-def _refuse_pointer(raw: BinaryIO, name: str) -> None:
-    head = raw.read(POINTER_BYTES).lstrip(BLANK)
-    tools = [tool for tool, start in POINTERS.items() if start.match(head)]
-    if tools:
-        what = f"a {tools[0]} pointer, not the file"
-        raise BadInput(name, what, f"get the file with {tools[0]}, or {SKIP}")
-    raw.seek(0)
+def _text_path(table: Any, name: str, text_column: str) -> list[str]:
+    """Return the names that lead to the column of text in an open Parquet file."""
+    import pyarrow
+
+    tree = _field_tree(pyarrow.struct(list(table.schema_arrow)))
+    path, kind = find_field(tree, text_column)
+    if not isinstance(kind, str):
+        kind = "a struct" if isinstance(kind, dict) else kind
+        wrong = f'column "{text_column}" is {kind}' if path else f'no column "{text_column}"'
+        raise BadInput(name, f"{wrong}, it has {name_fields(tree)}", "name one with --text_column")
+    return path
 
 
-def _text_column(table: Any, name: str, text_column: str) -> int:
-    """Return the number of the column of text in an open Parquet file."""
-    from pyarrow.types import is_dictionary
+def _field_tree(kind: Any) -> Any:
+    """Return a type as find_field reads it: structs are dictionaries, and only texts strings."""
+    from pyarrow.types import is_dictionary, is_struct
 
-    schema = table.schema_arrow
-    if text_column not in schema.names:
-        what = f'no column "{text_column}", it has {", ".join(schema.names)}'
-        raise BadInput(name, what, "name one with --text_column")
-    kind = schema.field(text_column).type
+    if is_struct(kind):
+        return {field.name: _field_tree(field.type) for field in kind}
     if is_dictionary(kind):
         kind = kind.value_type
-    if str(kind) not in TEXT_TYPES:
-        raise BadInput(name, f'column "{text_column}" is {kind}', "name one of strings")
-    return [table.schema.column(i).path for i in range(len(table.schema))].index(text_column)
+    return str(kind) if str(kind) in TEXT_TYPES else kind

@@ -9,8 +9,10 @@ from typing import NamedTuple
 import orjson
 
 from data.blocks import Cells, FileBlock, ReadOptions
+from data.fields import find_field, name_fields
 from data.index import LITERAL
-from data.plain_text import BYTE_ORDER_MARK, FIX_OR_SKIP, SKIP, split_documents
+from data.plain_text import BYTE_ORDER_MARK, split_documents
+from data.remedies import FIX_OR_SKIP, SKIP, not_utf8
 from data.sources import LINES, ROWS, TEXT, SourceFile
 from data.tokenizer import EOT_BYTES
 from errors import BadInput
@@ -81,7 +83,9 @@ def _records(
     if isinstance(data, BadInput):
         return [(first, data)]
     if isinstance(data, Cells):
-        return enumerate(_to_bytes(data), first)
+        import pyarrow
+
+        return enumerate(data.column.cast(pyarrow.large_binary()).to_pylist(), first)
     if file.kind == LINES:
         lines = enumerate(data.split(b"\n"), first)
         return [(number, line) for number, line in lines if line.strip()]
@@ -103,7 +107,7 @@ def _text_of(record: Record, file: SourceFile, number: int, options: ReadOptions
         what = f"longer than {options.max_line_bytes:,} bytes"
         raise BadInput(where, what, f"raise --max_line_bytes, or {SKIP}")
     if file.kind == LINES:
-        return _text_of_line(record, where, options.text_column)
+        return _text_of_line(record, where, file, options.text_column)
     try:
         record.decode()  # Parquet's strings are not checked when they are read
     except UnicodeDecodeError as error:
@@ -111,36 +115,25 @@ def _text_of(record: Record, file: SourceFile, number: int, options: ReadOptions
     return record
 
 
-def _text_of_line(line: bytes, where: str, column: str) -> bytes:
+def _text_of_line(line: bytes, where: str, file: SourceFile, column: str) -> bytes:
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError:  # Python accepts lone surrogates, and a byte order mark here
         try:
             record = json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
-            raise BadInput(where, "not UTF-8", FIX_OR_SKIP) from error
+            raise not_utf8(where, file) from error
         except (ValueError, RecursionError) as error:
             raise BadInput(where, "not JSON", FIX_OR_SKIP) from error
-    if not isinstance(record, dict) or column not in record:
-        raise BadInput(where, f'no "{column}" in this line', FIX_OR_SKIP)
-    text = record[column]
+    path, text = find_field(record, column)
     if not isinstance(text, str):
         kind = "null" if text is None else type(text).__name__
-        raise BadInput(where, f'"{column}" is {kind}, not a string', FIX_OR_SKIP)
+        what = f'"{column}" is {kind}, not a string' if path else f'no "{column}" in this line'
+        fields = name_fields(record)
+        raise BadInput(where, what, f"name one with --text_column ({fields}), or {SKIP}")
     if "\0" in text:
         raise BadInput(where, "NUL in text", FIX_OR_SKIP)
     try:
         return text.encode()
     except UnicodeEncodeError:  # surrogates: joined or replaced, as tiktoken does
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
-
-
-def _to_bytes(cells: Cells) -> list[bytes | None]:
-    import pyarrow
-
-    column = cells.column
-    if pyarrow.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if pyarrow.types.is_string_view(column.type):  # which has no cast to bytes
-        column = column.cast(pyarrow.large_string())
-    return column.cast(pyarrow.large_binary()).to_pylist()

@@ -4,6 +4,8 @@ import re
 from functools import partial
 from typing import BinaryIO
 
+from data.remedies import FIX_OR_SKIP, SKIP, not_utf8
+from data.sources import SourceFile
 from data.tokenizer import EOT_BYTES
 from errors import BadInput
 
@@ -21,15 +23,13 @@ SAFE_CUT_OR_SEPARATOR = re.compile(rb"(?<!%b)%b|(?=%b)" % (SEPARATOR, SAFE_CUT.p
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BLANK = BYTE_ORDER_MARK + b" \t\n\r\v\f"
 TAIL_BYTES = 4096  # of a part, which usually hold a place to cut
-SKIP = "leave it out with --on_error skip"
-FIX_OR_SKIP = f"correct it, or {SKIP}"
 
 
 def _safe_cuts(literal_endoftext: bool) -> re.Pattern[bytes]:
     return SAFE_CUT if literal_endoftext else SAFE_CUT_OR_SEPARATOR
 
 
-def check_text(raw: BinaryIO, name: str, literal_endoftext: bool, max_bytes: int) -> None:
+def check_text(raw: BinaryIO, file: SourceFile, literal_endoftext: bool, max_bytes: int) -> None:
     """Read a whole `.txt` once, so that a bad one is left out as a whole.
 
     Raises:
@@ -49,17 +49,17 @@ def check_text(raw: BinaryIO, name: str, literal_endoftext: bool, max_bytes: int
             n_good = error.start
             if error.reason != "unexpected end of data":
                 line += data.count(b"\n", 0, n_good)
-                raise BadInput(f"{name}:{line}", "not UTF-8", FIX_OR_SKIP) from error
+                raise not_utf8(f"{file.url}:{line}", file) from error
         if b"\0" in data:
             line += data.count(b"\n", 0, data.index(b"\0"))
-            raise BadInput(f"{name}:{line}", "NUL in text", FIX_OR_SKIP)
+            raise BadInput(f"{file.url}:{line}", "NUL in text", FIX_OR_SKIP)
         if uncut_bytes > max_bytes:
             what = f"no white space in {max_bytes:,} bytes"
-            raise BadInput(f"{name}:{line}", what, f"raise --max_line_bytes, or {SKIP}")
+            raise BadInput(f"{file.url}:{line}", what, f"raise --max_line_bytes, or {SKIP}")
         line += data.count(b"\n", 0, n_good)
         held = data[n_good:]
     if held:
-        raise BadInput(f"{name}:{line}", "not UTF-8 (cut off)", FIX_OR_SKIP)
+        raise BadInput(f"{file.url}:{line}", "not UTF-8 (cut off)", FIX_OR_SKIP)
 
 
 def last_cut(data: bytes, literal_endoftext: bool) -> int:

@@ -34,7 +34,7 @@ def add_options(parser: OneLineParser) -> None:
     add("--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens (default: %(default)s)")
     add("--val_tokens", type=int, help="tokens of shard 0, the validation split (shard_tokens)")
     add("--val_every", type=int, default=0, help="every N-th document is validation (0: shard 0)")
-    add("--text_column", default="text", help="key or column of the text (default: %(default)s)")
+    add("--text_column", default="text", help="key or column, as meta.text (default: %(default)s)")
     add("--literal_endoftext", action="store_true", help="<|endoftext|> in a .txt is just text")
     add("--streaming", action="store_true", help="read hub files over the network, keep none")
     on_error = "bad documents end the run, or are left out and counted (default: %(default)s)"

@@ -173,10 +173,10 @@ def _describe_left_out(kinds: dict[Path, str]) -> str:
     return f"{len(kinds)} files, {megabytes:.3g} MB ({counts}): {named}"
 
 
-def name_first(names: list[str]) -> str:
+def name_first(names: list[str], at_most: int = MAX_NAMED) -> str:
     """Join the first few names, with an ellipsis where there are more."""
-    shown = names[:MAX_NAMED]
-    if len(names) > MAX_NAMED:
+    shown = names[:at_most]
+    if len(names) > at_most:
         shown.append("…")
     return ", ".join(shown)
 
