@@ -32,9 +32,38 @@ class BadInput(ValueError):  # noqa: N818  # reads as what it is
     def __init__(self, where: str, what: str, remedy: str) -> None:
         super().__init__(where, what, remedy)  # so that it can be sent to another process
         self.where, self.what, self.remedy = where, what, remedy
+        self.others: list[BadInput] = []  # what else is wrong, a line for each
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}. Fix: {self.remedy}"
+        line = f"{self.where}: {self.what}. Fix: {self.remedy}"
+        return "\nerror: ".join([line, *map(str, self.others)])
+
+
+class Complaints:
+    """Collects what is wrong in several `with` blocks, so that all of it is said at once."""
+
+    def __init__(self) -> None:
+        self.found: list[BadInput] = []
+
+    def __enter__(self) -> None:
+        """Begin a block, which ends at what is wrong in it."""
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
+        """Keep what is wrong; any other error goes on."""
+        if not isinstance(error, BadInput):
+            return False
+        self.found.append(error)
+        return True
+
+    def raise_all(self) -> None:
+        """Raise what was found, if anything.
+
+        Raises:
+            BadInput: The first, with the others.
+        """
+        if self.found:
+            first, *first.others = self.found
+            raise first
 
 
 def exit_status_of(error: Exception) -> int:
@@ -45,7 +74,9 @@ def exit_status_of(error: Exception) -> int:
 def error_line(error: Exception) -> str:
     """Return `where: what. Fix: remedy` of an error, or of the failure that caused it."""
     first = str(error).partition("\n")[0]
-    if isinstance(error, BadInput) or "Fix: " in first:
+    if isinstance(error, BadInput):
+        return str(error)
+    if "Fix: " in first:
         return first
     causes = _causes(error)
     lines = [line.strip() for cause in causes for line in str(cause).splitlines()]

@@ -8,65 +8,34 @@ import collections
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from errors import BadInput
+from errors import BadInput, Complaints
 from model import GPTConfig
 from training import ds_keys
 from training.config import BatchArithmetic, TrainConfig
-from training.ds_keys import KEYS, Review
+from training.ds_keys import DERIVED_KEYS, Review
 
 ROOT = Path(__file__).resolve().parents[1]
-ENGINE_KEYS = dict.fromkeys(key.partition(".")[0] for key in KEYS)
-# The values of these keys must be JSON objects.
-OBJECTS = ("zero_optimization", "bf16", "torch_autocast", "data_types", "activation_checkpointing")
-# Keys that DeepSpeed wants and the run owns, with the flag that sets each.
-DERIVED_KEYS = {
-    "train_batch_size": "--batch_tokens",
-    "train_micro_batch_size_per_gpu": "--micro_batch_size",
-    "gradient_accumulation_steps": "--batch_tokens and --micro_batch_size",
-    "gradient_clipping": "--grad_clip",
-    "optimizer": "--lr, --beta1, --beta2, --eps and --weight_decay",
-    "steps_per_print": "--log_every",
-}
 MAX_REUSE = "stage3_max_reuse_distance"
 MAX_BUCKET = 500_000_000  # elements: DeepSpeed's own default for reduce_bucket_size
 BLOCKS_PER_BUCKET = 4
 
 
 def load_ds_config(path: Path) -> dict[str, Any]:
-    """Read an engine JSON and check its top-level keys.
+    """Read an engine JSON; `resolve_ds_config` checks what is in it.
 
     Raises:
-        BadInput: No such file, not JSON, a duplicate key, an unknown key (with the nearest
-            known one), a derived key with a value of its own, or fp16.
+        BadInput: No such file, not a JSON object, or a duplicate key.
     """
-    name = str(path)
     is_shipped = path.parts[:1] == ("ds_configs",) and not os.path.exists(path)
     raw = _read_json(ROOT / path if is_shipped else path)
     if not isinstance(raw, dict):
         what = f"is a {type(raw).__name__}, expected a JSON object"
-        raise BadInput(name, what, "wrap it in { }")
-    for key, value in raw.items():
-        if key in OBJECTS:
-            _check_object(f"{name}: {key}", value)
-        elif key in DERIVED_KEYS and value != "auto":
-            what = f"{key} belongs to {DERIVED_KEYS[key]}"
-            raise BadInput(name, what, 'remove it, or set it to "auto"')
-        elif key not in (*ENGINE_KEYS, *DERIVED_KEYS, *ds_keys.HALF_BLOCKS):
-            ds_keys.refuse_unknown(name, key, ENGINE_KEYS)
-    ds_keys.refuse_fp16(raw, name)
+        raise BadInput(str(path), what, "wrap it in { }")
     return raw
-
-
-def _check_object(where: str, value: Any) -> None:
-    if not isinstance(value, dict):
-        raise BadInput(where, f"must be an object, got {value!r}", "wrap it in { }")
-    is_enabled = value.get("enabled", True)
-    if not isinstance(is_enabled, bool):
-        what = f"must be true or false, got {is_enabled!r}"
-        raise BadInput(f"{where}.enabled", what, "give one of them")
 
 
 def _read_json(path: Path) -> Any:
@@ -123,17 +92,20 @@ def _auto_sizes(gpt: GPTConfig) -> dict[str, int]:
     }
 
 
-def _resolve_sizes(zero: dict[str, Any], gpt: GPTConfig, name: str) -> dict[str, Any]:
+def _resolve_sizes(
+    zero: dict[str, Any], gpt: GPTConfig, name: str, complaints: Complaints
+) -> dict[str, Any]:
     sizes = _auto_sizes(gpt)
     resolved = dict(zero)
     for key, value in zero.items():
         where = f"{name}: zero_optimization.{key}"
-        if value == "auto" and key not in sizes:
-            raise BadInput(where, 'cannot be "auto"', "set it")
-        if value == "auto":
-            resolved[key] = sizes[key]
-        elif key in (*sizes, MAX_REUSE):
-            _check_count(where, value, at_least=1 if key == "reduce_bucket_size" else 0)
+        with complaints:
+            if value == "auto" and key not in sizes:
+                raise BadInput(where, 'cannot be "auto"', "set it")
+            if value == "auto":
+                resolved[key] = sizes[key]
+            elif key in (*sizes, MAX_REUSE):
+                _check_count(where, value, at_least=1 if key == "reduce_bucket_size" else 0)
     return resolved
 
 
@@ -149,36 +121,73 @@ def resolve_ds_config(raw: dict[str, Any], config: TrainConfig, batch: BatchArit
     """Return the complete dict for `deepspeed.initialize`, and its ignored and unverified keys.
 
     Raises:
-        BadInput: Stage 0 with bf16, stage 3 with --compile, bf16 with autocast, autocast to
-            another dtype, an "auto" without a rule, or as `review_ds_config`; names the key.
+        BadInput: All that is wrong: stage 0 with bf16, stage 3 with --compile, bf16 with autocast,
+            autocast to another dtype, an "auto" without a rule, a value that the run owns and that
+            is another, or as `review_ds_config`; names each key.
     """
     name = f"--ds_config {config.ds_config}"
-    review = review_ds_config(raw, name)
-    raw = review.ds_config
-    stage = zero_stage(raw)
-    _refuse_combinations(raw, config, name)
-    if precision(raw) == "autocast":
-        autocast = raw["torch_autocast"]
+    complaints = Complaints()
+    review = review_ds_config(raw, name, complaints)
+    engine = without_derived(review.ds_config)
+    stage = zero_stage(engine)
+    with complaints:
+        _refuse_combinations(engine, config, name)
+    if precision(engine) == "autocast":
+        autocast = engine["torch_autocast"]
         dtype = autocast.setdefault("dtype", "bfloat16")  # PyTorch's default is fp16
-        if dtype not in ds_keys.BF16:
-            what = f"must be bfloat16, got {dtype!r}"
-            raise BadInput(f"{name}: torch_autocast.dtype", what, 'set "bfloat16"')
+        with complaints:
+            if dtype not in ds_keys.BF16 and not ds_keys.is_fp16(dtype):  # which was refused
+                what = f"must be bfloat16, got {dtype!r}"
+                raise BadInput(f"{name}: torch_autocast.dtype", what, 'set "bfloat16"')
     else:
-        raw.pop("torch_autocast", None)
-    resolved = {key: value for key, value in raw.items() if key not in DERIVED_KEYS}
-    zero = _resolve_sizes(raw.get("zero_optimization", {}), config.gpt_config, name)
-    if zero:
-        resolved["zero_optimization"] = zero
-    resolved |= {
+        engine.pop("torch_autocast", None)
+    if "zero_optimization" in engine:
+        zero = engine["zero_optimization"]
+        engine["zero_optimization"] = _resolve_sizes(zero, config.gpt_config, name, complaints)
+    derived = {
         "train_batch_size": batch.batch_sequences,
         "train_micro_batch_size_per_gpu": batch.micro_batch_size,
         "gradient_accumulation_steps": batch.grad_accum_steps,
         # At stage 0 training/step.py clips: it needs the norm, which DeepSpeed keeps to itself.
         "gradient_clipping": config.grad_clip if stage else 0.0,
-        "optimizer": _optimizer(config, offloads(raw, "optimizer")),
+        "optimizer": _optimizer(config, offloads(engine, "optimizer")),
         "steps_per_print": 2**62,  # never: training/metrics.py prints the steps
     }
-    return review._replace(ds_config=resolved)
+    owned = derived | {"gradient_clipping": config.grad_clip, "steps_per_print": config.log_every}
+    _check_owned(raw, owned | {"scheduler": _scheduler(config)}, name, complaints)
+    complaints.raise_all()
+    return review._replace(ds_config=engine | derived)
+
+
+def without_derived(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """Return what a file may own of a ds_config, which can be resolved for another batch."""
+    return {key: value for key, value in ds_config.items() if key not in DERIVED_KEYS}
+
+
+def _check_owned(
+    raw: dict[str, Any], owned: dict[str, Any], name: str, complaints: Complaints
+) -> None:
+    """Collect the values that the run owns where a file gives others."""
+    if isinstance(raw.get("scheduler"), dict):  # which one it is makes no difference
+        owned["scheduler"]["type"] = raw["scheduler"].get("type")
+    for key, flags in DERIVED_KEYS.items():
+        for path, given, own in _differences(key, raw.get(key, "auto"), owned[key]):
+            with complaints:
+                what = f"is {given!r}, but belongs to {flags}"
+                if own is not None:
+                    what += f" (here {own!r})"
+                raise BadInput(f"{name}: {path}", what, 'remove it, or set it to "auto"')
+
+
+def _differences(path: str, given: Any, own: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield path, value and the run's own value (None: it has none) of all that differs."""
+    if given in ("auto", own):
+        return
+    if isinstance(given, dict) and isinstance(own, dict):
+        for key, value in given.items():
+            yield from _differences(f"{path}.{key}", value, own.get(key))
+    else:
+        yield path, given, own
 
 
 def _refuse_combinations(raw: dict[str, Any], config: TrainConfig, name: str) -> None:
@@ -197,24 +206,25 @@ def _refuse_combinations(raw: dict[str, Any], config: TrainConfig, name: str) ->
         raise BadInput(name, "bf16 and torch_autocast exclude each other", "enable one")
 
 
-def review_ds_config(raw: dict[str, Any], name: str) -> Review:
+def review_ds_config(raw: dict[str, Any], name: str, complaints: Complaints) -> Review:
     """Return a ds_config without the keys that have no effect, and its ignored and unverified keys.
 
-    Raises:
-        BadInput: An unknown stage, or a key that is unknown or refused; names it.
+    The complaints collect what is of another form, an unknown stage, and each key that is unknown
+    or refused.
     """
+    raw = ds_keys.well_formed(raw, name, complaints)
+    with complaints:
+        ds_keys.refuse_fp16(raw, name)
     stage = zero_stage(raw)
-    if type(stage) is not int or stage not in range(4):
-        what = f"must be 0, 1, 2 or 3, got {stage!r}"
-        raise BadInput(f"{name}: zero_optimization.stage", what, "give one of them")
-    for key in ("offload_optimizer", "offload_param"):
-        value = raw.get("zero_optimization", {}).get(key)
-        if value is not None:
-            _check_object(f"{name}: zero_optimization.{key}", value)
+    if raw.get("bf16", {}).get("enabled") == "auto":  # on wherever it is supported
+        is_autocast = raw.get("torch_autocast", {}).get("enabled", False)
+        raw["bf16"]["enabled"] = stage > 0 and not is_autocast
     optimizer_device = offload_device(raw, "optimizer")
-    if optimizer_device == "nvme":
-        where = f"{name}: zero_optimization.offload_optimizer.device"
-        raise BadInput(where, "is nvme: its checkpoints could not be read again", 'set it to "cpu"')
+    with complaints:
+        if optimizer_device == "nvme":
+            where = f"{name}: zero_optimization.offload_optimizer.device"
+            what = "is nvme: its checkpoints could not be read again"
+            raise BadInput(where, what, 'set it to "cpu"')
     # The letters of `Key.acts_at`.
     case = str(stage)
     sums_in_fp32 = raw.get("data_types", {}).get("grad_accum_dtype") in ds_keys.FP32
@@ -222,7 +232,7 @@ def review_ds_config(raw: dict[str, Any], name: str) -> Review:
         case = "b"
     if offload_device(raw, "param") == "nvme":
         case += "n"
-    review = ds_keys.review_keys(raw, case, name)
+    review = ds_keys.review_keys(raw, case, name, complaints)
     if "activation_checkpointing" in raw:
         # For us it means: recompute each block. It is on unless all in it is false.
         given = raw["activation_checkpointing"]
@@ -242,3 +252,16 @@ def _optimizer(config: TrainConfig, offload: bool) -> dict[str, Any]:
     if not offload:  # offload runs DeepSpeedCPUAdam, which is fused too
         params |= {"torch_adam": True, "fused": True}
     return {"type": "AdamW", "params": params}
+
+
+def _scheduler(config: TrainConfig) -> dict[str, Any]:
+    """Return the values of the run's schedule by the names of DeepSpeed's schedulers."""
+    return {
+        "params": {
+            "warmup_min_lr": 0,
+            "warmup_max_lr": config.lr,
+            "warmup_num_steps": config.warmup_steps,
+            "total_num_steps": config.decay_steps,
+            "cos_min_ratio": config.min_lr_ratio,
+        }
+    }

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from errors import BadInput
+from errors import BadInput, Complaints
 
 FP16 = ("fp16", "float16", "half", "f16")  # in any case, and behind "torch."
 HALF_BLOCKS = ("fp16", "amp")
@@ -30,7 +30,7 @@ class Key(NamedTuple):
             offload to NVMe.
         state: verified, unverified, inert (it has no effect anywhere) or refused.
         default: What happens without the key, as JSON; empty: false, 0 or none.
-        why: Of a refused key: what is wrong with it.
+        why: Of a refused key: what is wrong with it; of an unverified one: what it needs.
         remedy: Of a refused key: what to do; empty: remove it.
     """
 
@@ -42,6 +42,8 @@ class Key(NamedTuple):
 
     def differs_from_default(self, value: Any) -> bool:
         """Return whether a value asks for something that does not happen without the key."""
+        if isinstance(value, dict) and value.get("enabled") in (False, "auto"):
+            return False
         defaults = [json.loads(self.default)] if self.default else OFF
         return value not in ("auto", *defaults)
 
@@ -50,7 +52,23 @@ SWITCHES = {"enabled", "device"}
 OFF = (False, 0, "none", {}, [])
 with Path(__file__).with_name("ds_keys.csv").open(encoding="utf-8", newline="") as table:
     KEYS = {row.pop("key"): Key(**row) for row in csv.DictReader(table)}
+UNSUPPORTED = [key for key, row in KEYS.items() if row.state == "refused" and "." not in key]
 CHECKED_BLOCKS = {key.partition(".")[0] for key in KEYS if "." in key}  # any other key is unknown
+
+
+ENGINE_KEYS = dict.fromkeys(key.partition(".")[0] for key in KEYS)
+# The values of these keys must be JSON objects.
+OBJECTS = ("zero_optimization", "bf16", "torch_autocast", "data_types", "activation_checkpointing")
+# Keys that DeepSpeed wants and the run owns, with the flag that sets each.
+DERIVED_KEYS = {
+    "train_batch_size": "--batch_tokens",
+    "train_micro_batch_size_per_gpu": "--micro_batch_size",
+    "gradient_accumulation_steps": "--batch_tokens and --micro_batch_size",
+    "gradient_clipping": "--grad_clip",
+    "optimizer": "--lr, --beta1, --beta2, --eps and --weight_decay",
+    "steps_per_print": "--log_every",
+    "scheduler": "--lr, --warmup_steps, --decay_steps and --min_lr_ratio",
+}
 
 
 class Review(NamedTuple):
@@ -71,16 +89,54 @@ class Review(NamedTuple):
         return lines
 
 
-def review_keys(raw: dict[str, Any], case: str, name: str) -> Review:
+def well_formed(raw: dict[str, Any], name: str, complaints: Complaints) -> dict[str, Any]:
+    """Return a ds_config without what is not of the right form, which the complaints collect."""
+    known = (*ENGINE_KEYS, *DERIVED_KEYS, *HALF_BLOCKS)
+    kept = copy.deepcopy(raw)
+    for key in raw:
+        with complaints:
+            if key not in known:
+                del kept[key]
+                refuse_unknown(name, key, ENGINE_KEYS)
+            elif key in OBJECTS:
+                _check_object(f"{name}: {key}", kept, key)
+    zero = kept.get("zero_optimization", {})
+    for key in ("offload_optimizer", "offload_param"):
+        with complaints:
+            if zero.get(key) is not None:
+                _check_object(f"{name}: zero_optimization.{key}", zero, key)
+    stage = zero.get("stage", 0)
+    with complaints:
+        if type(stage) is not int or stage not in range(4):
+            del zero["stage"]
+            what = f"must be 0, 1, 2 or 3, got {stage!r}"
+            raise BadInput(f"{name}: zero_optimization.stage", what, "give one of them")
+    return kept
+
+
+def _check_object(where: str, block: dict[str, Any], key: str) -> None:
+    value = block[key]
+    if not isinstance(value, dict):
+        del block[key]
+        raise BadInput(where, f"must be an object, got {value!r}", "wrap it in { }")
+    is_enabled = value.get("enabled", True)
+    if key == "bf16" and is_enabled == "auto":  # Hugging Face's word: `review_ds_config` decides
+        return
+    if not isinstance(is_enabled, bool):
+        del block[key]
+        what = f"must be true or false, got {is_enabled!r}"
+        raise BadInput(f"{where}.enabled", what, "give one of them")
+
+
+def review_keys(raw: dict[str, Any], case: str, name: str, complaints: Complaints) -> Review:
     """Remove the keys that have no effect in this case, and name them.
 
     Args:
         raw: The ds_config.
         case: Letters as in `Key.acts_at`.
-        name: Of the file.
-
-    Raises:
-        BadInput: A key would make wrong numbers or unreadable checkpoints, or is unknown.
+        name: The file.
+        complaints: Collect keys that would make wrong numbers or unreadable checkpoints, and those
+            that are unknown.
     """
     kept = copy.deepcopy(raw)
     ignored = _without_switch(raw)
@@ -88,12 +144,13 @@ def review_keys(raw: dict[str, Any], case: str, name: str) -> Review:
     for path, value in list(_settings(raw)):
         dotted = ".".join(path)
         key = KEYS.get(dotted, Key())
-        if dotted not in KEYS and path[0] in CHECKED_BLOCKS:
-            refuse_unknown(name, dotted, [k for k in KEYS if k.startswith(f"{path[0]}.")])
-        if not key.differs_from_default(value):
+        with complaints:
+            if dotted not in KEYS and path[0] in CHECKED_BLOCKS:
+                refuse_unknown(name, dotted, [k for k in KEYS if k.startswith(f"{path[0]}.")])
+            if key.state == "refused" and key.differs_from_default(value):
+                raise BadInput(f"{name}: {dotted}", key.why, key.remedy or "remove it")
+        if not key.differs_from_default(value) or key.state == "refused":
             continue
-        if key.state == "refused":
-            raise BadInput(f"{name}: {dotted}", key.why, key.remedy or "remove it")
         if not set(case) & set(key.acts_at):
             ignored.append(dotted)
             block = kept
@@ -102,7 +159,8 @@ def review_keys(raw: dict[str, Any], case: str, name: str) -> Review:
             del block[path[-1]]
         elif key.state == "unverified":
             unverified.append(dotted)
-    for unused in ("comms_logger", *HALF_BLOCKS):  # DeepSpeed logs even for {}; half is off
+    ignored += [key for key in (*HALF_BLOCKS, "scheduler") if key in raw]
+    for unused in ("comms_logger", *HALF_BLOCKS, *UNSUPPORTED):  # DeepSpeed logs even for {}
         kept.pop(unused, None)
     return Review(kept, ignored, unverified)
 
@@ -139,6 +197,11 @@ def _without_switch(raw: dict[str, Any]) -> list[str]:
     return [name for name, block in given.items() if not SWITCHES & set(block)]
 
 
+def is_fp16(dtype: Any) -> bool:
+    """Return whether a value is a name of half precision."""
+    return str(dtype).lower().removeprefix("torch.") in FP16
+
+
 def refuse_fp16(raw: dict[str, Any], name: str) -> None:
     """Refuse half precision in every form; a block that is off or "auto" asks for none.
 
@@ -149,7 +212,7 @@ def refuse_fp16(raw: dict[str, Any], name: str) -> None:
     dtypes = {f"data_types.{key}": value for key, value in (raw.get("data_types") or {}).items()}
     dtypes["communication_data_type"] = raw.get("communication_data_type")
     dtypes["torch_autocast.dtype"] = autocast.get("dtype") if autocast.get("enabled") else None
-    asked = [k for k, dtype in dtypes.items() if str(dtype).lower().removeprefix("torch.") in FP16]
+    asked = [key for key, dtype in dtypes.items() if is_fp16(dtype)]
     for block in HALF_BLOCKS:
         value = raw.get(block)
         is_on = value.get("enabled") if isinstance(value, dict) else value
@@ -157,4 +220,4 @@ def refuse_fp16(raw: dict[str, Any], name: str) -> None:
             asked.append(f"{block}.enabled")
     if asked:
         remedy = "use bf16 (ds_configs/zero1.json); on GPUs without bf16 leave it out: fp32"
-        raise BadInput(f"{name}: {asked[0]}", "fp16 is not supported", remedy)
+        raise BadInput(f"{name}: {', '.join(asked)}", "fp16 is not supported", remedy)

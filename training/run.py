@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +21,14 @@ from training.config import (
     to_json,
 )
 from training.credentials import refuse_credentials
-from training.ds_config import load_ds_config, offloads, precision, resolve_ds_config
+from training.ds_config import (
+    load_ds_config,
+    offloads,
+    precision,
+    resolve_ds_config,
+    without_derived,
+)
+from training.ds_keys import KEYS
 from training.extension_locks import check_extension_locks
 from training.ranks import Ranks
 
@@ -53,7 +61,8 @@ class Run:
         self.is_settled = True
         self.config = replace(self.config, micro_batch_size=micro_batch_size)
         self.batch = resolve_batch(self.config, self.ranks.world_size)
-        self.ds_config = resolve_ds_config(self.ds_config, self.config, self.batch).ds_config
+        engine = without_derived(self.ds_config)
+        self.ds_config = resolve_ds_config(engine, self.config, self.batch).ds_config
 
 
 @dataclass(frozen=True)
@@ -114,6 +123,7 @@ def open_inputs(run: Run) -> Inputs:
     config, gpt = run.config, run.config.gpt_config
     refuse_credentials(to_json(config), "--")
     refuse_credentials(run.ds_config, f"{config.ds_config}: ")
+    _check_gpu_keys(run)
     check_extension_locks(run.ranks)
     if config.compile == "true":
         check_compile()
@@ -142,6 +152,17 @@ def open_inputs(run: Run) -> Inputs:
             what = f"is {found}, but --model {config.model} is {gpt}"
             raise BadInput(f"--init_from {config.init_from}", what, "give the --model that it is")
     return Inputs(train_stream, val_stream, init_weights, checkpoints, order)
+
+
+def _check_gpu_keys(run: Run) -> None:
+    """Refuse keys of the ds_config that need a GPU where there is none."""
+    needy = [key for key in run.unverified if KEYS[key].why]
+    if needy:
+        import torch
+
+        if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
+            where = f"--ds_config {run.config.ds_config}: {needy[0]}"
+            raise BadInput(where, KEYS[needy[0]].why, "remove it")
 
 
 def _check_same_run(run: Run, checkpoints: list[Path], order: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from launch.planning.estimate import (
 )
 from training.config import divisors, largest_micro_batch
 from training.devices import DEVICES, GIB, machine_bytes
+from training.ds_config import without_derived
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +64,7 @@ def plan_here(run: Run, device: torch.device) -> Estimate:
         size = choose_micro_batch(run, device, memory_bytes, resumes=False)
         config = dataclasses.replace(config, micro_batch_size=size)
     cluster = found_cluster(device, run.ranks, memory_bytes)
-    return estimate(config, Candidate(run.ds_config), cluster)
+    return estimate(config, Candidate(without_derived(run.ds_config)), cluster)
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def advice(planned: Estimate) -> Advice | None:
 def _remedy(planned: Estimate) -> str:
     config = dataclasses.replace(planned.config, compile="false")  # which stage 3 would refuse
     limit = config.micro_batch_size
-    own = Candidate(planned.share.ds_config)
+    own = Candidate(without_derived(planned.share.ds_config))
     candidates = [own, dataclasses.replace(own, checkpointing=True), *shipped_candidates()]
     plans = (largest_fitting(config, each, planned.cluster, limit) for each in candidates)
     found = next((plan for plan in plans if plan.fits), None)
@@ -157,7 +158,7 @@ def choose_micro_batch(run: Run, device: torch.device, memory_bytes: int, resume
         return batch.micro_batch_size
     cluster = found_cluster(device, run.ranks, round(memory_bytes * (1 - MARGIN)))
     limit = largest_micro_batch(config.seq_len, on_gpu=True)
-    planned = largest_fitting(config, Candidate(run.ds_config), cluster, limit)
+    planned = largest_fitting(config, Candidate(without_derived(run.ds_config)), cluster, limit)
     return planned.batch.micro_batch_size
 
 

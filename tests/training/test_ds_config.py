@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
+from errors import BadInput
 from training.config import TrainConfig, resolve_batch, resolve_train_config
 from training.ds_config import load_ds_config, precision, resolve_ds_config, zero_stage
+from training.ds_keys import DERIVED_KEYS
 
 SHIPPED = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
 CONFIG = resolve_train_config(model="gpt2", lr=1e-3, grad_clip=0.5)
@@ -93,11 +95,109 @@ def test_a_stage_is_0_to_3(stage: Any) -> None:
         resolve({"zero_optimization": {"stage": stage}})
 
 
-@pytest.mark.parametrize("key", ["train_batch_size", "gradient_clipping", "optimizer"])
-def test_derived_keys_may_only_be_auto(tmp_path: Path, key: str) -> None:
-    assert load_ds_config(write(tmp_path, f'{{"{key}": "auto"}}')) == {key: "auto"}
-    with pytest.raises(ValueError, match=rf"{key} belongs to --"):
-        load_ds_config(write(tmp_path, f'{{"{key}": 1}}'))
+@pytest.mark.parametrize("key", sorted(DERIVED_KEYS))
+def test_what_the_run_owns_may_be_auto_or_the_runs_own_value(tmp_path: Path, key: str) -> None:
+    own = {
+        "train_batch_size": 512,
+        "train_micro_batch_size_per_gpu": 16,
+        "gradient_accumulation_steps": 4,
+        "gradient_clipping": 0.5,
+        "steps_per_print": 1,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "eps": "auto"}},
+        "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_max_lr": 1e-3}},
+    }[key]
+    autos = {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "weight_decay"), "auto")}
+    for given in ("auto", own, autos if key == "optimizer" else "auto"):
+        raw = load_ds_config(write(tmp_path, json.dumps(shipped(1) | {key: given})))
+        assert resolve(raw) == resolve(shipped(1))
+    for other in (7, {"params": {"lr": 7, "warmup_max_lr": 7}}):
+        with pytest.raises(ValueError, match=rf"x?{key}.* is .*7.*, but belongs to --.*\. Fix: "):
+            resolve(shipped(1) | {key: other})
+
+
+def shipped(stage: int) -> dict[str, Any]:
+    return load_ds_config(SHIPPED[stage])
+
+
+# As Hugging Face's documentation shows them for its Trainer, with fp16 and bf16 both "auto".
+HUGGING_FACE: dict[str, Any] = {
+    "fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16},
+    "bf16": {"enabled": "auto"},
+    "optimizer": {
+        "type": "AdamW",
+        "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+    },
+    "scheduler": {
+        "type": "WarmupLR",
+        "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"},
+    },
+    "zero_optimization": {
+        "stage": 3,
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "sub_group_size": 1e9,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
+        "stage3_max_live_parameters": 1e9,
+        "stage3_max_reuse_distance": 1e9,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "wall_clock_breakdown": False,
+    "zero_allow_untested_optimizer": True,
+    "tensorboard": {"enabled": False, "output_path": "x"},
+    "prescale_gradients": False,
+}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_hugging_faces_ds_config_is_taken(stage: int) -> None:
+    zero = HUGGING_FACE["zero_optimization"] | {"stage": stage}
+    found = resolve_ds_config(
+        HUGGING_FACE | {"zero_optimization": zero}, CONFIG, resolve_batch(CONFIG, 8)
+    )
+    assert precision(found.ds_config) == "bf16"
+    assert {"fp16", "scheduler"} <= set(found.ignored)
+    assert not {"fp16", "scheduler", "tensorboard"} & set(found.ds_config)
+    assert '"auto"' not in json.dumps(found.ds_config)
+
+
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    zero = {"stage": 3, "mics_shard_size": 8, "overlap_com": True, "stage3_max_reuse_distance": "x"}
+    raw = HUGGING_FACE | {
+        "fp16": {"enabled": True},
+        "zero_optimization": zero,
+        "gradient_clipping": 1.0,
+        "train_batch_size": 8,
+        "optimizer": {"type": "Lion", "params": {"lr": 3e-5, "betas": "auto"}},
+        "steps_per_print": 2000,
+        "elasticity": {"enabled": True},
+        "zero_optimisation": {},
+    }
+    with pytest.raises(BadInput) as caught:
+        resolve(raw)
+    lines = str(caught.value).split("\nerror: ")
+    expected = (
+        "fp16.enabled: fp16 is not supported",
+        "mics_shard_size: DeepSpeed has removed it",
+        "unknown key 'zero_optimization.overlap_com'",
+        "stage3_max_reuse_distance: must be a number of elements",
+        "gradient_clipping: is 1.0, but belongs to --grad_clip (here 0.5)",
+        "train_batch_size: is 8, but belongs to --batch_tokens (here 512)",
+        "optimizer.type: is 'Lion', but belongs to",
+        "optimizer.params.lr: is 3e-05, but belongs to --lr",
+        "steps_per_print: is 2000, but belongs to --log_every (here 1)",
+        "elasticity: DeepSpeed has removed it",
+        "unknown key 'zero_optimisation'. Fix: did you mean 'zero_optimization'",
+    )
+    for what in expected:
+        assert sum(what in line for line in lines) == 1, (what, lines)
+    assert len(lines) == len(expected)
+    assert all(". Fix: " in line for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -105,19 +205,20 @@ def test_derived_keys_may_only_be_auto(tmp_path: Path, key: str) -> None:
     [
         ('{"zero_optimisation": {"stage": 2}}', "did you mean 'zero_optimization'"),
         ('{"bf61": {"enabled": true}}', "did you mean 'bf16'"),
-        ('{"elasticity": {}}', "unknown key 'elasticity'"),
+        ('{"elasticity": {"enabled": true}}', "elasticity: DeepSpeed has removed it"),
+        ('{"wandb": {"enabled": true, "project": "x"}}', "wandb: not supported. Fix: .*wandb sync"),
         ('{"bf16": {"enabled": true}, "bf16": {}}', "duplicate key 'bf16'"),
         ('{"zero_optimization": {"stage": 1, "stage": 2}}', "duplicate key 'stage'"),
         ('{"zero_optimization": null}', "zero_optimization: must be an object, got None"),
         ('{"bf16": true}', "bf16: must be an object, got True"),
-        ('{"bf16": {"enabled": "auto"}}', r"bf16\.enabled: must be true or false, got 'auto'"),
+        ('{"bf16": {"enabled": "yes"}}', r"bf16\.enabled: must be true or false, got 'yes'"),
         ("[1]", "is a list, expected a JSON object"),
         ("{", "is not JSON"),
     ],
 )
 def test_mistakes_in_the_file_are_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        load_ds_config(write(tmp_path, text))
+        resolve(load_ds_config(write(tmp_path, text)))
 
 
 @pytest.mark.parametrize(

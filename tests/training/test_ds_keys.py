@@ -12,6 +12,7 @@ from deepspeed.runtime.zero.offload_config import (
 )
 
 from bench.fidelity.keys import COLUMNS, find_cells, read_table
+from errors import Complaints
 from train import main
 from training.config import resolve_batch, resolve_train_config
 from training.ds_config import load_ds_config, resolve_ds_config, review_ds_config
@@ -33,7 +34,10 @@ def shipped(stage: int) -> dict[str, Any]:
 def review(stage: int, zero: dict[str, Any], **more: Any) -> Review:
     raw = shipped(stage) | more
     raw["zero_optimization"] = raw["zero_optimization"] | zero
-    return review_ds_config(raw, "x.json")
+    complaints = Complaints()
+    found = review_ds_config(raw, "x.json", complaints)
+    complaints.raise_all()
+    return found
 
 
 def fields(model: Any, prefix: str = "") -> set[str]:
@@ -44,7 +48,8 @@ def test_every_key_that_deepspeed_knows_is_in_the_table() -> None:
     known = fields(DeepSpeedZeroConfig) - {"offload_optimizer", "offload_param"}
     known |= fields(DeepSpeedZeroOffloadOptimizerConfig, "offload_optimizer.")
     known |= fields(DeepSpeedZeroOffloadParamConfig, "offload_param.")
-    assert known == set(ZERO)
+    removed = {key for key, row in ZERO.items() if row.why == "DeepSpeed has removed it"}
+    assert known == set(ZERO) - (removed - {"legacy_stage1"})
 
 
 def test_the_table_of_the_readme_says_what_the_program_does() -> None:
@@ -79,6 +84,8 @@ REFUSED = [
     ("stage3_module_granularity_threshold", 1000),
     ("zenflow", {"topk_ratio": 0.1}),
     ("legacy_stage1", True),
+    ("mics_shard_size", 8),
+    ("mics_hierarchical_params_gather", True),
     ("cpu_offload", True),
     ("cpu_offload_param", True),
     ("cpu_offload_use_pin_memory", True),
@@ -101,6 +108,21 @@ def test_what_makes_wrong_numbers_or_lost_checkpoints_is_refused(
     assert ". Fix: " in line
 
 
+@pytest.mark.parametrize("key", ["zero_quantized_weights", "zero_quantized_gradients"])
+def test_what_needs_a_gpu_is_refused_before_a_run_without_one_starts(
+    key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = shipped(3)
+    raw["zero_optimization"][key] = True
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(raw), encoding="utf-8")
+    run_dir = tmp_path / "run"
+    assert main(["--model", "debug", "--ds_config", str(path), "--run_dir", str(run_dir)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"zero_optimization.{key}: needs a GPU. Fix: remove it" in line
+    assert not run_dir.exists()
+
+
 def test_every_refused_key_is_tried() -> None:
     refused = {key for key, row in ZERO.items() if row.state == "refused"}
     assert refused == {key for key, _ in REFUSED} - {"offload_optimizer"}
@@ -115,7 +137,7 @@ def test_what_happens_anyway_needs_no_word(key: str, stage: int) -> None:
     for part in blocks:
         block = block.setdefault(part, {"device": "cpu"} if "offload" in part else {})
     block[name] = json.loads(KEYS[key].default)
-    found = review_ds_config(raw, "x.json")
+    found = review_ds_config(raw, "x.json", Complaints())
     assert key not in (*found.ignored, *found.unverified)
 
 
@@ -252,7 +274,7 @@ def test_fp16_is_refused_by_name_in_every_form(tmp_path: Path, asked: dict[str, 
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 2}} | asked), encoding="utf-8")
     with pytest.raises(ValueError, match=r"fp16 is not supported. Fix: use bf16 .*fp32") as error:
-        load_ds_config(path)
+        resolve_ds_config(load_ds_config(path), CONFIG, resolve_batch(CONFIG, 1))
     assert "did you mean" not in str(error.value)
     assert len(str(error.value).splitlines()) == 1
 
