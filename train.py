@@ -23,11 +23,11 @@ from checkpoint.run_folder import write_json
 from errors import error_line, exit_status_of
 from exit_status import FINISHED
 from launch.planning.fitting import advice, explain_out_of_memory, plan_here, settle_micro_batch
+from training.broken_pipes import ignore_broken_pipes
 from training.config import TrainConfig, parse_flags, to_json
 from training.ds_config import precision, zero_stage
 from training.ranks import leave, ranks_or_exit, say_once
 from training.run import Inputs, Run, describe_run, open_inputs, resolve_run, take_run_dir
-from training.streams import outlive_readers
 from training.supervise import report, supervise
 from training.watchdog import Watchdog, group_timeout_s
 
@@ -293,5 +293,5 @@ def train(
 
 
 if __name__ == "__main__":
-    outlive_readers()
+    ignore_broken_pipes()
     leave(main(sys.argv[1:]))

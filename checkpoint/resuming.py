@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -166,7 +167,7 @@ def make_moments(engine: Any, n_steps: int) -> None:
     if engine.zero_optimization_stage() == 3:
         flats = optimizer.fp32_partitioned_groups_flat
     else:
-        flats = [param for group in adam.param_groups for param in group["params"]]
+        flats = list(itertools.chain(*(group["params"] for group in adam.param_groups)))
     # PyTorch's AdamW counts in a tensor, DeepSpeed's in a Python integer.
     in_tensor = isinstance(adam, torch.optim.AdamW)
     for flat in flats:

@@ -129,7 +129,8 @@ class Reader:
         size = self.options.block_bytes
         held = b""
         while True:
-            # Up to a multiple of the size beyond the last cut: a restart there cuts alike.
+            # Up to a multiple of the size beyond the last cut: 0.3 MiB held, 0.7 MiB more. A
+            # restart there, with nothing held, reads a whole MiB and cuts alike.
             more = raw.read(size - len(held) % size)
             if not more:
                 break

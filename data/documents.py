@@ -41,8 +41,8 @@ def read_documents(
         block: With its data.
         file: Where it is from.
         options: Limits and names.
-        val_every: One document in so many is validation: by line, row, or the sum of the numbers of
-            the `.txt` file and of the document in it; 0 takes all of them for any split.
+        val_every: Every val_every-th document is validation: by line, row, or the sum of the
+            numbers of the `.txt` file and of the document in it; 0 takes all for any split.
         split: "train" or "val".
 
     Raises:

@@ -33,7 +33,7 @@ class Pipeline:
         reader: Reads the blocks.
         encoder: Tokenises them.
         workers: Threads that tokenise.
-        val_every: One document in so many is validation; 0 where shard 0 is.
+        val_every: Every val_every-th document is validation; 0 where shard 0 is.
         comm: The ranks that share the work.
         progress: Counts and shows.
     """

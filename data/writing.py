@@ -129,7 +129,12 @@ class ShardWriter:
         return starts
 
     def _write_span(self, tokens: Tokens, begin: int) -> None:
-        """Write tokens into the shard being filled, from `begin` on, and into those that follow."""
+        """Write tokens into the shard being filled, from `begin` on, and into those that follow.
+
+        Places are tokens from the beginning of the shard being filled. With shards of 100 tokens
+        and 60 held, a block of 90 tokens begins at 60: 40 tokens go into this shard, 50 into the
+        next one.
+        """
         end = begin + len(tokens)
         number = len(self.index.shards)
         shard_begin = 0

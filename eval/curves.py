@@ -43,7 +43,7 @@ class RunCurves:
     @property
     def last_step(self) -> int:
         """The last step that the run has logged."""
-        return max(step for curve in self.curves.values() for step, _ in curve)
+        return max(curve[-1][0] for curve in self.curves.values())
 
 
 def read_run(path: Path) -> RunCurves:

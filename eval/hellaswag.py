@@ -137,7 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = model_parser(__doc__ or "")
     data_help = "rows: .jsonl, also .gz .xz .zst (default: the validation set)"
     parser.add_argument("--data", type=Path, default=VALIDATION, help=data_help)
-    parser.add_argument("--limit", type=int, help="only the first so many rows (default: all)")
+    parser.add_argument("--limit", type=int, help="score only the first LIMIT rows (default: all)")
     parser.add_argument("--details", type=Path, help="file for the losses of every row, JSON lines")
     tokens_help = "most tokens in a forward (default: %(default)s)"
     parser.add_argument("--forward_tokens", type=int, default=FORWARD_TOKENS, help=tokens_help)

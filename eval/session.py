@@ -14,8 +14,8 @@ from command_line import OneLineParser
 from errors import BadInput, error_line, exit_status_of
 from exit_status import FINISHED
 from model import GPTConfig
+from training.broken_pipes import ignore_broken_pipes
 from training.ranks import Ranks, leave, ranks_or_exit, say_once
-from training.streams import outlive_readers
 
 if TYPE_CHECKING:
     import torch
@@ -144,5 +144,5 @@ def run_command(parser: argparse.ArgumentParser, command: Command) -> int:
 
 def run_main(parser: argparse.ArgumentParser, command: Command) -> NoReturn:
     """Run a command as the whole of this process, which ends with its exit status."""
-    outlive_readers()
+    ignore_broken_pipes()
     leave(run_command(parser, command))

@@ -93,7 +93,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        self.use_memory(MEMORY_USES[1])
+        self.use_memory(MEMORY_USES[1])  # training chooses another by the plan
         self._initialise(seed)
 
     def _initialise(self, seed: int) -> None:
@@ -150,8 +150,8 @@ class GPT(nn.Module):
             cache: Keys and values of the tokens before these; extended in place.
 
         Returns:
-            Logits (B, T, V), or (N, V) with predict_at; with targets the mean cross-entropy in
-            nats (scalar, fp32), or with both each one's (N,), without a gradient.
+            The logits, (B, T, V), or (N, V) with predict_at. With targets: the mean cross-entropy
+            in nats (scalar, fp32), or with predict_at too each one's (N,), without a gradient.
 
         Raises:
             ValueError: More tokens than `block_size`.

@@ -35,8 +35,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         N, V = x.shape[0], weight.shape[0]
         head = weight.to(dtype)  # (V, C)
-        counts = targets != IGNORE_INDEX  # (N,)
-        scale = counts / counts.sum().clamp(min=1)  # (N,) weight of each row in the mean
+        is_counted = targets != IGNORE_INDEX  # (N,)
+        scale = is_counted / is_counted.sum().clamp(min=1)  # (N,) weight of each row in the mean
         buffer = torch.empty(rows, V, device=x.device, dtype=dtype)  # one for all chunks
         losses = torch.empty(N, device=x.device)
         dx = torch.empty_like(x)
@@ -117,7 +117,7 @@ def linear_cross_entropy(
     weight: Tensor,
     targets: Tensor,
     n_tokens: int | None = None,
-    gpu_rows: int = MEMORY_USES[0].chunk_rows,
+    gpu_rows: int = MEMORY_USES[0].chunk_rows,  # the fastest
 ) -> Tensor:
     """Return the mean cross-entropy of `x @ weight.T` against `targets`, in nats (fp32 scalar).
 

@@ -39,14 +39,16 @@ def _gpt2(n_layer: int, n_head: int, n_embd: int, batch_tokens: int, lr: float) 
     return Preset(config, batch_tokens, lr, GPT2_TOKENS, GPT2_TOKENS)
 
 
-def _gpt3(n_layer: int, n_embd: int, n_head: int, batch_tokens: int, lr: float) -> Preset:
+def _gpt3(n_layer: int, n_head: int, n_embd: int, batch_tokens: int, lr: float) -> Preset:
     config = GPTConfig(n_layer, n_head, n_embd, block_size=2048)
     return Preset(config, batch_tokens, lr, GPT3_TOKENS, GPT3_DECAY_TOKENS)
 
 
 def _small(config: GPTConfig, batch_tokens: int, lr: float, steps: int, warmup: int) -> Preset:
     tokens = steps * batch_tokens
-    return Preset(config, batch_tokens, lr, tokens, tokens, warmup * batch_tokens, 0)
+    return Preset(
+        config, batch_tokens, lr, tokens, tokens, warmup * batch_tokens, hellaswag_every=0
+    )
 
 
 PRESETS: dict[str, Preset] = {
@@ -56,14 +58,14 @@ PRESETS: dict[str, Preset] = {
     "gpt2-medium": _gpt2(24, 16, 1024, HALF_M, 3.0e-4),
     "gpt2-large": _gpt2(36, 20, 1280, HALF_M, 2.5e-4),
     "gpt2-xl": _gpt2(48, 25, 1600, ONE_M, 2.0e-4),
-    "gpt3-125m": _gpt3(12, 768, 12, HALF_M, 6.0e-4),
-    "gpt3-350m": _gpt3(24, 1024, 16, HALF_M, 3.0e-4),
-    "gpt3-760m": _gpt3(24, 1536, 16, HALF_M, 2.5e-4),
-    "gpt3-1.3b": _gpt3(24, 2048, 16, ONE_M, 2.0e-4),
-    "gpt3-2.7b": _gpt3(32, 2560, 32, ONE_M, 1.6e-4),
-    "gpt3-6.7b": _gpt3(32, 4096, 32, TWO_M, 1.2e-4),
-    "gpt3-13b": _gpt3(40, 5120, 40, TWO_M, 1.0e-4),
-    "gpt3-175b": _gpt3(96, 12288, 96, GPT3_175B_BATCH, 0.6e-4),
+    "gpt3-125m": _gpt3(12, 12, 768, HALF_M, 6.0e-4),
+    "gpt3-350m": _gpt3(24, 16, 1024, HALF_M, 3.0e-4),
+    "gpt3-760m": _gpt3(24, 16, 1536, HALF_M, 2.5e-4),
+    "gpt3-1.3b": _gpt3(24, 16, 2048, ONE_M, 2.0e-4),
+    "gpt3-2.7b": _gpt3(32, 32, 2560, ONE_M, 1.6e-4),
+    "gpt3-6.7b": _gpt3(32, 32, 4096, TWO_M, 1.2e-4),
+    "gpt3-13b": _gpt3(40, 40, 5120, TWO_M, 1.0e-4),
+    "gpt3-175b": _gpt3(96, 96, 12288, GPT3_175B_BATCH, 0.6e-4),
 }
 
 

@@ -101,9 +101,8 @@ def keep_freed_memory_after_a_step(optimizer: Any) -> None:
     """Have malloc keep what is freed, from the first step on, which makes the moments.
 
     glibc hands large tensors back to the kernel at every step, and their page faults cost a quarter
-    of it (docs/LOG.md). mallopt(3): no mmap, and never trim; the environment's MALLOC_MMAP_MAX_ and
-    MALLOC_TRIM_THRESHOLD_, for those who did not set them. The moments, which live as long as the
-    run, keep pages of their own.
+    of it (docs/LOG.md). The same as MALLOC_MMAP_MAX_=0 and MALLOC_TRIM_THRESHOLD_=-1 in the
+    environment (mallopt(3)). The moments, which live as long as the run, keep pages of their own.
     """
     libc = ctypes.CDLL(None)
     if sys.platform != "linux" or not hasattr(libc, "mallopt"):

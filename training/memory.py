@@ -15,12 +15,10 @@ from training.config import BatchArithmetic, TrainConfig
 from training.devices import GIB
 from training.ds_config import MAX_REUSE, offloads, precision, zero_stage
 
-# Defaults of DeepSpeed 0.19.8, in elements. At stage 0 its copies of gradients hold so many; at
-# stage 3 weights that are used again within so many stay gathered, and so many are updated at a
-# time.
-MAX_REDUCED = 500_000_000
-MAX_REUSE_DISTANCE = 1_000_000_000
-SUB_GROUP_SIZE = 1_000_000_000
+# Defaults of DeepSpeed 0.19.8, in elements.
+MAX_REDUCED = 500_000_000  # of a copy of gradients at stage 0
+MAX_REUSE_DISTANCE = 1_000_000_000  # stage 3: weights that are used again sooner stay gathered
+SUB_GROUP_SIZE = 1_000_000_000  # stage 3: updated at a time
 # An allowance for CUDA's context, cuBLAS's workspaces and NCCL's buffers; or for Python.
 RESERVED_BYTES = 3 * GIB // 2
 
@@ -35,7 +33,7 @@ class RankShare:
     batch: BatchArithmetic
     ds_config: dict[str, Any]
     on_gpu: bool
-    memory_use: MemoryUse = MEMORY_USES[-1]
+    memory_use: MemoryUse = MEMORY_USES[-1]  # the least memory, until one is chosen
 
     @functools.cached_property
     def gpt(self) -> GPTConfig:
@@ -101,10 +99,10 @@ class RankShare:
 
 def peak(share: RankShare) -> Parts:
     """Return what the rank holds at its fullest moment, by part, in bytes."""
-    return max(moments(share).values(), key=lambda parts: sum(parts.values()))
+    return max(memory_by_phase(share).values(), key=lambda parts: sum(parts.values()))
 
 
-def moments(share: RankShare) -> dict[str, Parts]:
+def memory_by_phase(share: RankShare) -> dict[str, Parts]:
     """Return what the rank holds at each moment that can be its fullest, by part, in bytes."""
     states = _states(share)
     # Of the first backward pass: stages 0 and 2 free their gradients.
@@ -183,18 +181,18 @@ def _activations(share: RankShare) -> tuple[Parts, float]:
     # of width C for each token and block: x, ln_1, q, k, v, y, x, ln_2 and four of the MLP; with
     # autocast the two x are fp32. Its backward: gradient, gelu, and the gradients of both.
     width = share.tokens * share.gpt.n_embd
-    wide, narrow = activation_bytes(share)
-    one = (2 * wide + 10 * narrow) * width
+    residual_bytes, matmul_bytes = activation_bytes(share)
+    one = (2 * residual_bytes + 10 * matmul_bytes) * width
     if share.memory_use.keeps_gelu:
-        one += 4 * narrow * width
+        one += 4 * matmul_bytes * width
     if share.gpt.dropout:
         one += 2 * width  # a byte each: after attention and after the MLP
-    backward = (wide + 13 * narrow) * width
+    backward = (residual_bytes + 13 * matmul_bytes) * width
     kept_of_block = one
     if "activation_checkpointing" in share.ds_config:  # only its input; the rest comes again
-        kept_of_block = wide * width
+        kept_of_block = residual_bytes * width
         backward += one
-    ends = 2 * wide * width  # what the first block gets, and what the last one gives
+    ends = 2 * residual_bytes * width  # what the first block gets, and what the last one gives
     weights = _states(share)["weights"] + _casts(share, in_backward=False)
     activations = share.gpt.n_layer * kept_of_block + ends
     return {"weights": weights, "activations": activations}, backward
@@ -218,11 +216,11 @@ def _casts(share: RankShare, in_backward: bool) -> float:
 def _loss(share: RankShare) -> float:
     # model/loss.py: a chunk's logits, both gradients (the head's in fp32), and on a GPU what is
     # added to the head's.
-    _, narrow = activation_bytes(share)
+    _, matmul_bytes = activation_bytes(share)
     logits = share.loss_rows * share.gpt.padded_vocab_size
-    hidden = narrow * share.tokens * share.gpt.n_embd
-    head_bytes = 4 + narrow if share.on_gpu else 4
-    return narrow * logits + head_bytes * share.head + 2 * hidden
+    hidden = matmul_bytes * share.tokens * share.gpt.n_embd
+    head_bytes = 4 + matmul_bytes if share.on_gpu else 4
+    return matmul_bytes * logits + head_bytes * share.head + 2 * hidden
 
 
 def _head_gradients(share: RankShare) -> float:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from checkpoint.run_folder import write_status
 from errors import error_line, exit_status_of
 from exit_status import BAD_INPUT, FINISHED, HUNG, INTERRUPTED, PREEMPTED
+from training.broken_pipes import STDERR
 from training.run import Run
-from training.streams import STDERR
 from training.watchdog import Watchdog, parse_timeouts
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from errors import BadInput
 from exit_status import HUNG
-from training.streams import STDERR
+from training.broken_pipes import STDERR
 
 TIMEOUTS_S = {"start": 1800, "step": 1800, "eval": 7200, "save": 3600}
 GRACE_S = 20  # for the thread; then C code, which needs no interpreter, ends the process

@@ -69,7 +69,7 @@ def hostnames(values: Values, facts: list[Facts]) -> tuple[str, Faults]:
 
 
 def connections(values: Values, _: list[Facts]) -> tuple[str, Faults]:
-    """Find the rank of each pair without a connection that has more such pairs."""
+    """Of two ranks that cannot connect, blame the one with more failed connections."""
     pairs = [(rank, other) for rank, others in values.items() for other in others]
     count = collections.Counter(rank for pair in pairs for rank in pair)
     unreached = collections.defaultdict(list)

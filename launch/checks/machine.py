@@ -123,7 +123,7 @@ def read_shards(run: Run) -> dict[str, str]:
 
 
 def read_disk_space(run: Run) -> dict[str, int]:
-    """Return the bytes that the run may fill, with what it has, and those that it will.
+    """Return free bytes plus those of the run's checkpoints, and the bytes that all will need.
 
     Raises:
         BadInput: The run folder cannot be written to.

@@ -17,7 +17,7 @@ import torch
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]  # documented
 
 from launch.checks import machine, network
-from launch.checks.checklist import compare_all, read_all, what_and_remedy
+from launch.checks.checklist import CHECKS, compare_all, read_all, what_and_remedy
 from launch.checks.compare import Facts
 from training import probes
 from training.ranks import Ranks
@@ -31,7 +31,7 @@ TOKEN = ".preflight"  # a file in the run folder, with a number that only this s
 
 
 class StopSurvey(Exception):  # noqa: N818  # no error: what is missing is among the facts
-    """What comes after this part of a survey would hang."""
+    """Stop the survey: later measurements would hang."""
 
 
 class Survey:
@@ -84,14 +84,15 @@ class Survey:
         """Measure under a time limit, and share what this rank has found so far (all ranks).
 
         Args:
-            check: Whose fact it is.
-            part: Another name each time.
+            check: Name of the check that judges the value.
+            part: Key in the store; each call needs a new one.
             work: Returns a value; None: nothing for this rank.
             better: Returns the better one of this value and the one before.
 
         Raises:
             StopSurvey: A rank has failed, or was too late; the same on all ranks.
         """
+        assert any(check == known.name for known in CHECKS)  # else nobody would judge it
         found = try_measure(check, work)
         before = self.facts[self.ranks.rank].get(check)
         if check in found and before is not None:
@@ -107,9 +108,9 @@ def survey_all(run: Run, survey: Survey) -> None:
     Raises:
         StopSurvey: A rank has failed, or was too late; the same on all ranks.
     """
-    # Rank 0's token counts.
+    # Only rank 0's token is used.
     survey.share("host names", {"host": socket.gethostname(), "token": secrets.token_hex(8)})
-    survey.share("clocks", {"clock": time.time()})  # rank 0 has just let all go
+    survey.share("clocks", {"clock": time.time()})  # rank 0 has just released all ranks at once
     read_machine(run, survey)
     kinds = {fact.get("device", {}).get("kind", "none") for fact in survey.facts}
     cut_off = any(fact["connections"] for fact in survey.facts)

@@ -99,7 +99,7 @@ class Estimate:
     Attributes:
         config: Resolved, and so is `batch`.
         candidate: The ds_config.
-        cluster: It runs on.
+        cluster: The cluster that it runs on.
         share: What one rank trains; with the resolved ds_config, and the fastest memory use for
             which the devices have space.
     """

@@ -17,8 +17,8 @@ from training.memory import MAX_REDUCED, RankShare, activation_bytes, comm_bytes
 # Passes over the residual stream's width C, for each token and block, forward and backward. In its
 # own dtype: two LayerNorms (2 and 4), two sums (6 and 6). In that of the products: what LayerNorm
 # returns (2 and 4), GELU over 4C (8; again 8, and 12), the biases' gradients (9).
-WIDE_FORWARD, WIDE_BACKWARD = 8, 10
-NARROW_FORWARD, NARROW_BACKWARD = 10, 33
+RESIDUAL_FORWARD, RESIDUAL_BACKWARD = 8, 10
+MATMUL_FORWARD, MATMUL_BACKWARD = 10, 33
 GELU_AGAIN = 8  # of those in the backward pass
 # Passes over the logits: written, read twice, replaced by their gradient, and read by two products;
 # and for each chunk of them over the head's gradient: two in the products' dtype, two in fp32.
@@ -61,35 +61,37 @@ def step_seconds(
         share: What one rank trains.
         batch: How the step is split.
         seq_len: Tokens of a sequence.
-        device: Of each rank.
-        nodes: Machines, each with as many ranks.
+        device: The device of each rank.
+        nodes: Number of machines, each with as many ranks.
     """
     gpt, tokens = share.gpt, share.tokens * batch.grad_accum_steps
     # FLOPs of a token. Checkpointing runs the forward, a third of a step, twice.
     forwards = 2 if "activation_checkpointing" in share.ds_config else 1
-    more = 4 / 3 if forwards == 2 else 1
-    products = 6 * (more * 12 * gpt.n_layer * gpt.n_embd**2 + share.head)
-    attention = more * 6 * gpt.n_layer * gpt.n_embd * seq_len  # the causal half
+    recompute_factor = 4 / 3 if forwards == 2 else 1
+    matmul_flops = 6 * (recompute_factor * 12 * gpt.n_layer * gpt.n_embd**2 + share.head)
+    attention_flops = recompute_factor * 6 * gpt.n_layer * gpt.n_embd * seq_len  # the causal half
     # Bytes of a token that go to and from memory: in the blocks, then over the logits.
-    wide, narrow = activation_bytes(share)
-    narrow_backward = NARROW_BACKWARD
+    residual, matmul = activation_bytes(share)
+    matmul_backward = MATMUL_BACKWARD
     if share.memory_use.keeps_gelu:
-        narrow_backward -= GELU_AGAIN
-    wide_bytes = wide * (forwards * WIDE_FORWARD + WIDE_BACKWARD)
-    narrow_bytes = narrow * (forwards * NARROW_FORWARD + narrow_backward)
-    streamed = gpt.n_layer * gpt.n_embd * (wide_bytes + narrow_bytes)
-    logit_bytes = LOGIT_PASSES * narrow + HEAD_PASSES * (narrow + 4) * gpt.n_embd / share.loss_rows
+        matmul_backward -= GELU_AGAIN
+    residual_bytes = residual * (forwards * RESIDUAL_FORWARD + RESIDUAL_BACKWARD)
+    matmul_bytes = matmul * (forwards * MATMUL_FORWARD + matmul_backward)
+    streamed_bytes = gpt.n_layer * gpt.n_embd * (residual_bytes + matmul_bytes)
+    logit_bytes = LOGIT_PASSES * matmul + HEAD_PASSES * (matmul + 4) * gpt.n_embd / share.loss_rows
     updated = share.n_params / (share.world_size if share.stage else 1)
-    flops = device.flops * (2 / narrow)  # TF32 has half the peak of bf16
+    flops = device.flops * (2 / matmul)  # TF32 has half the peak of bf16
     seconds = {
-        "matrix products": tokens * products / (flops * device.matmul_share),
-        "attention": tokens * attention / (flops * device.attention_share),
-        "elementwise": tokens * streamed / device.memory_bytes_s,
+        "matrix products": tokens * matmul_flops / (flops * device.matmul_share),
+        "attention": tokens * attention_flops / (flops * device.attention_share),
+        "elementwise": tokens * streamed_bytes / device.memory_bytes_s,
         "loss": tokens * logit_bytes * gpt.padded_vocab_size / device.memory_bytes_s,
         "optimizer": UPDATE_BYTES * updated / device.memory_bytes_s,
     }
     # Python launches kernels while the GPU computes: only what takes longer than that counts.
-    launches = LAUNCH_S * gpt.n_layer * batch.grad_accum_steps * more if device.on_gpu else 0
+    launches = 0.0
+    if device.on_gpu:
+        launches = LAUNCH_S * gpt.n_layer * batch.grad_accum_steps * recompute_factor
     seconds["launches"] = max(0.0, launches - sum(seconds.values()))
     seconds["communication"] = _communication(share, batch, device, nodes)
     if offloads(share.ds_config, "optimizer"):

@@ -8,7 +8,7 @@ import pytest
 
 from training.config import resolve_batch, resolve_train_config
 from training.ds_config import load_ds_config, resolve_ds_config
-from training.memory import RankShare, host_bytes, moments, peak
+from training.memory import RankShare, host_bytes, memory_by_phase, peak
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,7 +35,7 @@ def test_states_of_a_large_model_are_the_closed_form(stage: int, bytes_each: Any
     # ZeRO (Rajbhandari et al. 2020), section 3, with gradients in fp32.
     for world_size in (8, 64):
         one = rank_share(f"zero{stage}.json", world_size, model="gpt3-13b")
-        states = moments(one)["reduction"]
+        states = memory_by_phase(one)["reduction"]
         held = states["weights"] + states["gradients"] + states["optimizer"]
         assert held == pytest.approx(bytes_each(world_size) * one.n_params)
         assert states["buckets"] == (4 * 500_000_000 if stage in (0, 3) else 0)
@@ -43,7 +43,7 @@ def test_states_of_a_large_model_are_the_closed_form(stage: int, bytes_each: Any
 
 def test_activations_grow_with_tokens_and_checkpointing_keeps_one_in_twelve() -> None:
     def activations(one: RankShare) -> float:
-        return moments(one)["loss"]["activations"]
+        return memory_by_phase(one)["loss"]["activations"]
 
     small = rank_share("zero1.json", 8, model="gpt2", micro_batch_size=8)
     large = rank_share("zero1.json", 8, model="gpt2", micro_batch_size=16)

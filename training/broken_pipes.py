@@ -18,7 +18,7 @@ class _Lasting(io.FileIO):
             return len(data)
 
 
-def outlive_readers() -> None:
+def ignore_broken_pipes() -> None:
     """Let a run go on when its output ends (`| head`, a killed tee, a closed terminal).
 
     Its steps and how it ended are in the run folder too. For main programs only: this replaces
