@@ -48,8 +48,9 @@ quickstart: $(VENV)/installed
 
 # Debian packages that some tests need, as root; without them those tests skip and say so.
 debian:
-	command -v mpirun && command -v pdsh && command -v ip && test -x /usr/sbin/sshd || { apt-get update -q && \
-	  apt-get install -q -y --no-install-recommends openmpi-bin openssh-server openssh-client pdsh iproute2; }
+	command -v mpirun && command -v pdsh && command -v ip && command -v jq && command -v zstd && \
+	  test -x /usr/sbin/sshd || { apt-get update -q && apt-get install -q -y --no-install-recommends \
+	  openmpi-bin openssh-server openssh-client pdsh iproute2 jq zstd; }
 
 # The daemons of Slurm, for make launches, as root.
 slurm:
