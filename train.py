@@ -253,9 +253,10 @@ def train(
                 stops.check(parts.device)  # all ranks: a request to one stops all at this step
 
                 # once in a while: a checkpoint (all ranks); first, as a stop may cut evaluation
-                if is_due(config.checkpoint_every):
+                if is_due(config.checkpoint_every) or stops.checkpoint_is_due:
                     parts.clock.pause()
-                    parts.saver.save(step)
+                    parts.saver.save(step, is_timed=not is_due(config.checkpoint_every))
+                    stops.restart_clock()
 
                 # once in a while: validation loss and samples (all ranks, the same forwards)
                 if is_due(config.eval_every):
@@ -289,7 +290,7 @@ def train(
                     return "diverged", health.why_lost(step)
         except StopRequested as stop:
             parts.saver.save(step)
-            return "preempted", f"{stop} before step {step}"
+            return "preempted", f"{stop} before step {step}; {parts.saver.describe()}"
 
 
 if __name__ == "__main__":

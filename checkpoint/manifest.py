@@ -247,14 +247,15 @@ def publish_step(partial: Path, manifest: Manifest) -> Path:
     return folder
 
 
-def prune(checkpoints: Path, keep: int, keep_every: int) -> None:
+def prune(checkpoints: Path, keep: int, keep_every: int, replaced_step: int = 0) -> None:
     """Delete all but the newest `keep` checkpoints and the multiples of `keep_every` steps.
 
-    With `keep` 0 nothing is deleted; with `keep_every` 0 there are no such multiples.
+    With `keep` 0 all but that of `replaced_step` are kept, which never counts among the newest;
+    with `keep_every` 0 there are no such multiples.
     """
-    if not keep:
-        return
-    for folder in complete_steps(checkpoints)[:-keep]:
+    folders = complete_steps(checkpoints)
+    kept = [folder for folder in folders if step_of(folder) != replaced_step][-keep:]
+    for folder in [folder for folder in folders if folder not in kept]:
         if not keep_every or step_of(folder) % keep_every:
             delete_step(folder)
 

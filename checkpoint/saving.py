@@ -64,6 +64,7 @@ def save_checkpoint(
     order: dict[str, Any],
     keep: int = 0,
     keep_every: int = 0,
+    replaced_step: int = 0,
     unverified: list[str] | None = None,
 ) -> None:
     """Write `checkpoints/step_…`; it becomes visible only when it is complete (all ranks).
@@ -74,6 +75,7 @@ def save_checkpoint(
         step: As in Manifest, like `precision`, `order` and `unverified`.
         keep: How many checkpoints to keep, the newest; 0: all.
         keep_every: Older ones stay if their step is a multiple of this; 0: none stays.
+        replaced_step: Of a checkpoint that this one replaces; 0: of none.
 
     Raises:
         OSError: A rank could not write, on all ranks; names the file.
@@ -98,15 +100,15 @@ def save_checkpoint(
         fingerprints=fingerprints,
         unverified=unverified or [],
     )
-    on_all_ranks(lambda: _finish(partial, manifest, keep, keep_every))  # all ranks
+    on_all_ranks(lambda: _finish(partial, manifest, keep, keep_every, replaced_step))  # all ranks
 
 
-def _finish(partial: Path, manifest: Manifest, keep: int, keep_every: int) -> None:
+def _finish(partial: Path, manifest: Manifest, *pruning: int) -> None:
     if dist.get_rank() == 0:
         for script in partial.parent.glob(RECOVERY_SCRIPTS):
             script.unlink()
         publish_step(partial, manifest)
-        prune(partial.parent, keep, keep_every)
+        prune(partial.parent, *pruning)
 
 
 def write_files(engine: Any, partial: Path) -> None:

@@ -32,6 +32,7 @@ from checkpoint.manifest import (
 from checkpoint.reader import load_model
 from eval import hellaswag, sample, val_loss
 from eval.session import run_command
+from tests import forked
 from train import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -142,6 +143,58 @@ def test_a_stop_leaves_a_checkpoint_from_which_the_run_is_the_same(
     assert main(command) == 0
     assert status_of(run_dir)["status"] == "finished"
     assert_same_run(whole, run_dir)
+
+
+def test_checkpoints_by_the_clock_replace_each_other_and_a_stop_says_how_to_go_on(
+    whole: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "stopped"
+    options = ["--max_steps", 12, "--dropout", 0.1]
+    command = arguments(data_dir, run_dir, *options, "--checkpoint_minutes", 1e-9)  # each step
+    third = run_dir / "checkpoints" / "step_000003"
+    thread = when(third.exists, lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert main(command) == 75
+    thread.join()
+    *others, last = complete_steps(run_dir / "checkpoints")
+    assert all(step_of(folder) % 5 == 0 for folder in others)
+    said = capsys.readouterr().err.splitlines()
+    told = [line for line in said if line.startswith("SIGINT: saving a checkpoint before the next")]
+    assert len(told) == 1
+    reason = f"SIGINT before step {step_of(last)}; saved {last}"
+    assert said[-1] == f"preempted: {reason}. The same command goes on."
+    assert status_of(run_dir)["reason"] == reason
+    assert main(command) == 0
+    kept = {step_of(folder) for folder in complete_steps(run_dir / "checkpoints")}
+    assert kept == {5, 10, 12, step_of(last)}
+    assert_same_run(whole, run_dir)
+
+
+STOPPED_EARLY = """
+import os, signal, sys, threading, time
+sys.path.insert(0, os.getcwd())
+import train
+from training.ranks import leave
+def stop():
+    while "stops" not in [thread.name for thread in threading.enumerate()]:
+        time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread(target=stop, daemon=True).start()
+leave(train.main(sys.argv[1:]))
+"""
+
+
+def test_a_stop_before_the_first_step_says_that_nothing_is_lost(
+    data_dir: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "stopped.py"
+    script.write_text(STOPPED_EARLY)
+    command = arguments(data_dir, tmp_path / "run", "--resume", "none")
+    done = forked.launch(1, command, tmp_path, script)
+    assert done.returncode == 75
+    assert done.stderr.splitlines()[-1] == (
+        "preempted: SIGTERM before the first step; nothing to save. "
+        "The same command, without --resume none, goes on."
+    )
 
 
 class Trap:

@@ -68,6 +68,7 @@ class TrainConfig:
     sample_tokens: int = _flag(32, "tokens of each in-loop sample")
     sample_prompt: str = _flag(PROMPT, "prompt of the in-loop samples")
     checkpoint_every: int = _flag(5000, "steps between checkpoints")
+    checkpoint_minutes: float = _flag(30, "minutes to a checkpoint that the next replaces; 0: off")
     keep_checkpoints: int = _flag(0, "checkpoints to keep, the newest; 0: all")
     keep_every: int = _flag(0, "of older ones keep those of a multiple of this step; 0: none")
     log_every: int = _flag(1, "steps between log lines")
@@ -142,10 +143,10 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
       "max_bad_steps"), lambda x: x > 0, "above 0"),
     (("lr", "eps", "weight_decay", "grad_clip", "min_lr_ratio"), math.isfinite, "that is finite"),
     (("warmup_steps", "decay_steps", "weight_decay", "grad_clip", "min_lr_ratio", "seed",
-      "hellaswag_every", "keep_checkpoints", "keep_every", "micro_batch_size"),
-     lambda x: x >= 0, "of at least 0"),
+      "hellaswag_every", "keep_checkpoints", "keep_every", "micro_batch_size",
+      "checkpoint_minutes"), lambda x: x >= 0, "of at least 0"),
     (("seed",), lambda x: x < 2**32, "below 2^32"),
-    (("batch_tokens",), lambda x: x <= 2**50, "of at most 2^50"),
+    (("batch_tokens", "checkpoint_minutes"), lambda x: x <= 2**50, "of at most 2^50"),
     (("beta1", "beta2", "dropout"), lambda x: 0 <= x < 1, "in [0, 1)"),
     (("sample_prompt",), lambda x: x == str(x).encode(errors="ignore").decode(),
      "of UTF-8 (LC_ALL=C.UTF-8)"),

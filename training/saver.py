@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from checkpoint.manifest import step_name
 from checkpoint.saving import save_checkpoint
 from training.ds_config import precision
 from training.health import Health
@@ -21,6 +22,7 @@ class Saver:
         health: Of the steps so far.
         watchdog: Has a timeout for saving.
         saved_step: Of the last checkpoint; a run without one has nothing to save at step 0.
+        timed_step: Of the last checkpoint if only the time called for it; the next one replaces it.
     """
 
     run: Run
@@ -29,8 +31,9 @@ class Saver:
     health: Health
     watchdog: Watchdog
     saved_step: int
+    timed_step: int = 0
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, *, is_timed: bool = False) -> None:
         """Save a checkpoint after `step` updates, unless there is one (all ranks)."""
         if step == self.saved_step:
             return
@@ -46,6 +49,13 @@ class Saver:
             order=self.order,
             keep=0 if goes_wrong else config.keep_checkpoints,
             keep_every=config.keep_every,
+            replaced_step=0 if goes_wrong else self.timed_step,
             unverified=self.run.unverified,
         )
         self.saved_step = step
+        self.timed_step = step if is_timed else 0
+
+    def describe(self) -> str:
+        """Say where the last checkpoint is."""
+        folder = self.run.config.run_dir / "checkpoints" / step_name(self.saved_step)
+        return f"saved {folder}" if self.saved_step else "nothing to save"

@@ -1,4 +1,4 @@
-"""Turn requests to stop, on any rank, into one stop of all ranks at a step boundary."""
+"""Turn requests to stop, and the time for a checkpoint, into one decision of all ranks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import contextlib
 import os
 import select
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -18,11 +20,14 @@ import torch.distributed as dist
 from exit_status import INTERRUPTED
 
 SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP}
-# Reasons beside the numbers of signals: all ranks agree on the largest.
-STOP_FILE = 1000
-LAUNCHER_GONE = 1001
-REASONS = {STOP_FILE: "STOP file", LAUNCHER_GONE: "launcher gone"} | {s: s.name for s in SIGNALS}
+CHECKPOINT_DUE, LAUNCHER_GONE, STOP_FILE = "checkpoint due", "launcher gone", "STOP file"
+# All ranks agree on the last of these that one of them has. Launchers send SIGTERM, or end,
+# whatever they were sent themselves: every other signal says more.
+REASONS = ["", CHECKPOINT_DUE, LAUNCHER_GONE, "SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT", STOP_FILE]
 POLL_S = 0.5
+# DeepSpeed's launcher sends SIGTERM right after a Ctrl-C, and the kernel delivers signals that wait
+# together in any order: those that come within this time count as one request.
+TOGETHER_S = 0.05
 DEEPSPEED_LAUNCHER = "deepspeed.launcher.launch"
 
 
@@ -31,7 +36,7 @@ class StopRequested(Exception):  # noqa: N818  # a request, not an error
 
 
 class Stops:
-    """Watches for signals, a STOP file in the run folder, and a launcher that has ended.
+    """Watches for signals, a STOP file in the run folder, a launcher that has ended, and the time.
 
     The signals are SIGTERM, SIGINT, SIGUSR1 and, unless it is ignored from the start (nohup), the
     SIGHUP of a terminal that is closed. A thread reads them, so that this works while the main
@@ -43,6 +48,10 @@ class Stops:
         on_early_stop: Called from the thread with the reason, for requests outside
             `at_step_boundaries`: there is nothing to save, and `check` may be far away.
         on_second_interrupt: Called from the thread before the process ends at once.
+        checkpoint_minutes: From one checkpoint to the next, by rank 0's clock; 0: none is due.
+
+    Attributes:
+        checkpoint_is_due: Whether that time has passed; the same on all ranks.
     """
 
     def __init__(
@@ -50,12 +59,16 @@ class Stops:
         run_dir: Path,
         on_early_stop: Callable[[str], None],
         on_second_interrupt: Callable[[], None],
+        checkpoint_minutes: float = 0,
     ) -> None:
         self.stop_file = run_dir / "STOP"
         self.on_early_stop = on_early_stop
         self.on_second_interrupt = on_second_interrupt
+        self.checkpoint_s = 60 * checkpoint_minutes or float("inf")
+        self.restart_clock()
         self._wait_for_check = False
-        self._reason = 0  # why this rank was asked to stop: a key of REASONS, or 0
+        self._reason = ""  # why this rank was asked to stop: one of REASONS
+        self._is_told = False
         self._interrupts = 0
         self._earlier: tuple[torch.Tensor, torch.cuda.Event] | None = None
         self._launchers = _watched_launchers()
@@ -89,22 +102,40 @@ class Stops:
         self._wait_for_check = True
         yield
 
+    def restart_clock(self) -> None:
+        """Count the time to the next checkpoint from now (all ranks)."""
+        self.checkpoint_is_due = False
+        self._due_s = time.monotonic() + self.checkpoint_s
+
     def check(self, device: torch.device) -> None:
-        """Raise if any rank was asked to stop since the start (all ranks).
+        """Raise if any rank was asked to stop; find out if a checkpoint is due (all ranks).
 
         Raises:
             StopRequested: On every rank at the same call.
         """
         if dist.get_rank() == 0 and not self._reason and self.stop_file.exists():
             self._reason = STOP_FILE
-        reason = self._largest_of_all(device)
-        if reason:
-            raise StopRequested(REASONS[reason])
+        own = self._reason
+        if dist.get_rank() == 0 and not own and time.monotonic() >= self._due_s:
+            own = CHECKPOINT_DUE
+            self._due_s = float("inf")  # sent once: on a GPU the answer comes with the next call
+        reason = REASONS[self._largest_of_all(REASONS.index(own), device)]
+        if reason == CHECKPOINT_DUE:  # stays so: an evaluation, which saves nothing, checks too
+            self.checkpoint_is_due = True
+        elif reason:
+            self._tell(reason)
+            raise StopRequested(reason)
 
-    def _largest_of_all(self, device: torch.device) -> int:
+    def _tell(self, reason: str) -> None:
+        is_first, self._is_told = not self._is_told, True
+        if is_first and dist.get_rank() == 0:
+            again = "; a second SIGINT ends at once, without" if reason == "SIGINT" else ""
+            print(f"{reason}: saving a checkpoint before the next step{again}", file=sys.stderr)
+
+    def _largest_of_all(self, own: int, device: torch.device) -> int:
         if dist.get_world_size() == 1:
-            return self._reason
-        reason = torch.full((), self._reason, device=device)  # torch.tensor would wait for the GPU
+            return own
+        reason = torch.full((), own, device=device)  # torch.tensor would wait for the GPU
         dist.all_reduce(reason, dist.ReduceOp.MAX)  # all ranks
         if device.type == "cpu":
             return int(reason)
@@ -124,10 +155,11 @@ class Stops:
     def _watch(self) -> None:
         while not self._closing.is_set():
             readable, _, _ = select.select([self._read_fd], [], [], POLL_S)
+            if readable:
+                self._closing.wait(TOGETHER_S)
             received = os.read(self._read_fd, 64) if readable else b""  # a byte for each signal
-            for number in received:
-                if number in SIGNALS:
-                    self._reason = self._reason or number
+            names = [s.name for s in SIGNALS if s in received]
+            self._reason = self._reason or max(names, key=REASONS.index, default="")
             self._interrupts += received.count(signal.SIGINT)
             if self._interrupts > 1:
                 try:
@@ -137,7 +169,10 @@ class Stops:
             if not all(map(is_alive, self._launchers)):
                 self._reason = self._reason or LAUNCHER_GONE
             if self._reason and not self._wait_for_check:
-                self.on_early_stop(REASONS[self._reason])
+                self.on_early_stop(f"{self._reason} before the first step; nothing to save")
+            elif self._reason and not self._is_told:
+                # From another thread: printing may block, and this one must hear the next SIGINT.
+                threading.Thread(target=self._tell, args=(self._reason,), daemon=True).start()
 
 
 def _leave_to_thread(number: int, frame: FrameType | None) -> None:

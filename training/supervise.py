@@ -37,6 +37,8 @@ def supervise(run: Run, train: Callable[[Watchdog, Stops], tuple[str, str]]) -> 
     from training.stops import Stops
 
     run_dir, ranks = run.config.run_dir, run.ranks
+    without = ", without --resume none," if run.config.resume == "none" else ""
+    goes_on = f"The same command{without} goes on."
     faulthandler.enable(STDERR)  # a stack also of what ends a process at once, as SIGBUS does
 
     def on_expiry(line: str) -> None:
@@ -46,6 +48,7 @@ def supervise(run: Run, train: Callable[[Watchdog, Stops], tuple[str, str]]) -> 
     def on_early_stop(reason: str) -> None:
         if ranks.is_main:
             write_status(run_dir, "preempted", reason=reason, exit_status=PREEMPTED)
+            print(f"preempted: {reason}. {goes_on}", file=sys.stderr, flush=True)
         os._exit(_status_for_launcher("preempted"))  # nothing is lost: no step has been taken
 
     def on_second_interrupt() -> None:
@@ -56,7 +59,8 @@ def supervise(run: Run, train: Callable[[Watchdog, Stops], tuple[str, str]]) -> 
     stacks = run_dir / "stacks" / f"rank_{ranks.rank:05d}.txt"
     watchdog = Watchdog(parse_timeouts(run.config.timeouts), stacks, on_expiry)
     try:
-        with Stops(run_dir, on_early_stop, on_second_interrupt) as stops:
+        minutes = run.config.checkpoint_minutes
+        with Stops(run_dir, on_early_stop, on_second_interrupt, minutes) as stops:
             status, reason = train(watchdog, stops)
     finally:
         watchdog.stop()
@@ -66,7 +70,8 @@ def supervise(run: Run, train: Callable[[Watchdog, Stops], tuple[str, str]]) -> 
         more = {} if status == "diverged" else {"starts": []}
         write_status(run_dir, status, reason=reason, exit_status=EXIT_STATUSES[status], **more)
         begin = f"error: {run_dir}" if status == "diverged" else status
-        print(f"{begin}: {reason}", file=sys.stderr, flush=True)
+        end = f". {goes_on}" if status == "preempted" else ""
+        print(f"{begin}: {reason}{end}", file=sys.stderr, flush=True)
     return _status_for_launcher(status)
 
 

@@ -148,6 +148,7 @@ def read_disk_space(run: Run) -> dict[str, int]:
 def needed_bytes(run: Run) -> int:
     """Return what all checkpoints that are kept take, and one that is being written."""
     config = run.config
+    # One by --checkpoint_minutes needs no more: it is replaced before all others are there.
     saves = math.ceil(config.max_steps / config.checkpoint_every)
     kept = min(config.keep_checkpoints or saves, saves)
     return (kept + 1) * checkpoint_bytes(precision(run.ds_config), config.gpt_config.n_params())

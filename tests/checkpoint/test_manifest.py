@@ -156,6 +156,19 @@ def test_pruning_keeps_the_newest_and_the_milestones(tmp_path: Path) -> None:
     assert [step_of(p) for p in complete_steps(tmp_path)] == [8, 9, 10]
 
 
+@pytest.mark.parametrize(
+    ("keep", "keep_every", "left"), [(0, 0, [1, 2, 4]), (2, 0, [2, 4]), (0, 3, [1, 2, 3, 4])]
+)
+def test_a_replaced_checkpoint_goes_and_does_not_count_among_those_to_keep(
+    tmp_path: Path, keep: int, keep_every: int, left: list[int]
+) -> None:
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    for _ in range(2):  # one that is gone is no error
+        prune(tmp_path, keep, keep_every, replaced_step=3)
+        assert [step_of(p) for p in complete_steps(tmp_path)] == left
+
+
 def test_what_interrupted_saves_left_is_swept(tmp_path: Path) -> None:
     folder = save(tmp_path, 3)
     for name in ("step_000004.tmp", "step_000002.deleted"):

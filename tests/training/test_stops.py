@@ -1,4 +1,5 @@
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import forked
 from training.ranks import Ranks
 from training.stops import SIGNALS, StopRequested, Stops
 
@@ -18,13 +20,43 @@ CPU = torch.device("cpu")
 WAIT = """
 import sys, time
 from pathlib import Path
+from training.ranks import Ranks
+from training.rendezvous import init_process_group
 from training.stops import Stops
+init_process_group(Ranks(), timeout_s=60)
 with Stops(Path(sys.argv[1]), print, lambda: print("again", flush=True)) as stops:
     stops._wait_for_check = True
     print("ready", flush=True)
     time.sleep(60)
 """
 
+# Two ranks: rank 1's clock is always behind. After three checkpoints each gets its signal.
+RANKS = """
+import json, os, signal, sys, time
+from pathlib import Path
+import torch
+from training.ranks import read_ranks
+from training.rendezvous import init_process_group
+from training.stops import StopRequested, Stops
+ranks = read_ranks()
+init_process_group(ranks, timeout_s=60)
+minutes = 0.2 / 60 if ranks.is_main else 1e-9
+due = []
+with Stops(Path(sys.argv[1]), print, print, minutes) as stops, stops.at_step_boundaries():
+    try:
+        for step in range(10_000):
+            stops.check(torch.device("cpu"))
+            if stops.checkpoint_is_due:
+                due.append(step)
+                stops.restart_clock()
+                mine = sys.argv[2 + ranks.rank]
+                if len(due) == 3 and mine:
+                    os.kill(os.getpid(), signal.Signals[mine])
+                    time.sleep(0.2)
+            time.sleep(0.001)
+    except StopRequested as stop:
+        print(json.dumps({"due": due, "step": step, "reason": str(stop)}), flush=True)
+"""
 
 # A runner that starts a launcher that starts a rank: each the same program, at its depth.
 CHAIN = """
@@ -32,13 +64,13 @@ import os, subprocess, sys, time
 from pathlib import Path
 program, folder, command_line, *names = sys.argv[1:]
 if names == ["rank"]:
-    from training.stops import REASONS, Stops
+    from training.stops import Stops
     with Stops(Path(folder), print, print) as stops:
-        stops._wait_for_check = True
+        stops._wait_for_check = stops._is_told = True
         print("rank", os.getpid(), flush=True)
         while not stops._reason:
             time.sleep(0.1)
-        Path(folder, "asked").write_text(REASONS[stops._reason])
+        Path(folder, "asked").write_text(stops._reason)
 else:
     print(names[0], os.getpid(), flush=True)
     command_line = "deepspeed.launcher.launch" if names[1] == "launcher" else "a rank"
@@ -92,7 +124,7 @@ def test_before_the_first_check_a_stop_is_told_at_once(tmp_path: Path) -> None:
     with Stops(tmp_path, told.append, pytest.fail):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.2)
-    assert told[0] == "SIGTERM"
+    assert told[0] == "SIGTERM before the first step; nothing to save"
 
 
 def test_old_handlers_come_back(one_rank: Ranks, tmp_path: Path) -> None:
@@ -103,14 +135,25 @@ def test_old_handlers_come_back(one_rank: Ranks, tmp_path: Path) -> None:
     assert before == after
 
 
-def test_the_second_interrupt_ends_at_once(tmp_path: Path) -> None:
+def test_a_ctrl_c_is_told_by_its_name_and_the_second_ends_at_once(tmp_path: Path) -> None:
+    """Also if the launcher's SIGTERM waits beside it: the kernel hands that over first."""
     process = subprocess.Popen(
-        [sys.executable, "-c", WAIT, tmp_path], cwd=ROOT, text=True, stdout=subprocess.PIPE
+        [sys.executable, "-c", WAIT, tmp_path],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     try:
         assert process.stdout
+        assert process.stderr
         assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGINT)
+        for number in (signal.SIGSTOP, signal.SIGINT, signal.SIGTERM, signal.SIGCONT):
+            process.send_signal(number)
+        assert process.stderr.readline() == (
+            "SIGINT: saving a checkpoint before the next step; "
+            "a second SIGINT ends at once, without\n"
+        )
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(1)
         process.send_signal(signal.SIGINT)
@@ -119,6 +162,22 @@ def test_the_second_interrupt_ends_at_once(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.mark.parametrize(("first", "second"), [("SIGTERM", "SIGINT"), ("", "SIGUSR1")])
+def test_ranks_agree_on_the_time_of_rank_0_and_on_one_reason(
+    tmp_path: Path, first: str, second: str
+) -> None:
+    (tmp_path / "ranks.py").write_text(RANKS)
+    done = forked.launch(2, [tmp_path, first, second], tmp_path, tmp_path / "ranks.py")
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stderr.splitlines() if "saving" in line]
+    assert len(told) == 1
+    assert told[0].startswith(f"{first or second}: saving a checkpoint before the next step")
+    by_rank = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert by_rank[0] == by_rank[1]
+    assert by_rank[0]["reason"] == second
+    assert len(by_rank[0]["due"]) == 3
 
 
 @pytest.mark.parametrize("killed", ["launcher", "runner"])
