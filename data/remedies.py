@@ -1,14 +1,16 @@
 """Tell a file that is not what its name says, and name the command that makes it so."""
 
 import re
+from collections import Counter
 from pathlib import Path
 from shlex import quote
 
-from data.sources import HUB, LINES, ROWS, TEXT, SourceFile
+from data.sources import HUB, KINDS, LINES, ROWS, TEXT, SourceFile, list_folder
 from errors import BadInput
 
 SKIP = "leave it out with --on_error skip"
 FIX_OR_SKIP = f"correct it, or {SKIP}"
+FINEWEB = Path("edu_fineweb10B")  # where data/fineweb.py writes, and train.py reads
 START = rb"(?:\s*\xef\xbb\xbf)?\s*(?:%b)"  # perhaps after a byte order mark and white space
 UNPACK = {".gz": "gzip -dc", ".xz": "xz -dc", ".bz2": "bzip2 -dc", ".zst": "zstd --long=31 -dc"}
 ANY = (TEXT, LINES, ROWS)
@@ -54,3 +56,21 @@ def not_utf8(where: str, file: SourceFile) -> BadInput:
     """Return the error for another encoding, which is most often that of Windows."""
     command = mend(file, "iconv -f WINDOWS-1252 -t UTF-8")
     return BadInput(where, "not UTF-8", f"if it is Windows-1252: {command}, or {SKIP}")
+
+
+def how_to_get_shards(data_dir: Path) -> tuple[str, str]:
+    """Say what a place without shards holds, if that is text, and what to type to get shards."""
+    is_text = data_dir.is_file() and data_dir.suffix in KINDS
+    texts = list_folder(data_dir)[0] if data_dir.is_dir() else [data_dir] * is_text
+    place = quote(str(data_dir))
+    if not texts:
+        from_text = f"python data/prepare.py TEXT… --out_dir {place}"
+        return "", "python data/fineweb.py" if data_dir == FINEWEB else from_text
+    held = Counter(path.suffix.lower() for path in texts)
+    n_bytes = sum(path.stat().st_size for path in texts)
+    # Few files may be few documents, without a tenth; 1 % of the bytes are some 4 % of the tokens.
+    split = "--val_every 10" if len(texts) >= 10 else f"--val_tokens {max(1, n_bytes // 100)}"
+    out_dir = quote(f"{data_dir if data_dir.name else data_dir.absolute()}_tokens")
+    make = f"python data/prepare.py {place} --out_dir {out_dir} {split}"
+    what = f"; it holds {', '.join(f'{n} {suffix}' for suffix, n in held.most_common())}"
+    return what, f"{make}, then --data_dir {out_dir}"

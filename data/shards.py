@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.index import INDEX_NAME, ShardIndex, ShardRecord, hash_file, read_index
+from data.remedies import how_to_get_shards
 from data.tokenizer import MERGES_SHA256
 from errors import BadInput
 
@@ -48,8 +49,8 @@ def find_shards(data_dir: Path, split: str) -> list[Path]:
     found = {pattern: shards for pattern, shards in files.items() if shards}
     where = f"--data_dir {data_dir}"
     if not found:
-        remedy = f"python data/prepare.py TEXT… --out_dir {data_dir}"
-        raise BadInput(where, f"no shard {' or '.join(patterns)}", remedy)
+        held, remedy = how_to_get_shards(data_dir)
+        raise BadInput(where, f"no shard {' or '.join(patterns)}{held}", remedy)
     if len(found) > 1:
         raise BadInput(where, f"holds {' and '.join(found)}", "give each dataset its own folder")
     (shards,) = found.values()
@@ -170,15 +171,17 @@ class TokenStream:
             digest.update(_ends(shard))
         return digest.hexdigest()
 
+    def digests(self) -> dict[str, str]:
+        """Return the first digits of a SHA-256 of each shard's length and ends, by its name."""
+        pairs = zip(self.paths, self.shards, strict=True)
+        return {path.name: hashlib.sha256(_ends(shard)).hexdigest()[:16] for path, shard in pairs}
+
     def copies(self) -> list[str]:
         """Return a line for each shard that has the length and the ends of another."""
-        known: dict[bytes, Path] = {}
-        lines = []
-        for path, shard in zip(self.paths, self.shards, strict=True):
-            other = known.setdefault(hashlib.sha256(_ends(shard)).digest(), path)
-            if other != path:
-                lines.append(f"{path}: a copy of {other.name}, by length and ends. Fix: remove one")
-        return lines
+        first: dict[str, str] = {}
+        pairs = [(name, first.setdefault(digest, name)) for name, digest in self.digests().items()]
+        folder, end = self.paths[0].parent, "by length and ends. Fix: remove one"
+        return [f"{folder / a}: a copy of {b}, {end}" for a, b in pairs if a != b]
 
     def read(self, start: int, length: int) -> Tokens:
         """Copy the tokens `[start, start + length)`, across shard edges.
@@ -242,18 +245,23 @@ class TokenStream:
         return _bad_shard(path, f"token {token}, the vocabulary has {self.vocab_size}{note}")
 
 
-def require_targets(stream: TokenStream, eval_tokens: int) -> None:
-    """Refuse a validation split that does not hold `eval_tokens` targets.
+def require_targets(stream: TokenStream, eval_tokens: int, is_given: bool = True) -> int:
+    """Return how many targets of a validation split to use: `eval_tokens`.
+
+    If nobody asked for these, a shorter split is used as a whole.
 
     Raises:
-        BadInput: It does not; names its last shard.
+        BadInput: It does not hold them; names its last shard.
     """
-    if eval_tokens >= len(stream):  # one more is the first token, which nothing predicts
-        most = len(stream) - 1
+    most = len(stream) - 1  # nothing predicts the first token
+    if most and not is_given:
+        return min(eval_tokens, most)
+    if eval_tokens > most:
         remedy = f"give --eval_tokens {most}" if most else "prepare more validation tokens"
         needed = f"--eval_tokens {eval_tokens} + 1"
         what = f"the validation split has {len(stream)} tokens, not {needed}"
         raise BadInput(str(stream.paths[-1]), what, remedy)
+    return eval_tokens
 
 
 def _ends(shard: Tokens) -> bytes:

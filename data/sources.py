@@ -86,7 +86,7 @@ def find_files(inputs: list[str]) -> list[SourceFile]:
     left_out: dict[Path, str] = {}
     for path in _expand(inputs):
         if path.is_dir():
-            found, others = _list_folder(path)
+            found, others = list_folder(path)
             files += [_local_file(file, path) for file in found]
             left_out |= others
         elif _kind(path.name)[0]:
@@ -124,7 +124,7 @@ def _expand(inputs: list[str]) -> list[Path]:
     return found
 
 
-def _list_folder(folder: Path) -> tuple[list[Path], dict[Path, str]]:
+def list_folder(folder: Path) -> tuple[list[Path], dict[Path, str]]:
     """Return the files below a folder that are text by their names, and the kinds of all others.
 
     Links are followed, into each folder once. Hidden files, and what is in hidden folders, are not

@@ -4,8 +4,10 @@ import bz2
 import gzip
 import json
 import lzma
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,10 @@ from data.index import ShardIndex
 from data.mpi import Alone
 from data.preparation import prepare
 from data.prepare import build_parser
+from data.remedies import how_to_get_shards
+from data.shards import TokenStream
 
+ROOT = Path(__file__).resolve().parents[2]
 TEXTS = ["first document, of several words ", "café “quoted” and more of it ", "third"]
 RECORDS = [{"text": text, "id": i} for i, text in enumerate(TEXTS)]
 LINES = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS)
@@ -143,3 +148,37 @@ def test_a_pointer_comes_with_a_command_for_its_folder(tmp_path: Path) -> None:
     (tmp_path / "b.parquet").write_bytes(b"/annex/objects/SHA256E-s12345--4d7a.txt\n")
     with pytest.raises(ValueError, match=rf"with: cd {tmp_path} && git annex get \., or leave it"):
         run(tmp_path, "--out_dir", tmp_path / "out")
+
+
+@pytest.mark.parametrize("n_files", [1, 3, 12])
+def test_a_folder_of_text_comes_with_commands_that_make_shards_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_files: int
+) -> None:
+    texts = tmp_path / "my texts" / "inner"
+    texts.mkdir(parents=True)
+    for i in range(n_files):
+        (texts / f"{i}.txt").write_text(f"Document {i} has a few words. " * 20)
+    monkeypatch.chdir(tmp_path)
+    where = rf"--data_dir my texts: no shard .*; it holds {n_files} \.txt\. Fix: python "
+    with pytest.raises(ValueError, match=where) as refused:
+        TokenStream(Path("my texts"), "train", 50257)
+    command, _, flag = refused.value.args[2].partition(", then ")
+    assert flag == "--data_dir 'my texts_tokens'"
+    program, script, *argv = shlex.split(command)
+    done = subprocess.run([sys.executable, ROOT / script, *argv], capture_output=True, timeout=60)
+    assert (program, done.returncode) == ("python", 0), done.stderr
+    for split in ("train", "val"):
+        assert len(TokenStream(Path("my texts_tokens"), split, 50257)) > 1
+
+
+def test_other_places_without_shards_come_with_a_command_too(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
+    (tmp_path / "nothing").mkdir()
+    assert how_to_get_shards(Path("edu_fineweb10B")) == ("", "python data/fineweb.py")
+    remedy = f"python data/prepare.py TEXT… --out_dir {tmp_path}/nothing"
+    assert how_to_get_shards(tmp_path / "nothing") == ("", remedy)
+    assert how_to_get_shards(tmp_path / "missing")[1].endswith("/missing")
+    for place in (tmp_path, tmp_path / "a.jsonl"):
+        what, remedy = how_to_get_shards(place)
+        assert what == "; it holds 1 .jsonl"
+        assert remedy.startswith(f"python data/prepare.py {place} --out_dir {place}_tokens ")
