@@ -42,7 +42,7 @@ quickstart: $(VENV)/installed
 	@$(BIN)/python eval/report.py $(RUN) --out $(RUN)/report
 	@echo "Done. The curves: $(RUN)/report/index.html. The model, for AutoModelForCausalLM: $(CKPT)/"
 	@echo "Next: $(BIN)/tensorboard --logdir runs"
-	@echo "      $(BIN)/python train.py --model quickstart --data_dir $(DATA) --run_dir $(RUN) --max_steps 300 --decay_steps 300"
+	@echo "      $(BIN)/python train.py --model quickstart --data_dir $(DATA) --run_dir $(RUN) --max_steps 300"
 	@echo "      $(BIN)/deepspeed --num_gpus 8 train.py --model gpt2 --data_dir YOUR_SHARDS   (README.md: the 124M recipe)"
 	
 

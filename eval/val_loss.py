@@ -90,8 +90,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = model_parser(__doc__ or "")
     parser.add_argument("--data_dir", type=Path, default=Path("edu_fineweb10B"), help="shards")
-    tokens_help = "tokens (default: %(default)s)"
-    parser.add_argument("--eval_tokens", type=int, default=EVAL_TOKENS, help=tokens_help)
+    tokens_help = f"tokens (default: {EVAL_TOKENS}, or all of a shorter split)"
+    parser.add_argument("--eval_tokens", type=int, help=tokens_help)
     parser.add_argument("--seq_len", type=int, help="tokens (default: the model's block_size)")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences (default: 8)")
     return parser
@@ -112,9 +112,10 @@ def run(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     if seq_len > block_size:
         what = f"the model has a block size of {block_size}"
         raise BadInput(f"--seq_len {seq_len}", what, f"give at most {block_size}")
-    n_tokens = args.eval_tokens
     stream = TokenStream(args.data_dir, "val", session.config.vocab_size)
-    require_targets(stream, n_tokens)
+    is_given = args.eval_tokens is not None
+    n_tokens = require_targets(stream, args.eval_tokens or EVAL_TOKENS, is_given)
+    whole = "" if is_given or n_tokens == EVAL_TOKENS else " (the whole split)"
     sizes = {"seq_len": seq_len, "eval_tokens": n_tokens, "batch_size": args.batch_size}
     with session.computing():
         loss = mean_loss(session, stream, **sizes)
@@ -122,7 +123,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
         raise BadInput(session.ckpt, f"gives a loss of {loss}", "evaluate an earlier step")
     entropy = unigram_entropy(stream, n_tokens)
     session.say(
-        f"validation loss {loss:.4f}, unigram entropy of the same {n_tokens:,} tokens "
+        f"validation loss {loss:.4f}, unigram entropy of the same {n_tokens:,} tokens{whole} "
         f"{entropy:.4f} (nats per token)"
     )
     return {

@@ -50,8 +50,8 @@ class TrainConfig:
     seq_len: int = _flag(FROM_PRESET, "tokens per sequence (the model's block_size)")
     max_steps: int = _flag(FROM_PRESET, "optimizer steps (preset's tokens / batch_tokens)")
     lr: float = _flag(FROM_PRESET, "peak learning rate (preset's)")
-    warmup_steps: int = _flag(FROM_PRESET, "steps of linear warm-up (preset's tokens)")
-    decay_steps: int = _flag(FROM_PRESET, "step at which the cosine ends (preset's tokens)")
+    warmup_steps: int = _flag(FROM_PRESET, "steps of linear warm-up (preset's, or decay_steps)")
+    decay_steps: int = _flag(FROM_PRESET, "step at which the cosine ends (preset's, or max_steps)")
     min_lr_ratio: float = _flag(0.1, "learning rate after decay_steps, as a fraction of lr")
     beta1: float = _flag(0.9, "AdamW")
     beta2: float = _flag(0.95, "AdamW")
@@ -62,7 +62,7 @@ class TrainConfig:
     seed: int = _flag(1337, "of initial weights, data order, dropout and samples")
     shuffle: bool = _flag(True, "permute the windows in each epoch; false: in stream order")
     eval_every: int = _flag(250, "steps between validations and samples")
-    eval_tokens: int = _flag(EVAL_TOKENS, "validation tokens, the first of the split")
+    eval_tokens: int = _flag(FROM_PRESET, f"first validation tokens ({EVAL_TOKENS}, or all)")
     hellaswag_every: int = _flag(FROM_PRESET, "steps between HellaSwag scores; 0: none (preset's)")
     hellaswag_limit: int = _flag(10_042, "HellaSwag rows, the first of the validation set")
     sample_tokens: int = _flag(32, "tokens of each in-loop sample")
@@ -80,7 +80,7 @@ class TrainConfig:
         "", "seconds after which a phase is hung: start=1800,step=1800,eval=7200,save=3600, or some"
     )
     debug: bool = _flag(False, "print the traceback of an error")
-    dry_run: bool = _flag(False, "print the resolved run and stop")
+    dry_run: bool = _flag(False, "print the resolved run, refuse what a run would refuse, and stop")
 
     @property
     def gpt_config(self) -> GPTConfig:
@@ -120,14 +120,21 @@ def resolve_train_config(
     batch_tokens = given.get("batch_tokens", preset.batch_tokens)
     if batch_tokens < 1:
         raise BadInput(f"--batch_tokens {batch_tokens}", "out of range", "give one above 0")
+    usual_steps = max(1, preset.max_tokens // batch_tokens)
+    max_steps = given.get("max_steps", usual_steps)
+    decay_steps = max(1, preset.decay_tokens // batch_tokens)
+    if max_steps != usual_steps:
+        decay_steps = max_steps
+    decay_steps = given.get("decay_steps", decay_steps)
     fields: dict[str, Any] = {
         "run_dir": Path("runs") / model,
         "batch_tokens": batch_tokens,
         "seq_len": preset.config.block_size,
-        "max_steps": max(1, preset.max_tokens // batch_tokens),
+        "max_steps": max_steps,
         "lr": preset.lr,
-        "warmup_steps": max(1, preset.warmup_tokens // batch_tokens),
-        "decay_steps": max(1, preset.decay_tokens // batch_tokens),
+        "warmup_steps": min(max(1, preset.warmup_tokens // batch_tokens), decay_steps),
+        "decay_steps": decay_steps,
+        "eval_tokens": EVAL_TOKENS,
         "hellaswag_every": preset.hellaswag_every,
     }
     config = TrainConfig(model=model, preset=preset, **(fields | given))
@@ -142,7 +149,7 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
       "eval_tokens", "hellaswag_limit", "sample_tokens", "checkpoint_every", "log_every",
       "max_bad_steps"), lambda x: x > 0, "above 0"),
     (("lr", "eps", "weight_decay", "grad_clip", "min_lr_ratio"), math.isfinite, "that is finite"),
-    (("warmup_steps", "decay_steps", "weight_decay", "grad_clip", "min_lr_ratio", "seed",
+    (("decay_steps", "warmup_steps", "weight_decay", "grad_clip", "min_lr_ratio", "seed",
       "hellaswag_every", "keep_checkpoints", "keep_every", "micro_batch_size",
       "checkpoint_minutes"), lambda x: x >= 0, "of at least 0"),
     (("seed",), lambda x: x < 2**32, "below 2^32"),
@@ -191,11 +198,12 @@ def profiled_steps(config: TrainConfig) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def resolve_batch(config: TrainConfig, world_size: int) -> BatchArithmetic:
+def resolve_batch(config: TrainConfig, world_size: int, resumes: bool = False) -> BatchArithmetic:
     """Split `batch_tokens` over `world_size` ranks.
 
     Raises:
-        BadInput: It does not divide; the message suggests a value that does.
+        BadInput: It does not divide; the message suggests a value that does, or ranks: a run that
+            resumes keeps its batch.
     """
     batch_tokens, seq_len = config.batch_tokens, config.seq_len
     where = f"--batch_tokens {batch_tokens}"
@@ -203,14 +211,17 @@ def resolve_batch(config: TrainConfig, world_size: int) -> BatchArithmetic:
     if rest or not sequences:
         nearest = max(1, round(batch_tokens / seq_len)) * seq_len
         what = f"is not a multiple of --seq_len {seq_len}"
-        raise BadInput(where, what, f"--batch_tokens {nearest}")
+        saved = f"give both as {config.run_dir}/config.json has them"
+        raise BadInput(where, what, saved if resumes else f"--batch_tokens {nearest}")
     per_rank, rest = divmod(sequences, world_size)
     if rest or not per_rank:
         below = per_rank * world_size * seq_len
         above = below + world_size * seq_len
         nearest = f"{below} or {above}" if below else f"{above}"
         what = f"{sequences} sequences do not divide among {world_size} ranks"
-        raise BadInput(where, what, f"--batch_tokens {nearest}")
+        near = sorted(divisors(sequences), key=lambda n: abs(n - world_size))[:2]
+        fitting = f"start {' or '.join(map(str, near))} ranks: a resumed run keeps its batch"
+        raise BadInput(where, what, fitting if resumes else f"--batch_tokens {nearest}")
     sizes = divisors(per_rank)
     micro_batch_size = config.micro_batch_size or max(n for n in sizes if n <= MAX_SEQUENCES)
     if micro_batch_size not in sizes:

@@ -84,3 +84,19 @@ def test_too_few_tokens_are_refused(tmp_path: Path) -> None:
     message = r"text_val_000000\.npy: the validation split has 129 tokens.*give --eval_tokens 128$"
     with pytest.raises(ValueError, match=message):
         require_targets(stream, 129)
+    with pytest.raises(ValueError, match=message):
+        require_targets(stream, 129, is_given=True)
+
+
+@pytest.mark.parametrize(("asked", "used"), [(100, 100), (128, 128), (129, 128), (10**7, 128)])
+def test_a_default_is_at_most_the_whole_split(tmp_path: Path, asked: int, used: int) -> None:
+    np.save(tmp_path / "text_val_000000.npy", np.zeros(129, np.uint16))
+    stream = TokenStream(tmp_path, "val", 50257)
+    assert require_targets(stream, asked, is_given=False) == used
+
+
+def test_a_split_without_a_target_is_refused_in_any_case(tmp_path: Path) -> None:
+    np.save(tmp_path / "text_val_000000.npy", np.zeros(1, np.uint16))
+    stream = TokenStream(tmp_path, "val", 50257)
+    with pytest.raises(ValueError, match="Fix: prepare more validation tokens"):
+        require_targets(stream, 10, is_given=False)

@@ -39,6 +39,25 @@ def test_a_flag_beats_the_preset() -> None:
     assert (config.lr, config.warmup_steps) == (1e-3, 0)
 
 
+@pytest.mark.parametrize(
+    ("argv", "schedule"),
+    [
+        (["--max_steps", "19073"], (19_073, 715, 19_073)),
+        (["--max_steps", "76294"], (76_294, 715, 76_294)),
+        (["--max_steps", "100"], (100, 100, 100)),
+        (["--max_steps", "100", "--decay_steps", "2000"], (100, 715, 2000)),
+        (["--max_steps", "100", "--warmup_steps", "7"], (100, 7, 100)),
+        (["--model", "gpt3-1.3b", "--max_steps", "24800"], (24_800, 357, 24_800)),
+        (["--batch_tokens", "1048576"], (9536, 357, 9536)),
+    ],
+)
+def test_the_rate_decays_until_the_last_step_unless_told_otherwise(
+    argv: list[str], schedule: tuple[int, int, int]
+) -> None:
+    config = resolve(*argv)
+    assert (config.max_steps, config.warmup_steps, config.decay_steps) == schedule
+
+
 def test_there_is_one_flag_per_field_and_at_most_55() -> None:
     fields = [f.name for f in dataclasses.fields(TrainConfig)]
     flags = {a.dest for a in build_parser("")._actions} - {"help", "local_rank"}
@@ -113,6 +132,22 @@ def test_impossible_batches_suggest_one_that_works(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         resolve_batch(resolve(*argv), world_size)
+
+
+@pytest.mark.parametrize(
+    ("argv", "world_size", "remedy"),
+    [
+        ([], 3, "start 2 or 4 ranks: "),
+        ([], 1024, "start 512 or 256 ranks: "),
+        (["--batch_tokens", "1024"], 3, "start 1 ranks: "),
+        (["--batch_tokens", "500000"], 1, "give both as runs/gpt2/config.json has them"),
+    ],
+)
+def test_a_resumed_run_is_told_what_does_not_change_its_batch(
+    argv: list[str], world_size: int, remedy: str
+) -> None:
+    with pytest.raises(ValueError, match=f"Fix: {remedy}"):
+        resolve_batch(resolve(*argv), world_size, resumes=True)
 
 
 def test_a_batch_beyond_the_presets_tokens_is_one_step() -> None:
