@@ -51,15 +51,15 @@ def main(argv: list[str]) -> int:
         run = resolve_run(parse_flags(argv, __doc__ or ""), ranks)
         for remark in run.remarks if ranks.is_main else []:
             print(f"warning: {remark}", file=sys.stderr)
+        try:
+            inputs = open_inputs(run)
+            examples = open_hellaswag(run.config)
+            folder = take_run_dir(run, inputs) if ranks.is_main else contextlib.nullcontext()
+        finally:
+            if run.config.dry_run and ranks.is_main:  # one that is refused, too
+                print(describe_run(run))
         if run.config.dry_run:
-            print(describe_run(run))
-            if not run.is_settled:
-                n = run.batch.micro_batch_size
-                print(f"micro-batch     {n}, or more where the GPU holds it, or fewer")
             return FINISHED
-        inputs = open_inputs(run)
-        examples = open_hellaswag(run.config)
-        folder = take_run_dir(run, inputs) if ranks.is_main else contextlib.nullcontext()
     except Exception as error:  # of any kind: every rank of a machine finds the same
         if "--debug" in argv:
             traceback.print_exc()
@@ -271,7 +271,7 @@ def train(
                 if step == config.max_steps:
                     watchdog.phase("save")
                     folder = consolidate_engine(parts.engine, config.run_dir, step, run.unverified)
-                    return "finished", str(folder)
+                    return "finished", f"all {step} steps are done, the weights are in {folder}"
 
                 # one optimizer step: micro-batches forward and backward, then the update
                 watchdog.phase("step")

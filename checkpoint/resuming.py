@@ -26,15 +26,26 @@ def check_same_run(
     """Refuse to resume with another model, arithmetic or order of the data than the saved ones.
 
     Raises:
-        BadInput: Lists every difference as `key: saved -> given`.
+        BadInput: Lists every difference as `key: saved -> given`, and the shards that differ.
     """
     saved = {"fp32": manifest.precision == "fp32"} | manifest.order | _shape(manifest.model)
     given = {"fp32": precision == "fp32"} | order | _shape(asdict(model))
-    differences = [f"{k}: {saved.get(k)} -> {v}" for k, v in given.items() if saved.get(k) != v]
-    if differences:
-        what = f"step {manifest.step} was saved with other settings ({', '.join(differences)})"
+    changes = {k: f"{saved.get(k)} -> {v}" for k, v in given.items() if saved.get(k) != v}
+    changes.pop("shards", None)  # whose names may change: "data" is the hash of what they hold
+    if "data" in changes and "shards" in manifest.order:  # not in an old one
+        changes["data"] = _changed_shards(manifest.order["shards"], order["shards"])
+    if changes:
+        differences = ", ".join(f"{k}: {change}" for k, change in changes.items())
+        what = f"step {manifest.step} was saved with other settings ({differences})"
         remedy = "resume with these, or consolidate it and start a new run with --init_from"
         raise BadInput("--resume", what, remedy)
+
+
+def _changed_shards(saved: dict[str, str], given: dict[str, str]) -> str:
+    missing, added = saved.keys() - given, given.keys() - saved
+    changed = dict(saved.items() - given.items()).keys() - missing
+    kinds = {"changed": changed, "missing": missing, "added": added}
+    return "; ".join(f"{min(v)} {k} ({len(v)} in all)" for k, v in kinds.items() if v)
 
 
 def _shape(model: dict[str, Any]) -> dict[str, Any]:

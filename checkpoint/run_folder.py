@@ -39,13 +39,12 @@ def check_not_lost(run_dir: Path) -> None:
         BadInput: Its log is beyond its first checkpoint; names the folder.
     """
     try:
-        config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
-        every = config["checkpoint_every"]
+        every = read_json(run_dir / "config.json")["checkpoint_every"]
         lines = (run_dir / "log.txt").read_text(encoding="utf-8").splitlines()
         last = max((int(line.split()[0]) for line in lines), default=0)
     except (OSError, ValueError, KeyError, IndexError):
         return  # no run, or one that had not begun
-    if read_status(run_dir).get("status") == "finished" or last >= every:
+    if read_json(run_dir / STATUS).get("status") == "finished" or last >= every:
         what = f"its log is at step {last}, but its checkpoints are gone"
         raise BadInput(f"{run_dir}", what, "put them back, or give another --run_dir")
 
@@ -62,34 +61,59 @@ def refuse_links(run_dir: Path) -> None:
         raise BadInput(f"{links[0]}", "a symbolic link", "delete it (--run_dir itself may be one)")
 
 
-def lock_run_dir(run_dir: Path, needed_bytes: int, resume_step: int) -> IO[str]:
-    """Lock the folder until the returned file is closed or this process ends; status "running".
+def check_run_dir(run_dir: Path, needed_bytes: int, resume_step: int) -> list[int]:
+    """Check that a run can write into its folder, which need not exist; write nothing.
 
     Args:
-        run_dir: Created if it does not exist; what an interrupted save left in it is deleted.
+        run_dir: Of the run.
         needed_bytes: Disk space that a checkpoint takes.
         resume_step: The step from which the run goes on.
+
+    Returns:
+        As `count_starts`.
 
     Raises:
         BadInput: Another run has locked it, it holds symbolic links, or MAX_RESTARTS is exceeded.
         OSError: It cannot be written, or has no disk space for a checkpoint.
     """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"--run_dir {run_dir}: {error.strerror}. Fix: give another folder") from error
+    folder = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise OSError(f"--run_dir {run_dir}: {folder} cannot be written. Fix: give another folder")
     refuse_links(run_dir)
+    if (run_dir / LOCK).exists():
+        with (run_dir / LOCK).open(encoding="utf-8") as lock:
+            _lock(lock, run_dir)
+    unfinished = run_dir.glob("checkpoints/step_*.*/*")  # `sweep` deletes them
+    free = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in unfinished)
+    if free < needed_bytes:
+        raise OSError(
+            f"--run_dir {run_dir}: {free / 2**30:.2f} GiB are free, a checkpoint takes "
+            f"{needed_bytes / 2**30:.2f}. Fix: free disk space or give another folder"
+        )
+    return count_starts(run_dir, resume_step)
+
+
+def lock_run_dir(run_dir: Path, starts: list[int]) -> IO[str]:
+    """Lock the folder until the returned file is closed or this process ends; status "running".
+
+    Args:
+        run_dir: Created if it does not exist; what an interrupted save left in it is deleted.
+        starts: What `check_run_dir` returned.
+
+    Raises:
+        BadInput: Another run has locked it.
+        OSError: It cannot be written.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as undo:
         lock = undo.enter_context((run_dir / LOCK).open("a+", encoding="utf-8"))
         _lock(lock, run_dir)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} of {socket.gethostname()} since {time.ctime()}\n")
+        lock.flush()
+        os.fsync(lock.fileno())
         sweep(run_dir / "checkpoints")
-        free = shutil.disk_usage(run_dir).free
-        if free < needed_bytes:
-            raise OSError(
-                f"--run_dir {run_dir}: {free / 2**30:.2f} GiB are free, a checkpoint takes "
-                f"{needed_bytes / 2**30:.2f}. Fix: free disk space or give another folder"
-            )
-        write_status(run_dir, "running", starts=count_starts(run_dir, resume_step))
+        write_status(run_dir, "running", starts=starts)
         undo.pop_all()  # the lock is kept
     return lock
 
@@ -104,10 +128,6 @@ def _lock(lock: IO[str], run_dir: Path) -> None:
         raise BadInput(f"--run_dir {run_dir}", what, remedy) from None
     except OSError as error:  # a file system without locks
         print(f"warning: {lock.name}: {error.strerror}; start no second run here", file=sys.stderr)
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} of {socket.gethostname()} since {time.ctime()}\n")
-    lock.flush()
-    os.fsync(lock.fileno())
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -115,18 +135,18 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     write_atomically(path, json.dumps(values, indent=2) + "\n")
 
 
-def read_status(run_dir: Path) -> dict[str, Any]:
-    """Return the contents of `run_status.json`; {} if it is missing or damaged."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a small JSON file; {} if it is missing or damaged."""
     with contextlib.suppress(OSError, ValueError):
-        status = json.loads((run_dir / STATUS).read_text(encoding="utf-8"))
-        if isinstance(status, dict):
-            return status
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(values, dict):
+            return values
     return {}
 
 
 def write_status(run_dir: Path, status: str, **more: Any) -> None:
     """Replace `run_status.json`: running, finished, preempted, failed, hung or diverged."""
-    old = read_status(run_dir)
+    old = read_json(run_dir / STATUS)
     kept = {"starts": old.get("starts", []), "exit_status": None, "reason": None}
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     write_json(run_dir / STATUS, kept | {"status": status, "time": now} | more)
@@ -138,7 +158,7 @@ def count_starts(run_dir: Path, resume_step: int) -> list[int]:
     Raises:
         BadInput: MAX_RESTARTS restarts from this step have saved no further checkpoint.
     """
-    old = read_status(run_dir)
+    old = read_json(run_dir / STATUS)
     if old.get("status") == "running":  # but nobody holds the lock
         what = f"the run that began at {old.get('time')} was killed, it seems"
         print(f"warning: {run_dir}: {what}; going on from step {resume_step}", file=sys.stderr)

@@ -541,16 +541,111 @@ def test_what_would_be_another_run_is_refused(
     assert [(whole / name).read_text() for name in names] == before
 
 
-def test_other_data_is_refused(
+def test_other_data_is_refused_by_the_shards_that_differ(
     whole: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(data_dir, tmp_path / "data")
+    command = arguments(tmp_path / "data", whole, "--max_steps", 15)
     shard = tmp_path / "data" / "text_train_000002.npy"
-    raw = bytearray(shard.read_bytes())
-    raw[-1] ^= 1
-    shard.write_bytes(raw)
-    assert main(arguments(tmp_path / "data", whole, "--max_steps", 15)) == 2
-    assert "data: " in capsys.readouterr().err
+    original = shard.read_bytes()
+    shard.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+    assert main(command) == 2
+    assert "(data: text_train_000002.npy changed (1 in all))" in capsys.readouterr().err
+    shard.write_bytes(original)
+    for i in (3, 4):
+        shutil.copy(shard, shard.with_name(f"text_train_00000{i}.npy"))
+    assert main(command) == 2
+    assert "(data: text_train_000003.npy added (2 in all))" in capsys.readouterr().err
+    for path in shard.parent.glob("text_train_00000[234].npy"):
+        path.unlink()
+    assert main(command) == 2
+    assert "(data: text_train_000002.npy missing (1 in all))" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_each_setting_that_changes_at_resume_is_said_in_one_line(
+    whole: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin = "settings changed since the last start: "
+    command = [*arguments(data_dir, whole, "--dropout", 0.1), "--dry_run"]
+    changed = ["--lr", "3e-4", "--max_steps", "15", "--grad_clip", "0"]
+    assert main([*command, *changed]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(begin)]
+    assert said == [f"{begin}max_steps: 12 -> 15, lr: 0.001 -> 0.0003, grad_clip: 1.0 -> 0.0"]
+    assert main([*command, "--max_steps", "12", "--resume", "must"]) == 0
+    assert begin not in capsys.readouterr().err
+    at = command.index("--decay_steps")
+    assert main([*command[:at], *command[at + 2 :], "--max_steps", "15"]) == 0
+    assert f"{begin}max_steps: 12 -> 15, decay_steps: 40 -> 15\n" in capsys.readouterr().err
+
+
+def test_a_resumed_run_whose_batch_does_not_divide_is_told_how_many_ranks_would_do(
+    whole: Path,
+    data_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ranks = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 3, "LOCAL_WORLD_SIZE": 3}
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, str(value))
+    command = arguments(data_dir, whole, "--max_steps", 15, "--micro_batch_size", 1)
+    assert main(command) == 2
+    assert "Fix: start 2 or 4 ranks: a resumed run keeps its batch" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert main([*command, "--dropout", "0.1", "--dry_run"]) == 0
+
+
+def test_a_dry_run_refuses_what_the_run_would_refuse_and_writes_nothing(
+    whole: Path,
+    data_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refusal(run_dir: Path, *more: object) -> str:
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        command = arguments(data_dir, run_dir, "--max_steps", 15, "--dropout", 0.1, *more)
+        status = main([*command, "--dry_run"])
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+        printed = capsys.readouterr()
+        assert "schedule  " in printed.out
+        assert ("error: " in printed.err) == (status != 0)
+        if status:
+            assert main(command) == status
+            assert capsys.readouterr().err == printed.err
+        return printed.err.rpartition("error: ")[2]
+
+    assert refusal(tmp_path / "new" / "run") == ""
+    (tmp_path / "file").write_text("")
+    assert "file cannot be written" in refusal(tmp_path / "file" / "run")
+    assert "is not an empty folder" in refusal(whole, "--resume", "none")
+    assert "step_000012 is beyond it" in refusal(whole, "--max_steps", 9)
+    assert "seed: 1337 -> 1" in refusal(whole, "--seed", 1)
+    (whole / "link").symlink_to(tmp_path)
+    assert "a symbolic link" in refusal(whole)
+    (whole / "link").unlink()
+    status = (whole / "run_status.json").read_text()
+    crashed = {"status": "failed", "starts": [12, 12, 12, 12]}
+    (whole / "run_status.json").write_text(json.dumps(crashed))
+    assert "3 restarts from step 12" in refusal(whole)
+    (whole / "run_status.json").write_text(status)
+    with (whole / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "in use by process " in refusal(whole)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 2**20))
+    for run_dir in (whole, tmp_path / "no" / "such" / "folder"):
+        assert "0.00 GiB are free, a checkpoint takes 0.0" in refusal(run_dir)
+    (whole / "checkpoints" / "step_000015.tmp").mkdir()
+    (whole / "checkpoints" / "step_000015.tmp" / "model.pt").write_bytes(bytes(2**27))
+    assert "GiB" not in refusal(whole)  # the run deletes it first
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_finished_run_says_in_a_sentence_what_it_has_done(undisturbed: Path) -> None:
+    folder = undisturbed / "consolidated" / "step_000012"
+    reason = f"all 12 steps are done, the weights are in {folder}"
+    assert status_of(undisturbed)["reason"] == reason
 
 
 @pytest.mark.usefixtures("one_rank")

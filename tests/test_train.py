@@ -78,6 +78,8 @@ def test_resumed_run_has_the_same_bits(data_dir: Path, tmp_path: Path, stage: in
     options = [
         "--max_steps",
         8,
+        "--decay_steps",
+        20,
         "--eval_every",
         4,
         "--checkpoint_every",
@@ -396,18 +398,33 @@ def test_compiled_run_is_the_eager_one(data_dir: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model", PRESETS)
-def test_dry_run_prints_the_resolved_run(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_prints_the_resolved_run_though_there_is_no_data(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     ds_config = str(ROOT / "ds_configs" / "zero3.json")
-    assert main(["--dry_run", "--model", model, "--ds_config", ds_config]) == 0
+    assert main(["--dry_run", "--model", model, "--ds_config", ds_config]) == 2
     printed = capsys.readouterr().out
     assert f"{PRESETS[model].config.n_params():,} parameters" in printed
     for part in ("micro-batches", "schedule", '"batch_tokens"', '"bf16"', '"stage": 3'):
         assert part in printed
 
 
-def test_dry_run_of_175b_imports_neither_torch_nor_deepspeed() -> None:
-    command = [sys.executable, "-X", "importtime", "train.py", "--dry_run", "--model", "gpt3-175b"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=10)
+def test_without_eval_tokens_a_short_split_is_used_whole_and_said(
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = ["--data_dir", str(data_dir), "--run_dir", str(tmp_path / "run")]
+    assert main(["--model", "debug", *paths, "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    assert "eval      2,999 validation tokens, the whole split\n" in printed
+    assert '"eval_tokens": 2999, ' in printed
+
+
+def test_dry_run_of_a_new_run_imports_neither_torch_nor_deepspeed(
+    data_dir: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-X", "importtime", "train.py", "--dry_run"]
+    command += map(str, arguments(data_dir, tmp_path / "run", 1))
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20)
     assert " torch\n" not in done.stderr
     assert " deepspeed\n" not in done.stderr
 
@@ -423,6 +440,8 @@ def test_dry_run_of_175b_imports_neither_torch_nor_deepspeed() -> None:
         (["--init_from", "nowhere"], "error: nowhere: no such folder"),
         (["--model", "quickstart", "--init_from", "INIT"], "error: --init_from "),
         (["--eval_tokens", "0"], "error: --eval_tokens 0"),
+        (["--eval_tokens", "10485760"], "error: DATA/text_val_000000.npy: the validation split"),
+        (["--hellaswag_every", "9", "--hellaswag_limit", "600"], "error: --data: row 581 has an"),
         (["--profile", "3"], "error: --profile 3: must be FIRST:END. Fix: e.g. 10:13"),
         (["--profile", "3:3"], "error: --profile 3:3: out of range. Fix: give FIRST below"),
         (["--profile", "3:99"], "error: --profile 3:99: out of range. Fix: give FIRST below"),
@@ -443,11 +462,12 @@ def test_mistakes_cost_one_line_and_status_2(
         reference.write_inputs(tmp_path, n_tokens=600)
         options = [str(tmp_path / "init") if o == "INIT" else o for o in options]
     capsys.readouterr()
-    assert main(arguments(data_dir, tmp_path / "run", 1, *options)) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith(message)
-    assert not (tmp_path / "run").exists()
+    for more in ([], ["--dry_run"]):
+        assert main(arguments(data_dir, tmp_path / "run", 1, *options, *more)) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        assert lines[0].startswith(message.replace("DATA", str(data_dir)))
+        assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.usefixtures("one_rank")

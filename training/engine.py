@@ -98,7 +98,8 @@ def build_engine(
         fixes.build_cpu_adam(ranks)
     can_compile = model.ln_f.weight.is_cuda and zero_stage(ds_config) < 3 and shutil.which("gcc")
     groups = decay_groups(model, config.weight_decay)
-    description = describe_groups(groups)
+    n_padded = config.gpt_config.padded_vocab_size - config.gpt_config.vocab_size
+    description = f"{describe_groups(groups)} | with wte's {n_padded} rows of padding"
     if config.compile == "true" or (config.compile == "auto" and can_compile):
         compile_blocks(model)
         description += " | blocks compiled"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
+from checkpoint import run_folder
 from checkpoint.manifest import checkpoint_bytes, find_checkpoints, read_manifest, step_of
-from checkpoint.run_folder import check_empty, check_not_lost, lock_run_dir
 from errors import BadInput
+from model.presets import EVAL_TOKENS
 from training.compiler import check_compile, check_offload
 from training.config import (
     BatchArithmetic,
@@ -39,13 +41,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class Run:
-    """One resolved run on these ranks; of its values only the micro-batch may change.
+    """One resolved run on these ranks; of its values two may change.
+
+    They are the micro-batch, which depends on devices, and `eval_tokens`, on the validation split.
 
     Attributes:
         config: Resolved, and so are `batch` and `ds_config`.
         remarks: Warnings about keys of the ds_config.
         unverified: Keys of the ds_config that nobody has verified.
         is_settled: Whether the micro-batch is final; else launch/planning/fitting.py chooses it.
+        is_eval_given: Whether the command line gives `eval_tokens`; else a shorter split will do.
     """
 
     config: TrainConfig
@@ -55,6 +60,7 @@ class Run:
     remarks: list[str] = field(default_factory=list)
     unverified: list[str] = field(default_factory=list)
     is_settled: bool = True
+    is_eval_given: bool = True
 
     def take_micro_batch(self, micro_batch_size: int) -> None:
         """Split the batch into such micro-batches, for good."""
@@ -84,11 +90,14 @@ def resolve_run(flags: dict[str, Any], ranks: Ranks) -> Run:
     """
     config = resolve_train_config(**flags)
     is_settled = config.micro_batch_size > 0
-    batch = resolve_batch(config, ranks.world_size)
+    resumes = bool(find_checkpoints(config.run_dir, config.resume))
+    batch = resolve_batch(config, ranks.world_size, resumes)
     config = replace(config, micro_batch_size=batch.micro_batch_size)
     found = resolve_ds_config(load_ds_config(config.ds_config), config, batch)
     remarks = found.remarks(f"--ds_config {config.ds_config}")
-    return Run(config, batch, found.ds_config, ranks, remarks, found.unverified, is_settled)
+    run = Run(config, batch, found.ds_config, ranks, remarks, found.unverified, is_settled)
+    run.is_eval_given = "eval_tokens" in flags
+    return run
 
 
 def describe_run(run: Run) -> str:
@@ -97,6 +106,7 @@ def describe_run(run: Run) -> str:
     gpt = config.gpt_config
     tokens = config.max_steps * config.batch_tokens
     min_lr = config.lr * config.min_lr_ratio
+    is_whole = not run.is_eval_given and config.eval_tokens != EVAL_TOKENS
     lines = (
         f"model     {config.model}: {gpt.n_params():,} parameters, "
         f"{gpt.flops_per_token(config.seq_len):.4g} training FLOPs per token",
@@ -105,9 +115,13 @@ def describe_run(run: Run) -> str:
         f"{batch.world_size} ranks",
         f"schedule  {config.max_steps:,} steps = {tokens:,} tokens; lr {config.lr:g} after "
         f"{config.warmup_steps:,} steps, {min_lr:g} from step {config.decay_steps:,}",
+        f"eval      {config.eval_tokens:,} validation tokens{', the whole split' * is_whole}",
         f"config.json     {json.dumps(to_json(config))}",
         f"ds_config.json  {json.dumps(run.ds_config)}",
     )
+    if not run.is_settled:
+        n = batch.micro_batch_size
+        lines += (f"micro-batch     {n}, or more where the GPU holds it, or fewer",)
     return "\n".join(lines)
 
 
@@ -137,11 +151,15 @@ def open_inputs(run: Run) -> Inputs:
     for line in train_stream.copies() if run.ranks.is_main else []:
         print(f"warning: {line}", file=sys.stderr)
     Order(len(train_stream), config.seq_len)
-    require_targets(val_stream, config.eval_tokens)
+    eval_tokens = require_targets(val_stream, config.eval_tokens, run.is_eval_given)
+    run.config = config = replace(config, eval_tokens=eval_tokens)
     order = {name: getattr(config, name) for name in ("seed", "shuffle", "seq_len", "batch_tokens")}
-    order["data"] = train_stream.fingerprint()
+    order |= {"data": train_stream.fingerprint(), "shards": train_stream.digests()}
     checkpoints = find_checkpoints(config.run_dir, config.resume)
     _check_same_run(run, checkpoints, order)
+    changed = _changed_settings(run) if checkpoints else ""
+    if changed and run.ranks.is_main:
+        print(f"settings changed since the last start: {changed}", file=sys.stderr)
     init_weights = None
     if config.init_from and not checkpoints:
         from checkpoint.reader import open_weights
@@ -166,10 +184,10 @@ def _check_gpu_keys(run: Run) -> None:
 
 
 def _check_same_run(run: Run, checkpoints: list[Path], order: dict[str, Any]) -> None:
-    from checkpoint.resuming import check_same_run
-
     gpt, max_steps = run.config.gpt_config, run.config.max_steps
     for folder in checkpoints:
+        from checkpoint.resuming import check_same_run  # it imports torch, for seconds
+
         try:
             manifest = read_manifest(folder)
         except ValueError:
@@ -184,8 +202,19 @@ def _check_same_run(run: Run, checkpoints: list[Path], order: dict[str, Any]) ->
         return  # the newest one that can be read is enough
 
 
-def take_run_dir(run: Run, inputs: Inputs) -> IO[str]:
-    """Lock the run folder until the returned file is closed, and record that it runs (rank 0).
+def _changed_settings(run: Run) -> str:
+    """Return which flags differ from those of the run's last start, as `key: saved -> given`."""
+    saved = run_folder.read_json(run.config.run_dir / "config.json")
+    ignored = ["run_dir", "resume", "init_from", "verify", "debug", "dry_run"]  # of one start
+    ignored += ["micro_batch_size"] * (not run.is_settled)
+    given = {k: v for k, v in to_json(run.config).items() if k not in ignored}
+    return ", ".join(f"{k}: {saved[k]} -> {v}" for k, v in given.items() if saved.get(k, v) != v)
+
+
+def take_run_dir(run: Run, inputs: Inputs) -> contextlib.AbstractContextManager[Any]:
+    """Lock the run folder until the returned context ends, and record that it runs (rank 0).
+
+    A dry run only checks it.
 
     Raises:
         BadInput: Another run has it, it should be empty and is not, or restarts come no further.
@@ -193,9 +222,12 @@ def take_run_dir(run: Run, inputs: Inputs) -> IO[str]:
     """
     run_dir, gpt = run.config.run_dir, run.config.gpt_config
     if run.config.resume == "none":
-        check_empty(run_dir, "--resume none")
+        run_folder.check_empty(run_dir, "--resume none")
     if not inputs.checkpoints:
-        check_not_lost(run_dir)
+        run_folder.check_not_lost(run_dir)
     step = step_of(inputs.checkpoints[0]) if inputs.checkpoints else 0
     needed_bytes = checkpoint_bytes(precision(run.ds_config), gpt.n_params())
-    return lock_run_dir(run_dir, needed_bytes, step)
+    starts = run_folder.check_run_dir(run_dir, needed_bytes, step)
+    return (
+        contextlib.nullcontext() if run.config.dry_run else run_folder.lock_run_dir(run_dir, starts)
+    )

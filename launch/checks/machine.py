@@ -118,7 +118,7 @@ def read_shards(run: Run) -> dict[str, str]:
     verify = config.verify and run.ranks.local_rank == 0  # once on each machine
     vocab_size = config.gpt_config.vocab_size
     streams = {split: TokenStream(config.data_dir, split, vocab_size, verify) for split in SPLITS}
-    require_targets(streams["val"], config.eval_tokens)
+    require_targets(streams["val"], config.eval_tokens, run.is_eval_given)
     return {split: stream.fingerprint()[:12] for split, stream in streams.items()}
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from checkpoint.run_folder import read_json
 from launch.planning.estimate import (
     ADDED,
     MARGIN,
@@ -150,10 +149,9 @@ def choose_micro_batch(run: Run, device: torch.device, memory_bytes: int, resume
     """
     config, batch = run.config, run.batch
     if resumes:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            saved = json.loads((config.run_dir / "config.json").read_text(encoding="utf-8"))
-            if saved["micro_batch_size"] in divisors(batch.batch_sequences // batch.world_size):
-                return saved["micro_batch_size"]
+        saved = read_json(config.run_dir / "config.json").get("micro_batch_size")
+        if saved in divisors(batch.batch_sequences // batch.world_size):
+            return saved
     if device.type == "cpu":
         return batch.micro_batch_size
     cluster = found_cluster(device, run.ranks, round(memory_bytes * (1 - MARGIN)))

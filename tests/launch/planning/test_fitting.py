@@ -77,8 +77,9 @@ def test_a_new_micro_batch_changes_the_split_and_what_the_engine_is_told() -> No
 
 @pytest.mark.parametrize(("flags", "says"), [([], True), (["--micro_batch_size", "8"], False)])
 def test_dry_run_says_that_a_gpu_may_take_more(
-    flags: list[str], says: bool, capsys: pytest.CaptureFixture[str]
+    data_dir: Path, tmp_path: Path, flags: list[str], says: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    flags = [*flags, "--data_dir", str(data_dir), "--run_dir", str(tmp_path / "run")]
     assert main(["--dry_run", "--model", "gpt2", *flags]) == 0
     assert ("16, or more where the GPU holds it" in capsys.readouterr().out) == says
 
