@@ -16,8 +16,8 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
 
-.PHONY: quickstart test debian slurm check same parity keys bench hellaswag kills faults launches plan \
-  gpu-tiny other-torch clean
+.PHONY: quickstart test debian slurm check same parity keys nvme bench hellaswag kills faults launches \
+  plan gpu-tiny other-torch clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -76,6 +76,10 @@ parity: $(VENV)/installed
 # A quarter of an hour: every key of zero_optimization that ds_configs/README.md calls verified.
 keys: $(VENV)/installed
 	$(BIN)/python bench/fidelity/keys.py --folder runs/keys --out docs/keys.json
+
+# A quarter of an hour and five minutes of compiling; goes on where it was. Needs libaio-dev.
+nvme: $(VENV)/installed
+	$(BIN)/python bench/fidelity/nvme.py --folder runs/nvme --out docs/nvme.json
 
 kills: $(VENV)/installed
 	$(BIN)/python bench/faults/prepare_kills.py --kills 50 --out runs/prepare_kills.json

@@ -9,6 +9,7 @@ COMPILER_ERROR = ": (fatal )?error: |cannot find -l"
 # Words of the machine's failures, and what to do about them.
 REMEDIES = (
     (r"Python\.h", "install Python's headers, e.g. apt install python3-dev"),
+    ("libaio|-laio", "apt install libaio-dev (dnf: libaio-devel)"),
     ("No space left|Disk quota", "free disk space there, or give another folder"),
     ("No usable temporary directory", "export TMPDIR=FOLDER, one that is writable and not full"),
     ("Permission denied|not permitted", "give this user access (chmod, chown), or give another"),

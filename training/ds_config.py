@@ -223,7 +223,7 @@ def review_ds_config(raw: dict[str, Any], name: str, complaints: Complaints) -> 
     with complaints:
         if optimizer_device == "nvme":
             where = f"{name}: zero_optimization.offload_optimizer.device"
-            what = "is nvme: its checkpoints could not be read again"
+            what = "is nvme: DeepSpeed reads gradients back wrong"
             raise BadInput(where, what, 'set it to "cpu"')
     # The letters of `Key.acts_at`.
     case = str(stage)

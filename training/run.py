@@ -14,7 +14,7 @@ from checkpoint import run_folder
 from checkpoint.manifest import checkpoint_bytes, find_checkpoints, read_manifest, step_of
 from errors import BadInput
 from model.presets import EVAL_TOKENS
-from training.compiler import check_compile, check_offload
+from training.compiler import check_compile, check_nvme, check_offload
 from training.config import (
     BatchArithmetic,
     TrainConfig,
@@ -143,6 +143,9 @@ def open_inputs(run: Run) -> Inputs:
         check_compile()
     if offloads(run.ds_config, "optimizer"):
         check_offload()
+    param = run.ds_config.get("zero_optimization", {}).get("offload_param") or {}
+    if param.get("device") == "nvme" and run.ranks.local_rank == 0:
+        check_nvme(param, f"--ds_config {config.ds_config}: zero_optimization.offload_param")
     if config.run_dir.exists() and not config.run_dir.is_dir():
         raise BadInput(f"--run_dir {config.run_dir}", "is a file", "give a folder")
     verify = config.verify and run.ranks.local_rank == 0  # once per machine

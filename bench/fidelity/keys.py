@@ -164,8 +164,8 @@ def new_folder(folder: Path) -> Path:
     return cell_folder
 
 
-def try_cell(folder: Path, cell: Cell) -> dict[str, Any]:
-    """Do with a key all that verified means; return the differences, and whether they are small."""
+def try_ds_config(folder: Path, precision: str, ds_config: Path, n_ranks: int) -> dict[str, Any]:
+    """Do all that verified means; return the differences, and whether they are small."""
     from bench.fidelity.compare import (
         are_equal,
         is_exported,
@@ -178,19 +178,18 @@ def try_cell(folder: Path, cell: Cell) -> dict[str, Any]:
     )
     from bench.fidelity.parity import largest_difference
 
-    moments, expected = reference(folder, cell.precision)
+    moments, expected = reference(folder, precision)
     cell_folder = new_folder(folder)
     log = cell_folder / "log"
-    ds_config = write_ds_config(folder, cell.stage, cell.precision, cell.key, cell.value)
     whole = cell_folder / "whole"
     keep = keep_moments(cell_folder / "saved.pt", "checkpoint.saving", "save_checkpoint", SAVED_AT)
-    train(arguments(folder, whole, ds_config), 2, log, keep)
+    train(arguments(folder, whole, ds_config), n_ranks, log, keep)
 
     same = go_back(whole, cell_folder / "same")
-    train(arguments(folder, same, ds_config), 2, log)
+    train(arguments(folder, same, ds_config), n_ranks, log)
 
     other = go_back(whole, cell_folder / "other")
-    plain = write_ds_config(folder, 0, cell.precision)
+    plain = write_ds_config(folder, 0, precision)
     path = cell_folder / "loaded.pt"
     keep = keep_moments(path, "checkpoint.resuming", "load_checkpoint", SAVED_AT)
     train(arguments(folder, other, plain), 1, log, keep)
@@ -207,7 +206,7 @@ def try_cell(folder: Path, cell: Cell) -> dict[str, Any]:
         "same moments": are_equal(loaded, load_moments(cell_folder / "saved.pt")),
         "same export": is_exported(whole),
     }
-    of_loss, of_moment = TOLERANCES[cell.precision]
+    of_loss, of_moment = TOLERANCES[precision]
     tolerances = dict.fromkeys(differences, of_loss) | {"moment": of_moment}
     are_small = all(differences[name] <= tolerances[name] for name in differences)
     return differences | equalities | {"ok": are_small and all(equalities.values())}
@@ -276,7 +275,9 @@ def main() -> int:
         try:
             if name == WRONG_MAP:
                 return try_wrong_map(args.folder)
-            return try_cell(args.folder, cells[name])
+            cell = cells[name]
+            ds_config = write_ds_config(args.folder, *cell[2:], *cell[:2])
+            return try_ds_config(args.folder, cell.precision, ds_config, 2)
         except (RuntimeError, ValueError) as error:
             return {"problem": str(error), "ok": False}
 

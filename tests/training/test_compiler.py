@@ -1,15 +1,19 @@
 """What --compile and offload lack is said before a run begins; real compilers, real folders."""
 
+import fcntl
+import json
 import os
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
 
+from train import main
 from training import compiler
-from training.compiler import check_compile, check_offload
+from training.compiler import check_compile, check_nvme, check_offload
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
 
@@ -79,3 +83,58 @@ def test_ninja_is_found_beside_an_environments_python(monkeypatch: pytest.Monkey
     monkeypatch.setattr(compiler, "_try_compiler", lambda *_, **__: None)
     check_offload()
     assert shutil.which("ninja") == os.path.join(sysconfig.get_path("scripts"), "ninja")
+
+
+def test_nvme_without_a_writable_folder_is_refused_before_anything_starts(
+    own_folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (own_folders / "file").touch()
+    for path in (None, "", 5, f"{own_folders}/missing", f"{own_folders}/file", "/proc"):
+        param = {"device": "nvme", "nvme_path": path}
+        ds_config = own_folders / "ds.json"
+        ds_config.write_text(
+            json.dumps({"zero_optimization": {"stage": 3, "offload_param": param}})
+        )
+        flags = ["--data_dir", "/missing", "--run_dir", f"{own_folders}/run"]
+        assert main(["--model", "debug", "--ds_config", str(ds_config), *flags]) == 2
+        *_, line = capsys.readouterr().err.splitlines()
+        where = f"--ds_config {ds_config}: zero_optimization.offload_param.nvme_path"
+        assert line.startswith(f"error: {where}: must be a writable folder on an NVMe disk, got")
+        assert line.endswith('Fix: mkdir /FOLDER, and add "nvme_path": "/FOLDER"')
+        assert not (own_folders / "run").exists()
+
+
+def test_a_second_run_in_a_folder_for_nvme_is_refused(own_folders: Path) -> None:
+    with (own_folders / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match=r"nvme_path: must be .* got .*another run uses it"):
+            check_nvme({"nvme_path": str(own_folders)}, "offload_param")
+
+
+@pytest.mark.parametrize(
+    "command", ['g++ -nostdinc "$@"', 'g++ $(echo "$@" | sed s/-laio/-laio_missing/)']
+)
+def test_without_libaio_it_says_what_to_install(
+    own_folders: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    compiler_without = own_folders / "without"  # without header files, or without libraries
+    compiler_without.write_text(f"#!/bin/sh\nexec {command}\n")
+    compiler_without.chmod(0o755)
+    (own_folders / "extensions").mkdir()
+    (own_folders / "extensions" / "cpu_adam.so").touch()  # DeepSpeed's Adam is built
+    monkeypatch.setenv("CXX", str(compiler_without))
+    with pytest.raises(ValueError, match=r"nvme\.device: .*aio.* Fix: apt install libaio-dev"):
+        check_nvme({"nvme_path": str(own_folders)}, "nvme")
+
+
+def test_nvme_without_the_permission_to_lock_memory_is_refused(own_folders: Path) -> None:
+    program = "import sys; from training.compiler import check_nvme as check; "
+    program += f"check({{'nvme_path': {str(own_folders)!r}}}, 'x')"
+    command = [sys.executable, "-c", program]
+    if os.geteuid() == 0:  # root may lock whatever the limit is
+        command = ["setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock", *command]
+    done = subprocess.run(
+        ["sh", "-c", 'ulimit -l 64; exec "$@"', "sh", *command], capture_output=True, text=True
+    )
+    assert "x: DeepSpeed locks 1 GiB of memory for its buffers" in done.stderr
+    assert "Fix: ulimit -l unlimited" in done.stderr
