@@ -28,12 +28,14 @@ def check_same_run(
     Raises:
         BadInput: Lists every difference as `key: saved -> given`, and the shards that differ.
     """
-    saved = {"fp32": manifest.precision == "fp32"} | manifest.order | _shape(manifest.model)
-    given = {"fp32": precision == "fp32"} | order | _shape(asdict(model))
+    saved = manifest.order | _shape(manifest.model)
+    given = order | _shape(asdict(model))
     changes = {k: f"{saved.get(k)} -> {v}" for k, v in given.items() if saved.get(k) != v}
     changes.pop("shards", None)  # whose names may change: "data" is the hash of what they hold
     if "data" in changes and "shards" in manifest.order:  # not in an old one
         changes["data"] = _changed_shards(manifest.order["shards"], order["shards"])
+    if (precision == "fp32") != (manifest.precision == "fp32"):  # bf16 and autocast go together
+        changes["precision"] = f"{manifest.precision} -> {precision}"
     if changes:
         differences = ", ".join(f"{k}: {change}" for k, change in changes.items())
         what = f"step {manifest.step} was saved with other settings ({differences})"

@@ -87,8 +87,8 @@ def check_run_dir(run_dir: Path, needed_bytes: int, resume_step: int) -> list[in
     free = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in unfinished)
     if free < needed_bytes:
         raise OSError(
-            f"--run_dir {run_dir}: {free / 2**30:.2f} GiB are free, a checkpoint takes "
-            f"{needed_bytes / 2**30:.2f}. Fix: free disk space or give another folder"
+            f"--run_dir {run_dir}: {free / 1e9:.2f} GB are free, a checkpoint takes "
+            f"{needed_bytes / 1e9:.2f}. Fix: free disk space or give another folder"
         )
     return count_starts(run_dir, resume_step)
 

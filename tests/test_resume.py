@@ -492,7 +492,7 @@ def test_a_folder_that_cannot_be_written_or_has_no_room_is_refused_before_the_fi
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 2**20))
     assert main(arguments(data_dir, tmp_path / "run", "--max_steps", 1)) == 1
     err = capsys.readouterr().err
-    assert f"error: --run_dir {tmp_path / 'run'}: 0.00 GiB are free, a checkpoint takes 0.0" in err
+    assert f"error: --run_dir {tmp_path / 'run'}: 0.00 GB are free, a checkpoint takes 0.0" in err
     assert "Fix: free disk space" in err
 
 
@@ -635,10 +635,10 @@ def test_a_dry_run_refuses_what_the_run_would_refuse_and_writes_nothing(
         assert "in use by process " in refusal(whole)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 2**20))
     for run_dir in (whole, tmp_path / "no" / "such" / "folder"):
-        assert "0.00 GiB are free, a checkpoint takes 0.0" in refusal(run_dir)
+        assert "0.00 GB are free, a checkpoint takes 0.0" in refusal(run_dir)
     (whole / "checkpoints" / "step_000015.tmp").mkdir()
     (whole / "checkpoints" / "step_000015.tmp" / "model.pt").write_bytes(bytes(2**27))
-    assert "GiB" not in refusal(whole)  # the run deletes it first
+    assert "GB are free" not in refusal(whole)  # the run deletes it first
 
 
 @pytest.mark.usefixtures("one_rank")

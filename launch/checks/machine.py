@@ -150,7 +150,12 @@ def needed_bytes(run: Run) -> int:
     config = run.config
     # One by --checkpoint_minutes needs no more: it is replaced before all others are there.
     saves = math.ceil(config.max_steps / config.checkpoint_every)
-    kept = min(config.keep_checkpoints or saves, saves)
+    kept = saves
+    if config.keep_checkpoints:
+        milestones = 0
+        if config.keep_every:
+            milestones = config.max_steps // math.lcm(config.keep_every, config.checkpoint_every)
+        kept = min(saves, config.keep_checkpoints + milestones)
     return (kept + 1) * checkpoint_bytes(precision(run.ds_config), config.gpt_config.n_params())
 
 

@@ -139,7 +139,7 @@ def test_another_run_is_refused_key_by_key(tmp_path: Path) -> None:
     check_same_run(manifest, **dict(same, model=GPTConfig(2, 2, 64, 64, dropout=0.1)))
     with pytest.raises(ValueError, match=r"seed: 1337 -> 1, batch_tokens: 512 -> 1024"):
         check_same_run(manifest, **dict(same, order={"seed": 1, "batch_tokens": 1024}))
-    with pytest.raises(ValueError, match=r"fp32: False -> True"):
+    with pytest.raises(ValueError, match=r"precision: bf16 -> fp32"):
         check_same_run(manifest, **dict(same, precision="fp32"))
     with pytest.raises(ValueError, match=r"n_layer: 2 -> 3"):
         check_same_run(manifest, **dict(same, model=GPTConfig(3, 2, 64, 64)))

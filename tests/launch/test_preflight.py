@@ -167,6 +167,8 @@ def test_disk_space_is_asked_for_as_many_checkpoints_as_are_kept(tmp_path: Path)
     one = needed_bytes(resolve_run(config, ranks)) / 11
     assert one == 14 * PRESETS["debug"].config.n_params()  # bf16 weights, fp32 masters and moments
     assert needed_bytes(resolve_run(config | {"keep_checkpoints": 2}, ranks)) == 3 * one
+    milestones = config | {"keep_checkpoints": 2, "keep_every": 40}
+    assert needed_bytes(resolve_run(milestones, ranks)) == 5 * one  # 40, 80, 90, 100 and one more
 
 
 def test_shards_that_cannot_be_read_are_an_error_with_its_remedy(
