@@ -93,6 +93,15 @@ def test_the_four_names_mean_openais_weights(hub: str, tmp_path: Path) -> None:
     assert (folder / "model.safetensors").read_bytes() == original
 
 
+def test_a_model_without_safetensors_comes_as_pickles(hub: str, tmp_path: Path) -> None:
+    (tmp_path / "hub" / "model.safetensors").rename(tmp_path / "hub" / "pytorch_model.bin")
+    done = locate(hub, tmp_path / "home", REPO)
+    assert done.returncode == 0, done.stderr
+    names = {p.name for p in Path(done.stdout.strip()).iterdir()}
+    assert {"config.json", "pytorch_model.bin"} <= names
+    assert "evil.bin" not in names
+
+
 def test_a_wrong_checksum_is_refused_and_the_file_deleted(hub: str, tmp_path: Path) -> None:
     Hub.wrong_checksum = True
     done = locate(hub, tmp_path / "home", REPO)
