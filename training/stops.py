@@ -25,8 +25,9 @@ CHECKPOINT_DUE, LAUNCHER_GONE, STOP_FILE = "checkpoint due", "launcher gone", "S
 # whatever they were sent themselves: every other signal says more.
 REASONS = ["", CHECKPOINT_DUE, LAUNCHER_GONE, "SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT", STOP_FILE]
 POLL_S = 0.5
-# DeepSpeed's launcher sends SIGTERM right after a Ctrl-C, and the kernel delivers signals that wait
-# together in any order: those that come within this time count as one request.
+# DeepSpeed's launcher sends SIGTERM right after a Ctrl-C, other wrappers SIGINT once more, and the
+# kernel delivers signals that wait together in any order: those that come within this time count as
+# one request.
 TOGETHER_S = 0.05
 DEEPSPEED_LAUNCHER = "deepspeed.launcher.launch"
 
@@ -160,7 +161,7 @@ class Stops:
             received = os.read(self._read_fd, 64) if readable else b""  # a byte for each signal
             names = [s.name for s in SIGNALS if s in received]
             self._reason = self._reason or max(names, key=REASONS.index, default="")
-            self._interrupts += received.count(signal.SIGINT)
+            self._interrupts += signal.SIGINT in received
             if self._interrupts > 1:
                 try:
                     self.on_second_interrupt()

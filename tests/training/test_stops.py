@@ -150,6 +150,7 @@ def test_a_ctrl_c_is_told_by_its_name_and_the_second_ends_at_once(tmp_path: Path
         assert process.stdout.readline() == "ready\n"
         for number in (signal.SIGSTOP, signal.SIGINT, signal.SIGTERM, signal.SIGCONT):
             process.send_signal(number)
+        process.send_signal(signal.SIGINT)  # that of a wrapper, as `timeout`, which passes it on
         assert process.stderr.readline() == (
             "SIGINT: saving a checkpoint before the next step; "
             "a second SIGINT ends at once, without\n"
