@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from checkpoint import run_folder
 from checkpoint.manifest import checkpoint_bytes, find_checkpoints, read_manifest, step_of
 from errors import BadInput
-from model.presets import EVAL_TOKENS
+from model.presets import EVAL_TOKENS, PRESETS
 from training.compiler import check_compile, check_nvme, check_offload
 from training.config import (
     BatchArithmetic,
@@ -168,10 +168,13 @@ def open_inputs(run: Run) -> Inputs:
         from checkpoint.reader import open_weights
 
         init_weights = open_weights(config.init_from)
-        found = replace(init_weights.config, dropout=config.dropout)
+        given = init_weights.config
+        found = replace(given, dropout=config.dropout)
         if found != gpt:
             what = f"is {found}, but --model {config.model} is {gpt}"
-            raise BadInput(f"--init_from {config.init_from}", what, "give the --model that it is")
+            names = [f"--model {name}" for name in PRESETS if PRESETS[name].config == given]
+            remedy = "give " + (names[0] if names else "weights of a preset's shape")
+            raise BadInput(f"--init_from {config.init_from}", what, remedy)
     return Inputs(train_stream, val_stream, init_weights, checkpoints, order)
 
 
