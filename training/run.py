@@ -165,17 +165,21 @@ def open_inputs(run: Run) -> Inputs:
         print(f"settings changed since the last start: {changed}", file=sys.stderr)
     init_weights = None
     if config.init_from and not checkpoints:
-        from checkpoint.reader import open_weights
-
-        init_weights = open_weights(config.init_from)
-        given = init_weights.config
-        found = replace(given, dropout=config.dropout)
-        if found != gpt:
-            what = f"is {found}, but --model {config.model} is {gpt}"
-            names = [f"--model {name}" for name in PRESETS if PRESETS[name].config == given]
-            remedy = "give " + (names[0] if names else "weights of a preset's shape")
-            raise BadInput(f"--init_from {config.init_from}", what, remedy)
+        init_weights = _open_init_weights(config)
     return Inputs(train_stream, val_stream, init_weights, checkpoints, order)
+
+
+def _open_init_weights(config: TrainConfig) -> Weights:
+    from checkpoint.reader import open_weights
+
+    weights = open_weights(config.init_from)
+    found = replace(weights.config, dropout=config.dropout)
+    if found != config.gpt_config:
+        what = f"is {found}, but --model {config.model} is {config.gpt_config}"
+        names = [f"--model {name}" for name in PRESETS if PRESETS[name].config == weights.config]
+        remedy = "give " + (names[0] if names else "weights of a preset's shape")
+        raise BadInput(f"--init_from {config.init_from}", what, remedy)
+    return weights
 
 
 def _check_gpu_keys(run: Run) -> None:
