@@ -61,7 +61,8 @@ def open_weights(ckpt: str) -> Weights:
 
 
 def _open(path: Path, ckpt: str) -> Weights:
-    if path.suffix == ".safetensors" or path.name.startswith("pytorch_model"):
+    is_of_folder = path.name.endswith(".safetensors") or path.match("pytorch_model*.bin")
+    if is_of_folder and (path.parent / "config.json").is_file():
         path, ckpt = path.parent, str(path.parent)
     if path.is_file():
         return open_foreign(path)

@@ -5,12 +5,13 @@ from collections import Counter
 from pathlib import Path
 from shlex import quote
 
+from data.fineweb import OUT_DIRS
 from data.sources import HUB, KINDS, LINES, ROWS, TEXT, SourceFile, list_folder
 from errors import BadInput
 
 SKIP = "leave it out with --on_error skip"
 FIX_OR_SKIP = f"correct it, or {SKIP}"
-FINEWEB = Path("edu_fineweb10B")  # where data/fineweb.py writes, and train.py reads
+FINEWEB = Path(OUT_DIRS["sample-10BT"])  # the default of --data_dir
 START = rb"(?:\s*\xef\xbb\xbf)?\s*(?:%b)"  # perhaps after a byte order mark and white space
 UNPACK = {".gz": "gzip -dc", ".xz": "xz -dc", ".bz2": "bzip2 -dc", ".zst": "zstd --long=31 -dc"}
 ANY = (TEXT, LINES, ROWS)

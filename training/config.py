@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from command_line import OneLineParser
+from data.fineweb import OUT_DIRS
 from errors import BadInput
 from model import GPTConfig
 from model.presets import EVAL_TOKENS, PROMPT, Preset, get_preset
@@ -37,7 +38,7 @@ class TrainConfig:
 
     preset: Preset
     model: str = _flag("gpt2", "preset: the model, its batch and its learning rate")
-    data_dir: Path = _flag(Path("edu_fineweb10B"), "folder of token shards")
+    data_dir: Path = _flag(Path(OUT_DIRS["sample-10BT"]), "folder of token shards")
     verify: bool = _flag(False, "compare every byte of the shards with shards.json at the start")
     run_dir: Path = _flag(FROM_PRESET, "folder for everything the run writes (runs/MODEL)")
     ds_config: Path = _flag(Path("ds_configs/zero1.json"), "the engine's JSON")

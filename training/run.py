@@ -95,9 +95,16 @@ def resolve_run(flags: dict[str, Any], ranks: Ranks) -> Run:
     config = replace(config, micro_batch_size=batch.micro_batch_size)
     found = resolve_ds_config(load_ds_config(config.ds_config), config, batch)
     remarks = found.remarks(f"--ds_config {config.ds_config}")
-    run = Run(config, batch, found.ds_config, ranks, remarks, found.unverified, is_settled)
-    run.is_eval_given = "eval_tokens" in flags
-    return run
+    return Run(
+        config,
+        batch,
+        found.ds_config,
+        ranks,
+        remarks,
+        found.unverified,
+        is_settled=is_settled,
+        is_eval_given="eval_tokens" in flags,
+    )
 
 
 def describe_run(run: Run) -> str:
@@ -195,9 +202,11 @@ def _check_gpu_keys(run: Run) -> None:
 
 def _check_same_run(run: Run, checkpoints: list[Path], order: dict[str, Any]) -> None:
     gpt, max_steps = run.config.gpt_config, run.config.max_steps
-    for folder in checkpoints:
-        from checkpoint.resuming import check_same_run  # it imports torch, for seconds
+    if not checkpoints:
+        return
+    from checkpoint.resuming import check_same_run  # it imports torch, for seconds
 
+    for folder in checkpoints:
         try:
             manifest = read_manifest(folder)
         except ValueError:
@@ -238,6 +247,6 @@ def take_run_dir(run: Run, inputs: Inputs) -> contextlib.AbstractContextManager[
     step = step_of(inputs.checkpoints[0]) if inputs.checkpoints else 0
     needed_bytes = checkpoint_bytes(precision(run.ds_config), gpt.n_params())
     starts = run_folder.check_run_dir(run_dir, needed_bytes, step)
-    return (
-        contextlib.nullcontext() if run.config.dry_run else run_folder.lock_run_dir(run_dir, starts)
-    )
+    if run.config.dry_run:
+        return contextlib.nullcontext()
+    return run_folder.lock_run_dir(run_dir, starts)
