@@ -4,33 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
 
-from bench.fidelity.seed_prepare import tokenize
 from data.fields import find_field, name_fields
-from data.index import ShardIndex
-from data.mpi import Alone
-from data.preparation import prepare
-from data.prepare import build_parser
+from tests.prepared import expected, run, tokens
 
 TEXTS = ["first document, of several words ", "second and more of it ", "third"]
-
-
-def run(*arguments: object) -> ShardIndex:
-    common = ["--quiet", "--workers", "1", "--val_tokens", "5", "--tokenizer", "tiktoken"]
-    return prepare(build_parser().parse_args([*common, *map(str, arguments)]), Alone())
-
-
-def tokens(folder: Path) -> list[int]:
-    files = sorted(folder.glob("*.npy"), key=lambda path: path.name[-10:])
-    return [token for path in files for token in np.load(path).tolist()]
-
-
-def expected(texts: list[str]) -> list[int]:
-    return [token for text in texts for token in tokenize(text).tolist()]
 
 
 def write(path: Path, records: list[Any]) -> Path:

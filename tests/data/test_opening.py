@@ -11,31 +11,14 @@ import numpy as np
 import pyarrow
 import pytest
 
-from bench.fidelity.seed_prepare import tokenize
 from data.index import ShardIndex, write_index
-from data.mpi import Alone
-from data.preparation import prepare
-from data.prepare import build_parser
+from tests.prepared import expected, run, tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = ["first document, of several words ", "second and more of it ", "third"]
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
 SKIPPABLE = struct.pack("<II", 0x184D2A50, 5) + b"notes"
 needs_zstd = pytest.mark.skipif(not shutil.which("zstd"), reason="no zstd program")
-
-
-def run(*arguments: object) -> ShardIndex:
-    common = ["--quiet", "--workers", "1", "--val_tokens", "5", "--tokenizer", "tiktoken"]
-    return prepare(build_parser().parse_args([*common, *map(str, arguments)]), Alone())
-
-
-def tokens(folder: Path) -> list[int]:
-    files = sorted(folder.glob("*.npy"), key=lambda path: path.name[-10:])
-    return [token for path in files for token in np.load(path).tolist()]
-
-
-def expected(texts: list[str]) -> list[int]:
-    return [token for text in texts for token in tokenize(text).tolist()]
 
 
 def zstd(data: bytes, *options: str) -> bytes:

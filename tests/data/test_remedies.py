@@ -10,36 +10,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from bench.fidelity.seed_prepare import tokenize
-from data.index import ShardIndex
-from data.mpi import Alone
-from data.preparation import prepare
-from data.prepare import build_parser
 from data.remedies import how_to_get_shards
 from data.shards import TokenStream
+from tests.prepared import expected, run, tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = ["first document, of several words ", "café “quoted” and more of it ", "third"]
 RECORDS = [{"text": text, "id": i} for i, text in enumerate(TEXTS)]
 LINES = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS)
 OR_SKIP = ", or leave it out with --on_error skip"
-
-
-def run(*arguments: object) -> ShardIndex:
-    common = ["--quiet", "--workers", "1", "--val_tokens", "5", "--tokenizer", "tiktoken"]
-    return prepare(build_parser().parse_args([*common, *map(str, arguments)]), Alone())
-
-
-def tokens(folder: Path) -> list[int]:
-    files = sorted(folder.glob("*.npy"), key=lambda path: path.name[-10:])
-    return [token for path in files for token in np.load(path).tolist()]
-
-
-def expected(texts: list[str]) -> list[int]:
-    return [token for text in texts for token in tokenize(text).tolist()]
 
 
 ARRAY = json.dumps(RECORDS).encode()
